@@ -1,0 +1,18 @@
+"""The CS-Flow model: torch and timm only; no Ray, no files, no object store."""
+
+from csflow.model.backbone import Backbone, BackboneError, download_weights, load_weights
+from csflow.model.detector import Architecture, Detector, Scores
+from csflow.model.flow import CrossScaleFlow, FlowOutput, negative_log_likelihood
+
+__all__ = [
+    "Architecture",
+    "Backbone",
+    "BackboneError",
+    "CrossScaleFlow",
+    "Detector",
+    "FlowOutput",
+    "Scores",
+    "download_weights",
+    "load_weights",
+    "negative_log_likelihood",
+]

@@ -1,0 +1,135 @@
+"""The detector: from a batch of uint8 images to anomaly scores and maps.
+
+Dimension letters: B batch, C channels, H height, W width, S scales.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from csflow.model.backbone import Backbone
+from csflow.model.flow import CrossScaleFlow
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a detector is built from, apart from its weights; the `architecture` of a model's config.json."""
+
+    backbone: str
+    """Name of a timm network."""
+    image_size: tuple[int, int]
+    """Height and width in pixels of the images at scale 0."""
+    cut_after: str | None = None
+    """Module after which the backbone ends; None for the default of the network."""
+    scales: int = 3
+    hidden_channels: int = 1024
+    kernel_sizes: tuple[int, ...] = (3, 3, 3, 5)
+    """One per coupling block."""
+    seed: int = 0
+    """Of the channel permutations and the initial weights."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"image_size": list(self.image_size), "kernel_sizes": list(self.kernel_sizes)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Architecture":
+        sizes = {name: tuple(values[name]) for name in ("image_size", "kernel_sizes")}
+        return cls(**(values | sizes))
+
+
+class Scores(NamedTuple):
+    anomaly_score_B: Tensor
+    """Mean of z²/2 over every entry of all scales, float32."""
+    scale_scores_BS: Tensor
+    """The same of each scale, largest first."""
+    anomaly_map_BHW: Tensor
+    """Mean of z² over the channels of scale 0, in its native resolution."""
+
+
+class Detector(nn.Module):
+    """Backbone, flow and score. Preprocessing is inside, so that what trains is what scores."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        """Builds the detector with random weights, and no download.
+
+        Raises:
+            BackboneError: see `Backbone`.
+            ValueError: the image size does not fit the backbone, or a flow setting is out of range.
+        """
+        super().__init__()
+        self.backbone = Backbone(architecture.backbone, architecture.cut_after)
+        self.architecture = architecture
+        self.feature_shapes = _feature_shapes(architecture, self.backbone)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(architecture.seed)
+            self.flow = CrossScaleFlow(
+                self.backbone.channels,
+                architecture.scales,
+                architecture.hidden_channels,
+                architecture.kernel_sizes,
+                architecture.seed,
+            )
+        for name in ("mean", "std"):
+            value_C = torch.tensor(getattr(self.backbone, name), dtype=torch.float32)
+            self.register_buffer(name, value_C)
+
+    @torch.no_grad()
+    def features(self, image_BHWC: Tensor) -> list[Tensor]:
+        """The flow's input: per scale the backbone's feature map of the image reduced by 2^scale.
+
+        Args:
+            image_BHWC: uint8 RGB images of `image_size`.
+        """
+        if image_BHWC.dtype != torch.uint8 or tuple(image_BHWC.shape[1:]) != (*self.architecture.image_size, 3):
+            raise ValueError(
+                f"expected uint8 images of shape (B, {self.architecture.image_size}, 3), "
+                f"not {image_BHWC.dtype} of {tuple(image_BHWC.shape)}"
+            )
+        pixel_BHWC = image_BHWC.float() / 255
+        pixel_BHWC = (pixel_BHWC - self.get_buffer("mean")) / self.get_buffer("std")
+        pixel_BCHW = pixel_BHWC.permute(0, 3, 1, 2)
+        # Each pixel of a smaller scale is the mean of those it covers; nearest-neighbour sampling, as in
+        # the official code, aliases fine structure.
+        return [
+            self.backbone(F.avg_pool2d(pixel_BCHW, 2**s) if s else pixel_BCHW)
+            for s in range(self.architecture.scales)
+        ]
+
+    @torch.no_grad()
+    def score_features(self, y: Sequence[Tensor]) -> Scores:
+        """Scores of images whose features are known."""
+        z = [z_BCHW.float() for z_BCHW in self.flow(y).z]
+        energy_BS = torch.stack([z_BCHW.square().flatten(1).sum(1) for z_BCHW in z], dim=1)
+        sizes_S = torch.tensor([z_BCHW[0].numel() for z_BCHW in z], device=energy_BS.device)
+        return Scores(
+            anomaly_score_B=energy_BS.sum(1) / sizes_S.sum() / 2,
+            scale_scores_BS=energy_BS / sizes_S / 2,
+            anomaly_map_BHW=z[0].square().mean(1),
+        )
+
+    def forward(self, image_BHWC: Tensor) -> Scores:
+        """Scores of uint8 RGB images of `image_size`."""
+        return self.score_features(self.features(image_BHWC))
+
+
+def _feature_shapes(architecture: Architecture, backbone: Backbone) -> list[tuple[int, int, int]]:
+    """Per scale (channels, height, width) of the features.
+
+    Raises:
+        ValueError: a side is no multiple of stride · 2^(scales − 1), so that the scales would not align.
+    """
+    multiple = backbone.stride * 2 ** (architecture.scales - 1)
+    for side in architecture.image_size:
+        if side < multiple or side % multiple:
+            below = max(side // multiple, 1) * multiple
+            raise ValueError(
+                f"image size {side} does not fit: with backbone {architecture.backbone} and "
+                f"{architecture.scales} scales, height and width must be multiples of {multiple} "
+                f"(nearest: {below}{'' if side < multiple else f' or {below + multiple}'})"
+            )
+    height, width = (side // backbone.stride for side in architecture.image_size)
+    return [(backbone.channels, height >> s, width >> s) for s in range(architecture.scales)]

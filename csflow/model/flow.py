@@ -1,0 +1,201 @@
+"""The cross-scale normalizing flow of CS-Flow (Rudolph et al., WACV 2022, arXiv 2110.02855, section 3).
+
+Dimension letters: B batch, C channels, H height, W width (of the scale at hand), S scales.
+Scale 0 is the largest; scale s + 1 has half its height and width.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SOFT_CLAMP = 3.0
+"""α of the soft clamp σ(s) = α · 0.636 · atan(s / α), which bounds one block's scaling to exp(±α)."""
+
+LEAKY_SLOPE = 0.1
+
+
+class FlowOutput(NamedTuple):
+    z: list[Tensor]
+    """Per scale, the latent tensor, of the shape of that scale's input."""
+    log_det_B: Tensor
+    """Per sample, log|det dz/dy| over all scales, in float32 or better."""
+
+
+class CrossScaleFlow(nn.Module):
+    """A bijection between feature maps of 1 to 4 scales and latents that training makes standard normal."""
+
+    def __init__(
+        self,
+        channels: int,
+        scales: int = 3,
+        hidden_channels: int = 1024,
+        kernel_sizes: Sequence[int] = (3, 3, 3, 5),
+        seed: int = 0,
+    ) -> None:
+        """One coupling block per entry of `kernel_sizes`; `seed` draws the channel permutations."""
+        super().__init__()
+        if channels < 2:
+            raise ValueError(f"channels must be at least 2 to be split into halves, not {channels}")
+        if not 1 <= scales <= 4:
+            raise ValueError(f"scales must be 1 to 4, not {scales}")
+        if not kernel_sizes or any(k < 1 or k % 2 == 0 for k in kernel_sizes):
+            raise ValueError(f"kernel_sizes must be one odd number per block, not {list(kernel_sizes)}")
+        generator = torch.Generator().manual_seed(seed)
+        self.blocks = nn.ModuleList(
+            CouplingBlock(channels, scales, hidden_channels, k, generator) for k in kernel_sizes
+        )
+
+    def forward(self, y: Sequence[Tensor]) -> FlowOutput:
+        """Maps features to latents.
+
+        Args:
+            y: per scale a tensor (B, C, H, W), each with half the height and width of the one before.
+        """
+        return self._run([block.forward for block in self.blocks], y)
+
+    def inverse(self, z: Sequence[Tensor]) -> FlowOutput:
+        """Maps latents back to features; the log-determinant is that of the inverse."""
+        return self._run([block.inverse for block in reversed(self.blocks)], z)
+
+    @staticmethod
+    def _run(steps: Sequence, x: Sequence[Tensor]) -> FlowOutput:  # type: ignore[type-arg]
+        log_det_B = torch.zeros(len(x[0]), device=x[0].device, dtype=_accumulation_dtype(x[0]))
+        x = list(x)
+        for step in steps:
+            x, step_log_det_B = step(x)
+            log_det_B = log_det_B + step_log_det_B
+        return FlowOutput(x, log_det_B)
+
+
+class CouplingBlock(nn.Module):
+    """Permutes the channels of each scale, then transforms each half of them given the other half.
+
+    The first half of every scale is transformed by a subnetwork that reads the second halves of all
+    scales, then the second half by one that reads the new first halves (equation 2 of the paper).
+    """
+
+    def __init__(
+        self, channels: int, scales: int, hidden_channels: int, kernel_size: int, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.halves = (channels // 2, channels - channels // 2)
+        first, second = self.halves
+        for s in range(scales):
+            permutation_C = torch.randperm(channels, generator=generator)
+            self.register_buffer(f"permutation_{s}", permutation_C)
+        self.subnetwork_first = CrossScaleSubnetwork(second, 2 * first, scales, hidden_channels, kernel_size)
+        self.subnetwork_second = CrossScaleSubnetwork(first, 2 * second, scales, hidden_channels, kernel_size)
+
+    def forward(self, y: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        permuted = [y_BCHW[:, self.get_buffer(f"permutation_{s}")] for s, y_BCHW in enumerate(y)]
+        first, second = self._split(permuted)
+        first, log_det_first_B = _transform(first, self.subnetwork_first(second))
+        second, log_det_second_B = _transform(second, self.subnetwork_second(first))
+        return _join(first, second), log_det_first_B + log_det_second_B
+
+    def inverse(self, z: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        first, second = self._split(z)
+        second, log_det_second_B = _untransform(second, self.subnetwork_second(first))
+        first, log_det_first_B = _untransform(first, self.subnetwork_first(second))
+        joined = enumerate(_join(first, second))
+        y = [x_BCHW[:, self.get_buffer(f"permutation_{s}").argsort()] for s, x_BCHW in joined]
+        return y, log_det_first_B + log_det_second_B
+
+    def _split(self, x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        halves = [x_BCHW.split(self.halves, dim=1) for x_BCHW in x]
+        return [first for first, _ in halves], [second for _, second in halves]
+
+
+class CrossScaleSubnetwork(nn.Module):
+    """Two layers of cross-scale convolutions: predicts scaling and shift from the other half.
+
+    The scalar γ per scale starts at 0, so that a new coupling block is the identity.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, scales: int, hidden_channels: int, kernel_size: int
+    ) -> None:
+        super().__init__()
+
+        def convolutions(count: int, channels: int, out: int, stride: int = 1) -> nn.ModuleList:
+            padding = kernel_size // 2
+            return nn.ModuleList(
+                nn.Conv2d(channels, out, kernel_size, stride, padding) for _ in range(count)
+            )
+
+        self.enter = convolutions(scales, in_channels, hidden_channels)
+        self.same = convolutions(scales, hidden_channels, out_channels)
+        self.down = convolutions(scales - 1, hidden_channels, out_channels, stride=2)
+        """down[s] feeds scale s + 1 from scale s."""
+        self.up = convolutions(scales - 1, hidden_channels, out_channels)
+        """up[s] feeds scale s from scale s + 1."""
+        self.gamma_S = nn.Parameter(torch.zeros(scales))
+
+    def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
+        hidden = [
+            F.leaky_relu(enter(x_BCHW), LEAKY_SLOPE) for enter, x_BCHW in zip(self.enter, x, strict=True)
+        ]
+        out = []
+        for s, hidden_BCHW in enumerate(hidden):
+            out_BCHW = self.same[s](hidden_BCHW)
+            if s > 0:
+                out_BCHW = out_BCHW + self.down[s - 1](hidden[s - 1])
+            if s + 1 < len(hidden):
+                upsampled_BCHW = F.interpolate(
+                    hidden[s + 1], scale_factor=2, mode="bilinear", align_corners=False
+                )
+                out_BCHW = out_BCHW + self.up[s](upsampled_BCHW)
+            out.append(out_BCHW * self.gamma_S[s])
+        return out
+
+
+def negative_log_likelihood(output: FlowOutput) -> Tensor:
+    """The training loss of each sample: (½‖z‖² − log|det J|) / dim(z), up to a constant, shape (B,)."""
+    energy_B = torch.stack([_sum_of_squares(z_BCHW) for z_BCHW in output.z]).sum(0) / 2
+    dimensions = sum(z_BCHW[0].numel() for z_BCHW in output.z)
+    loss_B: Tensor = (energy_B - output.log_det_B) / dimensions
+    return loss_B
+
+
+def _transform(x: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """x · exp(σ(s)) + t on every scale, and the log-determinant summed over all of them, shape (B,)."""
+    transformed, log_dets = [], []
+    for x_BCHW, parameters_BCHW in zip(x, parameters, strict=True):
+        scaling_BCHW, shift_BCHW = parameters_BCHW.chunk(2, dim=1)
+        scaling_BCHW = _soft_clamp(scaling_BCHW)
+        transformed.append(scaling_BCHW.exp() * x_BCHW + shift_BCHW)
+        log_dets.append(scaling_BCHW.flatten(1).sum(1, dtype=_accumulation_dtype(scaling_BCHW)))
+    return transformed, torch.stack(log_dets).sum(0)
+
+
+def _untransform(x: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The inverse of `_transform` and its log-determinant."""
+    restored, log_dets = [], []
+    for x_BCHW, parameters_BCHW in zip(x, parameters, strict=True):
+        scaling_BCHW, shift_BCHW = parameters_BCHW.chunk(2, dim=1)
+        scaling_BCHW = _soft_clamp(scaling_BCHW)
+        restored.append((x_BCHW - shift_BCHW) * (-scaling_BCHW).exp())
+        log_dets.append(-scaling_BCHW.flatten(1).sum(1, dtype=_accumulation_dtype(scaling_BCHW)))
+    return restored, torch.stack(log_dets).sum(0)
+
+
+def _soft_clamp(scaling: Tensor) -> Tensor:
+    # 0.636 in place of 2/π is the authors' constant; a trained model depends on it.
+    return SOFT_CLAMP * 0.636 * torch.atan(scaling / SOFT_CLAMP)
+
+
+def _join(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.cat(halves, dim=1) for halves in zip(first, second, strict=True)]
+
+
+def _sum_of_squares(z_BCHW: Tensor) -> Tensor:
+    dtype = _accumulation_dtype(z_BCHW)
+    return z_BCHW.to(dtype).square().flatten(1).sum(1)
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    """Sums over a feature map run in float32 at least, also under autocast (bfloat16 keeps 8 bits)."""
+    return torch.promote_types(x.dtype, torch.float32)
