@@ -1,6 +1,6 @@
 """How a job ends: exit statuses, and the errors that a user can act on."""
 
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 
 
 class ExitStatus(IntEnum):
@@ -18,3 +18,62 @@ class ExitStatus(IntEnum):
 
 class WrongUse(Exception):
     """A setting, a URI or an input file is wrong: one line that names it and the remedy (exit status 2)."""
+
+
+class ErrorCode(StrEnum):
+    """Why an image has no score: the closed list behind `errors.error_code`."""
+
+    NOT_FOUND = "not_found"
+    """The object or member was listed and is gone."""
+    EMPTY = "empty"
+    """Zero bytes."""
+    UNSUPPORTED_FORMAT = "unsupported_format"
+    """The bytes are no image in a known format."""
+    TRUNCATED = "truncated"
+    """The image ends early."""
+    CORRUPT = "corrupt"
+    """The image or the archive around it is damaged."""
+    TOO_LARGE = "too_large"
+    """More pixels, or bytes, than the stated limit."""
+    CRASHED = "crashed"
+    """The process that handled the image died, more than once."""
+    INTERNAL = "internal"
+    """An unexpected error; a bug worth reporting."""
+    CHANGED = "changed"
+    """The object is another version than the one listed; the next run lists it anew."""
+    PERMISSION_DENIED = "permission_denied"
+    """The store refuses this object."""
+    THROTTLED = "throttled"
+    """The store asked to slow down, for longer than the deadline of an object."""
+    TIMEOUT = "timeout"
+    """The store did not answer within the deadline of an object."""
+    CONNECTION = "connection"
+    """The connection to the store failed."""
+    SERVER_ERROR = "server_error"
+    """The store answered with a 5xx status."""
+
+
+TRANSIENT = frozenset(
+    {
+        ErrorCode.CHANGED,
+        ErrorCode.PERMISSION_DENIED,
+        ErrorCode.THROTTLED,
+        ErrorCode.TIMEOUT,
+        ErrorCode.CONNECTION,
+        ErrorCode.SERVER_ERROR,
+    }
+)
+"""Codes of what may pass or be repaired: the next run tries these images again."""
+
+
+class ImageError(Exception):
+    """One image cannot be read or decoded; it becomes a row of `errors` and its neighbours go on."""
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+
+    @property
+    def is_transient(self) -> bool:
+        return self.code in TRANSIENT
