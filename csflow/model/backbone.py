@@ -15,7 +15,7 @@ class BackboneError(ValueError):
 
 
 class Backbone(nn.Module):
-    """The layers of a timm convolutional network up to a stage; in eval mode and without gradients, always."""
+    """A timm convolutional network up to a stage; always in eval mode and without gradients."""
 
     def __init__(self, name: str, cut_after: str | None = None) -> None:
         """Builds the network with random weights, and no download.
@@ -65,7 +65,9 @@ class Backbone(nn.Module):
                 network.eval()(image_BCHW)
                 features = self(image_BCHW)
         except Exception as error:
-            raise BackboneError(f"backbone {self.name} cannot be cut after {self.cut_after}: {error}") from None
+            raise BackboneError(
+                f"backbone {self.name} cannot be cut after {self.cut_after}: {error}"
+            ) from None
         finally:
             hook.remove()
         is_map = isinstance(features, Tensor) and features.ndim == 4 and side % features.shape[2] == 0
@@ -138,6 +140,5 @@ def _chain(module: nn.Module, cut_after: str, prefix: str = "") -> Iterator[tupl
         else:
             yield prefix + name, child
             return
-    raise BackboneError(
-        f"the backbone has no module {prefix}{head} to cut after; it has {', '.join(n for n, _ in module.named_children())}"
-    )
+    names = ", ".join(prefix + name for name, _ in module.named_children())
+    raise BackboneError(f"the backbone has no module {prefix}{head} to cut after; it has {names}")

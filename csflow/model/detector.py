@@ -84,11 +84,10 @@ class Detector(nn.Module):
         Args:
             image_BHWC: uint8 RGB images of `image_size`.
         """
-        if image_BHWC.dtype != torch.uint8 or tuple(image_BHWC.shape[1:]) != (*self.architecture.image_size, 3):
-            raise ValueError(
-                f"expected uint8 images of shape (B, {self.architecture.image_size}, 3), "
-                f"not {image_BHWC.dtype} of {tuple(image_BHWC.shape)}"
-            )
+        shape = (*self.architecture.image_size, 3)
+        if image_BHWC.dtype != torch.uint8 or tuple(image_BHWC.shape[1:]) != shape:
+            found = f"{image_BHWC.dtype} of {tuple(image_BHWC.shape)}"
+            raise ValueError(f"expected uint8 images of shape (B, *{shape}), not {found}")
         pixel_BHWC = image_BHWC.float() / 255
         pixel_BHWC = (pixel_BHWC - self.get_buffer("mean")) / self.get_buffer("std")
         pixel_BCHW = pixel_BHWC.permute(0, 3, 1, 2)

@@ -122,9 +122,7 @@ class CrossScaleSubnetwork(nn.Module):
 
         def convolutions(count: int, channels: int, out: int, stride: int = 1) -> nn.ModuleList:
             padding = kernel_size // 2
-            return nn.ModuleList(
-                nn.Conv2d(channels, out, kernel_size, stride, padding) for _ in range(count)
-            )
+            return nn.ModuleList(nn.Conv2d(channels, out, kernel_size, stride, padding) for _ in range(count))
 
         self.enter = convolutions(scales, in_channels, hidden_channels)
         self.same = convolutions(scales, hidden_channels, out_channels)

@@ -1,0 +1,1 @@
+"""Training of the flow on features of a frozen backbone."""

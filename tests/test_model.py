@@ -1,0 +1,293 @@
+"""The model: the flow's mathematics, agreement with the official implementation, backbone and detector."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from csflow.model import (
+    Architecture,
+    Backbone,
+    BackboneError,
+    CrossScaleFlow,
+    Detector,
+    load_weights,
+    negative_log_likelihood,
+)
+from csflow.training.step import new_optimizer, optimizer_step
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+
+
+def random_flow(
+    channels: int, scales: int, kernel_sizes: tuple[int, ...] = (3,), hidden: int = 8
+) -> CrossScaleFlow:
+    """A flow in float64 with random γ: with γ = 0 every block is the identity and hides its bugs."""
+    torch.manual_seed(1)
+    flow = CrossScaleFlow(channels, scales, hidden, kernel_sizes).double()
+    for block in flow.blocks:
+        for subnetwork in (block.subnetwork_first, block.subnetwork_second):
+            torch.nn.init.uniform_(subnetwork.gamma_S, 0.2, 1.0)
+    return flow
+
+
+def random_features(
+    channels: int,
+    scales: int,
+    batch: int = 3,
+    size: tuple[int, int] = (8, 16),
+    dtype: torch.dtype = torch.float64,
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(batch, channels, size[0] >> s, size[1] >> s) for s in range(scales)]
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+def official_flow(golden: dict[str, np.ndarray]) -> CrossScaleFlow:
+    """Our flow with the official weights."""
+    channels, hidden, blocks = (int(v) for v in golden["config"][:3])
+    flow = CrossScaleFlow(channels, 3, hidden, [int(k) for k in golden["kernel_sizes"]])
+    layers = {
+        "enter": "conv_scale{0}_0",
+        "same": "conv_scale{0}_1",
+        "down": "down_conv{0}{1}",
+        "up": "up_conv{1}{0}",
+    }
+    state = {}
+    for b in range(blocks):
+        for s in range(3):
+            state[f"blocks.{b}.permutation_{s}"] = golden[f"permutation/block{b}_scale{s}"]
+        # In the official module list each coupling block stands between other nodes.
+        official = sorted({int(k.split(".")[1]) for k in golden if k.startswith("state/")})[b]
+        for ours, theirs in (("subnetwork_first", "s2"), ("subnetwork_second", "s1")):
+            source = f"state/module_list.{official}.{theirs}"
+            state[f"blocks.{b}.{ours}.gamma_S"] = np.concatenate(
+                [golden[f"{source}.gamma{s}"] for s in range(3)]
+            )
+            for layer, name in layers.items():
+                for s in range(3 if layer in ("enter", "same") else 2):
+                    for kind in ("weight", "bias"):
+                        value = golden[f"{source}.{name.format(s, s + 1)}.{kind}"]
+                        state[f"blocks.{b}.{ours}.{layer}.{s}.{kind}"] = value
+    flow.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    return flow
+
+
+@pytest.fixture(params=GOLDEN, ids=lambda path: path.stem)
+def golden(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
+    return dict(np.load(request.param))
+
+
+def golden_input(golden: dict[str, np.ndarray]) -> list[Tensor]:
+    return [torch.from_numpy(golden[f"input/scale{s}"]) for s in range(3)]
+
+
+def test_flow_equals_the_official_implementation(golden):
+    output = official_flow(golden)(golden_input(golden))
+    for s, z_BCHW in enumerate(output.z):
+        np.testing.assert_allclose(z_BCHW.detach(), golden[f"z/scale{s}"], rtol=1e-5, atol=1e-5)
+    log_det_B = sum(golden[f"log_det/scale{s}"] for s in range(3))
+    np.testing.assert_allclose(output.log_det_B.detach(), log_det_B, rtol=1e-5)
+    assert negative_log_likelihood(output).mean().item() == pytest.approx(float(golden["loss"]), rel=1e-5)
+
+
+def test_score_and_map_equal_the_official_implementation(golden):
+    detector = Detector(Architecture("resnet10t", (128, 128), hidden_channels=4, kernel_sizes=(3,)))
+    detector.flow = official_flow(golden)
+    scores = detector.score_features(golden_input(golden))
+    np.testing.assert_allclose(scores.anomaly_score_B, golden["score"], rtol=1e-5)
+    np.testing.assert_allclose(scores.anomaly_map_BHW, golden["map/scale0"], rtol=1e-5, atol=1e-6)
+    maps = [golden[f"map/scale{s}"] for s in range(3)]
+    expected_BS = np.stack([m.reshape(len(m), -1).mean(1) / 2 for m in maps], axis=1)
+    np.testing.assert_allclose(scores.scale_scores_BS, expected_BS, rtol=1e-5)
+
+
+def test_training_steps_equal_the_official_implementation(golden):
+    flow = official_flow(golden)
+    optimizer = new_optimizer(flow.parameters(), learning_rate=float(golden["lr"]))
+    y = golden_input(golden)
+    for loss, grad_norm in zip(golden["train/loss"], golden["train/grad_norm"], strict=True):
+        step_loss = negative_log_likelihood(flow(y)).mean()
+        step_loss.backward()
+        assert step_loss.item() == pytest.approx(loss, rel=1e-4)
+        assert optimizer_step(flow.parameters(), optimizer) == pytest.approx(grad_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("scales", [1, 2, 3, 4])
+@pytest.mark.parametrize(("channels", "kernel_sizes"), [(2, (3,)), (5, (3, 5)), (6, (1, 3, 5, 7))])
+def test_inverse_undoes_the_flow(scales, channels, kernel_sizes):
+    flow = random_flow(channels, scales, kernel_sizes)
+    y = random_features(channels, scales)
+    output = flow(y)
+    restored = flow.inverse(output.z)
+    for y_BCHW, z_BCHW, restored_BCHW in zip(y, output.z, restored.z, strict=True):
+        assert z_BCHW.shape == y_BCHW.shape
+        assert not torch.allclose(z_BCHW, y_BCHW)
+        torch.testing.assert_close(restored_BCHW, y_BCHW, rtol=0, atol=1e-9)
+    torch.testing.assert_close(output.log_det_B + restored.log_det_B, torch.zeros(3, dtype=torch.float64))
+
+
+def test_log_determinant_is_that_of_the_jacobian():
+    flow = random_flow(channels=3, scales=2, kernel_sizes=(3, 3), hidden=4)
+    y = random_features(3, 2, batch=1, size=(2, 4))
+    shapes = [y_BCHW.shape for y_BCHW in y]
+
+    def flat_flow(flat: Tensor) -> Tensor:
+        parts = flat.split([shape.numel() for shape in shapes])
+        z = flow([part.view(shape) for part, shape in zip(parts, shapes, strict=True)]).z
+        return torch.cat([z_BCHW.flatten() for z_BCHW in z])
+
+    jacobian = torch.autograd.functional.jacobian(flat_flow, torch.cat([y_BCHW.flatten() for y_BCHW in y]))
+    torch.testing.assert_close(flow(y).log_det_B[0], torch.linalg.slogdet(jacobian).logabsdet)
+
+
+def test_a_new_flow_is_a_permutation_with_zero_log_determinant():
+    flow = CrossScaleFlow(6, 2, 8, (3,))
+    y = random_features(6, 2, dtype=torch.float32)
+    output = flow(y)
+    for s, (y_BCHW, z_BCHW) in enumerate(zip(y, output.z, strict=True)):
+        torch.testing.assert_close(z_BCHW, y_BCHW[:, flow.blocks[0].get_buffer(f"permutation_{s}")])
+    assert output.log_det_B.tolist() == [0, 0, 0]
+
+
+def test_a_batch_equals_its_samples_one_by_one():
+    flow = random_flow(5, 3, (3, 5))
+    y = random_features(5, 3)
+    together = negative_log_likelihood(flow(y))
+    alone = [negative_log_likelihood(flow([y_BCHW[[b]] for y_BCHW in y])) for b in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+def test_permutations_are_buffers_that_differ_per_scale_and_block():
+    flow = CrossScaleFlow(32, 3, 8, (3, 3))
+    permutations = [value for name, value in flow.state_dict().items() if "permutation" in name]
+    assert len({tuple(p.tolist()) for p in permutations}) == 6
+    assert all(sorted(p.tolist()) == list(range(32)) for p in permutations)
+
+
+def test_permutations_do_not_depend_on_the_global_seed():
+    torch.manual_seed(5)
+    first = CrossScaleFlow(16, 1, 4, (3,), seed=3).state_dict()["blocks.0.permutation_0"]
+    torch.manual_seed(6)
+    second = CrossScaleFlow(16, 1, 4, (3,), seed=3).state_dict()["blocks.0.permutation_0"]
+    assert first.tolist() == second.tolist()
+
+
+def test_sums_accumulate_in_float32_under_autocast():
+    flow = random_flow(64, 2, (3,), hidden=16).float()
+    y = random_features(64, 2, size=(16, 16), dtype=torch.float32)
+    exact = negative_log_likelihood(flow(y))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = flow(y)
+        loss_B = negative_log_likelihood(output)
+    assert output.log_det_B.dtype == loss_B.dtype == torch.float32
+    torch.testing.assert_close(loss_B, exact, rtol=2e-2, atol=2e-2)
+    # In bfloat16 a sum of 16384 terms would stall at 8 significant bits.
+    assert len({round(v, 6) for v in output.log_det_B.tolist()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"channels": 1}, "channels must be at least 2"),
+        ({"channels": 4, "scales": 5}, "scales must be 1 to 4"),
+        ({"channels": 4, "kernel_sizes": (2,)}, "kernel_sizes must be one odd number per block"),
+    ],
+)
+def test_impossible_flows_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        CrossScaleFlow(**setting)
+
+
+@pytest.mark.parametrize(
+    ("name", "cut_after", "channels", "stride"),
+    [
+        ("tf_efficientnet_b5", "blocks.5", 304, 32),
+        ("tf_efficientnet_lite0", "blocks.5", 192, 32),
+        ("resnet10t", "layer4", 512, 32),
+        ("convnext_atto", "stages.3", 320, 32),
+        ("regnety_002", "s4", 368, 32),
+    ],
+)
+def test_backbone_finds_cut_channels_and_stride(name, cut_after, channels, stride):
+    backbone = Backbone(name)
+    assert (backbone.cut_after, backbone.channels, backbone.stride) == (cut_after, channels, stride)
+    features = backbone(torch.rand(2, 3, 64, 96))
+    assert features.shape == (2, channels, 64 // stride, 96 // stride)
+
+
+def test_backbone_drops_what_comes_after_the_cut():
+    whole = Backbone("tf_efficientnet_lite0", "blocks.6")
+    cut = Backbone("tf_efficientnet_lite0", "blocks.3.1")
+    assert cut.stride == 16
+    assert sum(p.numel() for p in cut.parameters()) < 0.2 * sum(p.numel() for p in whole.parameters())
+
+
+def test_backbone_stays_frozen_and_in_eval_mode():
+    detector = Detector(Architecture("resnet10t", (64, 64), scales=1, hidden_channels=4, kernel_sizes=(3,)))
+    before = {name: value.clone() for name, value in detector.backbone.state_dict().items()}
+    detector.train()
+    detector.features(torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8))
+    assert not any(module.training for module in detector.backbone.modules())
+    assert not any(p.requires_grad for p in detector.backbone.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in detector.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "no_such_network", "hrnet_w18_small"])
+def test_networks_that_are_no_chain_of_convolutions_are_refused(name):
+    with pytest.raises(BackboneError, match=name):
+        Backbone(name)
+
+
+def test_a_cut_that_does_not_exist_is_refused_with_those_that_do():
+    with pytest.raises(BackboneError, match=r"no module layer9 .* layer1, layer2"):
+        Backbone("resnet10t", "layer9")
+
+
+def test_weights_with_foreign_names_load_in_order_and_others_are_refused():
+    import timm
+
+    network = timm.create_model("resnet10t").eval()
+    foreign = {f"_{i}": value for i, value in enumerate(network.state_dict().values())}
+    backbone = Backbone("resnet10t", "layer3")
+    load_weights(backbone, foreign)
+    torch.testing.assert_close(backbone.layers.layer3.state_dict(), network.layer3.state_dict())
+    foreign.popitem()
+    with pytest.raises(BackboneError, match="not those of a resnet10t"):
+        load_weights(backbone, foreign)
+
+
+def test_image_sizes_that_do_not_fit_are_refused_with_those_that_do():
+    with pytest.raises(
+        ValueError, match=r"image size 300 does not fit.*multiples of 128 \(nearest: 256 or 384\)"
+    ):
+        Detector(Architecture("resnet10t", (256, 300), hidden_channels=4, kernel_sizes=(3,)))
+
+
+@pytest.fixture(scope="module")
+def rectangular_detector() -> Detector:
+    return Detector(Architecture("resnet10t", (128, 256), hidden_channels=8, kernel_sizes=(3, 5)))
+
+
+def test_detector_scores_rectangular_images_per_scale_with_a_native_map(rectangular_detector):
+    image_BHWC = torch.randint(0, 256, (3, 128, 256, 3), dtype=torch.uint8)
+    scores = rectangular_detector(image_BHWC)
+    assert scores.anomaly_map_BHW.shape == (3, 4, 8)
+    weights_S = torch.tensor([16.0, 4.0, 1.0]) / 21
+    torch.testing.assert_close(scores.anomaly_score_B, (scores.scale_scores_BS * weights_S).sum(1))
+    torch.testing.assert_close(scores.scale_scores_BS[:, 0], scores.anomaly_map_BHW.mean((1, 2)) / 2)
+
+
+def test_scores_of_cached_and_live_features_are_equal(rectangular_detector):
+    image_BHWC = torch.randint(0, 256, (2, 128, 256, 3), dtype=torch.uint8)
+    cached = rectangular_detector.score_features(rectangular_detector.features(image_BHWC))
+    torch.testing.assert_close(cached, rectangular_detector(image_BHWC), rtol=0, atol=0)
+
+
+def test_detector_refuses_images_that_are_not_what_it_was_trained_on(rectangular_detector):
+    with pytest.raises(ValueError, match="expected uint8 images"):
+        rectangular_detector(torch.zeros(1, 128, 128, 3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="expected uint8 images"):
+        rectangular_detector(torch.zeros(1, 128, 256, 3))
