@@ -1,0 +1,73 @@
+"""Ray for csflow's jobs: connecting, sizing the actor pool, and running shards of work through it."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.data
+
+MAX_BLOCKS = 4096
+"""Ray Data keeps some state per block on the driver; beyond this, a block holds several shards."""
+
+SHARD_RETRIES = 2
+"""How often a shard is tried again after its actor died. Ray's own default is for ever."""
+
+
+def connect() -> None:
+    """Joins the cluster that RAY_ADDRESS names, as under `ray job submit`, or starts Ray on this machine."""
+    if not ray.is_initialized():
+        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    # A block that fails after its retries is missing from the results, where the job accounts for it.
+    context.max_errored_blocks = -1
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class WorkerResources:
+    """An equal share of the cluster for each worker."""
+
+    workers: int
+    cpus: int
+    gpus: int
+
+
+def share_out(workers: int | None) -> WorkerResources:
+    """Divides the cluster among `workers`; by default one per GPU, or one per two CPUs."""
+    total = ray.cluster_resources()
+    cpus, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
+    workers = workers or gpus or max(1, cpus // 2)
+    return WorkerResources(workers, cpus=max(1, cpus // workers), gpus=1 if gpus >= workers else 0)
+
+
+def map_shards(
+    shards: Sequence[Mapping[str, Any]],
+    shard_worker: type,
+    constructor_args: Sequence[Any],
+    resources: WorkerResources,
+) -> Iterator[dict[str, Any]]:
+    """Runs every shard through a pool of actors and yields a result row per shard, as they finish.
+
+    A shard whose actor died more than `SHARD_RETRIES` times yields no row.
+
+    Args:
+        shards: a small row per shard.
+        shard_worker: class whose instances map a batch of one shard row to a batch of one result row.
+    """
+    blocks = min(len(shards), MAX_BLOCKS)
+    dataset = ray.data.from_items([dict(shard) for shard in shards], override_num_blocks=blocks)
+    results = dataset.map_batches(
+        shard_worker,
+        fn_constructor_args=tuple(constructor_args),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(resources.workers, math.ceil(blocks))),
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus,
+        max_restarts=-1,
+        max_task_retries=SHARD_RETRIES,
+    )
+    yield from results.iter_rows()

