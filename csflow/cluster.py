@@ -1,8 +1,9 @@
 """Ray for csflow's jobs: connecting, sizing the actor pool, and running shards of work through it."""
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,11 @@ SHARD_RETRIES = 2
 def connect() -> None:
     """Joins the cluster that RAY_ADDRESS names, as under `ray job submit`, or starts Ray on this machine."""
     if not ray.is_initialized():
-        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+        # Ray's C++ side reports on standard error what its Python side raises or retries anyway.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    # Ray Data has no other way yet to bound an actor's retries.
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     # A block that fails after its retries is missing from the results, where the job accounts for it.
@@ -64,7 +69,7 @@ def map_shards(
         shard_worker,
         fn_constructor_args=tuple(constructor_args),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(resources.workers, math.ceil(blocks))),
+        compute=ray.data.ActorPoolStrategy(size=min(resources.workers, blocks)),
         num_cpus=resources.cpus,
         num_gpus=resources.gpus,
         max_restarts=-1,

@@ -7,8 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
-import numpy as np
-
 from csflow.errors import ErrorCode, ImageError
 from csflow.images import DecodedImage, decode
 from csflow.reading import ImageReader
@@ -66,8 +64,3 @@ def batches(images: Iterable[LoadedImage], batch_size: int) -> Iterator[list[Loa
     iterator = iter(images)
     while batch := list(islice(iterator, batch_size)):
         yield batch
-
-
-def stack_pixels(images: Sequence[DecodedImage]) -> np.ndarray:
-    """The pixels of decoded images of one size as a uint8 array (B, H, W, 3)."""
-    return np.stack([image.pixels_HWC for image in images])

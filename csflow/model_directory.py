@@ -19,7 +19,7 @@ from torch import Tensor
 from csflow.errors import WrongUse
 from csflow.images import DECODING_VERSION
 from csflow.model import Architecture, Detector
-from csflow.storage import Location
+from csflow.storage import Location, to_parquet
 
 FORMAT_VERSION = 1
 LIBRARIES = ("csflow", "torch", "timm", "safetensors", "pillow", "pyarrow", "ray")
@@ -79,10 +79,8 @@ def save_model(
         "training": dict(training),
         "data": dict(data),
     }
-    buffer = io.BytesIO()
-    pq.write_table(calibration.cast(CALIBRATION), buffer, compression="zstd")
     (location / "model.safetensors").write(safetensors.torch.save(state))
-    (location / "calibration.parquet").write(buffer.getvalue())
+    (location / "calibration.parquet").write(to_parquet(calibration.cast(CALIBRATION)))
     (location / "metrics.json").write(_to_json(metrics))
     for name, content in card.items():
         (location / name).write(content)
@@ -173,11 +171,11 @@ def _parts(
     decoding_version: object,
     state: Mapping[str, Tensor],
     calibration_scores: NDArray[np.float64],
-) -> Iterator[bytes | memoryview]:
+) -> Iterator[bytes]:
     yield json.dumps([architecture, decoding_version], sort_keys=True).encode()
     for name, value in sorted(state.items()):
         yield f"{name} {value.dtype} {list(value.shape)}".encode()
-        yield memoryview(value.numpy()).cast("B") if value.numel() else b""
+        yield value.numpy().tobytes()
     yield calibration_scores.astype("<f8").tobytes()
 
 

@@ -1,6 +1,16 @@
-"""The Parquet schemas of a scoring run's output, and where its files lie below `--output`."""
+"""The Parquet schemas of a scoring run's output, and how its files below `--output` are found and read."""
 
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
+
+from csflow.errors import WrongUse
+from csflow.storage import Location
 
 SCORES = pa.schema(
     [
@@ -33,3 +43,86 @@ ERRORS = pa.schema(
         pa.field("failed_at", pa.timestamp("us", tz="UTC"), nullable=False),
     ]
 )
+
+_PARTITION = re.compile(r"/model_id=([^/]+)/date=[^/]+/[^/]+$")
+
+
+@dataclass(frozen=True)
+class ScoringOutput:
+    """What one model has written below the `--output` of scoring jobs, with a `date` column (date32) each."""
+
+    model_id: str
+    scores: ds.Dataset
+    errors: ds.Dataset | None
+    """None if no image ever failed."""
+
+
+def open_scores(location: Location, model_id: str | None = None) -> ScoringOutput:
+    """Opens the output of scoring jobs, or the `scores` folder in it, for one model.
+
+    Raises:
+        WrongUse: there are no scores, or of several models and `model_id` names none of them.
+    """
+    root, models = _find_models(location)
+    if model_id is None and len(models) == 1:
+        model_id = next(iter(models))
+    if model_id not in models:
+        what = "holds scores of several models" if model_id is None else f"has no scores of model {model_id}"
+        raise WrongUse(f"{location} {what}; choose with --model_id: {', '.join(models)}")
+    failed = _files_by_model(root / "errors").get(model_id)
+    return ScoringOutput(
+        model_id,
+        scores=_open_dataset(root, models[model_id], SCORES),
+        errors=_open_dataset(root, failed, ERRORS) if failed else None,
+    )
+
+
+def latest_per_image(table: pa.Table, time: str) -> pa.Table:
+    """The rows with the latest `time` of each image URI, in order of time."""
+    table = table.sort_by(time)
+    rows = table.select(["image_uri"]).append_column("row", pa.array(np.arange(len(table))))
+    last = rows.group_by("image_uri").aggregate([("row", "max")])["row_max"]
+    return table.take(np.sort(last.to_numpy()))
+
+
+def _find_models(location: Location) -> tuple[Location, dict[str, list[str]]]:
+    for root in _possible_roots(location):
+        try:
+            models = _files_by_model(root / "scores")
+        except Exception as error:  # object stores' errors have no common base
+            reason = f"{type(error).__name__}: {error}"
+            raise WrongUse(f"{location} cannot be listed ({reason}); check address and access") from None
+        if models:
+            return root, models
+    raise WrongUse(
+        f"{location} holds no scores (scores/model_id=<id>/date=<date>/*.parquet); "
+        "--scores takes the --output of a scoring job"
+    )
+
+
+def _possible_roots(location: Location) -> Iterator[Location]:
+    url = location.fs.unstrip_protocol(location.path).rstrip("/")
+    yield Location(url, location.storage_options)
+    if url.endswith("/scores"):
+        yield Location(url.removesuffix("/scores"), location.storage_options)
+
+
+def _files_by_model(folder: Location) -> dict[str, list[str]]:
+    """Paths of the Parquet files in `model_id=<id>/date=<date>/`, by model id."""
+    files = defaultdict(list)
+    for file in folder.find(".parquet"):
+        if match := _PARTITION.search(file.path):
+            files[match[1]].append(file.path)
+    return dict(sorted(files.items()))
+
+
+def _open_dataset(root: Location, paths: list[str], schema: pa.Schema) -> ds.Dataset:
+    partitioning = ds.partitioning(pa.schema([("date", pa.date32())]), flavor="hive")
+    try:
+        dataset = ds.dataset(paths, filesystem=root.fs, format="parquet", partitioning=partitioning)
+    except pa.ArrowInvalid as error:
+        raise WrongUse(f"{root} holds a file that is no Parquet: {error}") from None
+    missing = [name for name in schema.names if name not in dataset.schema.names]
+    if missing:
+        raise WrongUse(f"{paths[0]} lacks the columns {', '.join(missing)}; was it written by a scoring job?")
+    return dataset

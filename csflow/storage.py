@@ -1,5 +1,6 @@
 """Files in local folders and object stores, through fsspec: whole files that are never half visible."""
 
+import io
 import os
 import uuid
 from collections.abc import Mapping
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from csflow.errors import WrongUse
@@ -104,6 +107,18 @@ class Location:
             raise WrongUse(
                 f"{self.url} cannot be written to ({reason}); create it or grant write permission"
             ) from None
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """A Parquet file in memory: its size is known and nothing is published before it is whole."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def read_parquet(location: Location, schema: pa.Schema | None = None) -> pa.Table:
+    """A whole Parquet file; raises pa.ArrowException if it is damaged or of another schema."""
+    return pq.read_table(io.BytesIO(location.read()), schema=schema)
 
 
 def _write_temporary(path: str, data: bytes) -> Path:

@@ -1,6 +1,7 @@
 """The frozen feature extractor: a timm network cut after a chosen stage."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import timm
 import torch
@@ -32,8 +33,9 @@ class Backbone(nn.Module):
         network = _create(name)
         self.name = name
         self.cut_after = cut_after or _default_cut(network)
-        self.mean: tuple[float, ...] = tuple(network.pretrained_cfg["mean"])
-        self.std: tuple[float, ...] = tuple(network.pretrained_cfg["std"])
+        published = cast(dict[str, Any], network.pretrained_cfg)
+        self.mean: tuple[float, ...] = tuple(published["mean"])
+        self.std: tuple[float, ...] = tuple(published["std"])
         chain = dict(_chain(network, self.cut_after))
         # Sequential names cannot hold the dots of the path.
         self.layers = nn.Sequential()
@@ -125,7 +127,7 @@ def download_weights(name: str) -> Mapping[str, Tensor]:
 def _default_cut(network: nn.Module) -> str:
     if "EfficientNet" in type(network).__name__ and any(n == PAPER_STAGE for n, _ in network.named_modules()):
         return PAPER_STAGE
-    return str(network.feature_info[-1]["module"])  # type: ignore[index, union-attr]
+    return str(cast(Any, network.feature_info)[-1]["module"])
 
 
 def _chain(module: nn.Module, cut_after: str, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -4,8 +4,8 @@ Dimension letters: B batch, C channels, H height, W width (of the scale at hand)
 Scale 0 is the largest; scale s + 1 has half its height and width.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ SOFT_CLAMP = 3.0
 """α of the soft clamp σ(s) = α · 0.636 · atan(s / α), which bounds one block's scaling to exp(±α)."""
 
 LEAKY_SLOPE = 0.1
+
+
+Step = Callable[[Sequence[Tensor]], tuple[list[Tensor], Tensor]]
 
 
 class FlowOutput(NamedTuple):
@@ -54,20 +57,19 @@ class CrossScaleFlow(nn.Module):
         Args:
             y: per scale a tensor (B, C, H, W), each with half the height and width of the one before.
         """
-        return self._run([block.forward for block in self.blocks], y)
+        return self._run([cast(CouplingBlock, block).forward for block in self.blocks], y)
 
     def inverse(self, z: Sequence[Tensor]) -> FlowOutput:
         """Maps latents back to features; the log-determinant is that of the inverse."""
-        return self._run([block.inverse for block in reversed(self.blocks)], z)
+        return self._run([cast(CouplingBlock, block).inverse for block in reversed(self.blocks)], z)
 
     @staticmethod
-    def _run(steps: Sequence, x: Sequence[Tensor]) -> FlowOutput:  # type: ignore[type-arg]
+    def _run(steps: Sequence[Step], x: Sequence[Tensor]) -> FlowOutput:
         log_det_B = torch.zeros(len(x[0]), device=x[0].device, dtype=_accumulation_dtype(x[0]))
-        x = list(x)
         for step in steps:
             x, step_log_det_B = step(x)
             log_det_B = log_det_B + step_log_det_B
-        return FlowOutput(x, log_det_B)
+        return FlowOutput(list(x), log_det_B)
 
 
 class CouplingBlock(nn.Module):

@@ -1,0 +1,155 @@
+"""Members of tar and zip archives: an archive is indexed once, when listed; a member is one byte range.
+
+A member's version holds what reading it takes, so that readers share no state and open no archive:
+
+    tar   <archive version>:<offset>+<size>
+    zip   <archive version>:<offset>+<span>+<size>+<crc32>     offset and span of header and data together
+
+A member's name is only a part of its URI. It is never a path on a disk, so `../x.jpg` is as good as any.
+"""
+
+import re
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import BinaryIO
+
+from csflow.errors import ErrorCode, ImageError
+from csflow.objects import ObjectStore, StoredObject, as_text, check_size, parsing
+
+SUFFIXES = (".tar", ".zip")
+SEPARATOR = "!/"
+READ_AHEAD = 4 << 20
+"""Bytes per request while a tar is indexed: its headers lie between the data."""
+
+ZIP_TAIL = 256 << 10
+
+MEMBER_URI = re.compile(r"(?s)(?P<archive>.*?\.(?:tar|zip))!/(?P<name>.*)", re.IGNORECASE)
+TAR_VERSION = re.compile(r"(?s)(?P<archive>.*):(?P<offset>\d+)\+(?P<size>\d+|sparse)")
+ZIP_VERSION = re.compile(
+    r"(?s)(?P<archive>.*):(?P<offset>\d+)\+(?P<span>\d+)\+(?P<size>\d+)\+(?P<crc>[0-9a-f]{8})"
+)
+LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+LOCAL_SIGNATURE = b"PK\x03\x04"
+LONGEST_HEADER = LOCAL_HEADER.size + 2 * 0xFFFF
+ENCRYPTED = 0x1
+
+
+def split_member(uri: str) -> tuple[str, str] | None:
+    """Archive URI and member name; None if the URI names no member."""
+    match = MEMBER_URI.fullmatch(uri)
+    return (match["archive"], match["name"]) if match else None
+
+
+def list_members(
+    store: ObjectStore, archive: StoredObject, is_wanted: Callable[[str], bool]
+) -> list[StoredObject]:
+    """Wanted members in the order of the archive; of a repeated name the last, as when unpacking.
+
+    Raises:
+        ImageError: CORRUPT if the archive is damaged anywhere in its index, TOO_LARGE if an index entry
+            would fill the memory, or as `ObjectStore.fetch`.
+    """
+    is_tar = archive.uri.lower().endswith(".tar")
+    index = _index_tar if is_tar else _index_zip
+    with parsing("archive"), store.open(archive, READ_AHEAD) as file:
+        members = {
+            name: StoredObject(f"{archive.uri}{SEPARATOR}{name}", f"{archive.version}:{place}", size)
+            for name, place, size in index(file, archive.size)
+            if is_wanted(name)
+        }
+    return list(members.values())
+
+
+def read_member(store: ObjectStore, uri: str, version: str, max_bytes: int) -> bytes | None:
+    """Bytes of a member, in one request; None if URI and version do not name one.
+
+    Raises:
+        ImageError: as `ObjectStore.fetch`, and TOO_LARGE above `max_bytes` unpacked, CORRUPT or
+            UNSUPPORTED_FORMAT for what cannot be unpacked.
+    """
+    member = split_member(uri)
+    if member is None:
+        return None
+    archive = member[0]
+    place = ZIP_VERSION.fullmatch(version)
+    if place:
+        return _read_zip_member(store, archive, place, max_bytes)
+    place = TAR_VERSION.fullmatch(version)
+    return _read_tar_member(store, archive, place, max_bytes) if place else None
+
+
+def _index_tar(file: BinaryIO, size: int) -> Iterator[tuple[str, str, int]]:
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        end = -1
+        while (member := tar.next()) is not None:
+            # A negative size sends tarfile back to headers it has read, for ever (CVE-2025-8194).
+            if member.offset <= end or member.size < 0:
+                raise tarfile.ReadError("members overlap")
+            if member.offset_data + member.size > size and not member.issparse():
+                raise tarfile.ReadError("the archive ends inside a member")
+            end = member.offset
+            tar.members.clear()  # type: ignore[attr-defined]  # a million of them would be kept otherwise
+            if member.isreg():
+                length = "sparse" if member.issparse() else str(member.size)
+                yield as_text(member.name), f"{member.offset_data}+{length}", member.size
+        # tarfile takes a damaged or cut header for the end of the archive, and what follows would be lost.
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError(f"no valid header at byte {tar.offset}")
+
+
+def _read_tar_member(store: ObjectStore, archive: str, place: re.Match[str], max_bytes: int) -> bytes:
+    if place["size"] == "sparse":
+        raise ImageError(ErrorCode.UNSUPPORTED_FORMAT, "a sparse tar member; pack it without --sparse")
+    start, size = int(place["offset"]), int(place["size"])
+    check_size(size, max_bytes)
+    return store.fetch(archive, place["archive"], start, start + size, max_bytes) if size else b""
+
+
+def _index_zip(file: BinaryIO, size: int) -> Iterator[tuple[str, str, int]]:
+    # The index is at the end: one request for both it and the record that says where it begins.
+    file.seek(max(0, size - ZIP_TAIL))
+    file.read()
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        starts = sorted({member.header_offset for member in members} | {archive.start_dir})
+    # Header and data of a member end where the next begins: the length of the header is in the header alone.
+    ends = dict(pairwise(starts))
+    for member in members:
+        if not 0 <= member.header_offset < size:
+            raise zipfile.BadZipFile("a member lies outside of the archive")
+        span = ends.get(member.header_offset, size) - member.header_offset
+        span = min(span, LONGEST_HEADER + member.compress_size)
+        place = f"{member.header_offset}+{span}+{member.file_size}+{member.CRC:08x}"
+        yield as_text(member.filename), place, member.file_size
+
+
+def _read_zip_member(store: ObjectStore, archive: str, place: re.Match[str], max_bytes: int) -> bytes:
+    start, span, size = int(place["offset"]), int(place["span"]), int(place["size"])
+    check_size(size, max_bytes)
+    # Deflate adds less than a thousandth to what it cannot compress.
+    limit = LONGEST_HEADER + max_bytes + max_bytes // 1000
+    data = _unpack(store.fetch(archive, place["archive"], start, start + span, limit), size)
+    if len(data) != size or zlib.crc32(data) != int(place["crc"], 16):
+        raise ImageError(ErrorCode.CORRUPT, "the zip member does not have the size and checksum of its entry")
+    return data
+
+
+def _unpack(region: bytes, size: int) -> bytes:
+    """Data of the zip member at the start of `region`, never more than one byte above `size`."""
+    with parsing("zip member"):
+        signature, _, flags, method, *_, name_length, extra_length = LOCAL_HEADER.unpack_from(region)
+        if signature != LOCAL_SIGNATURE:
+            raise zipfile.BadZipFile("no header where its entry points")
+        if flags & ENCRYPTED:
+            raise ImageError(ErrorCode.UNSUPPORTED_FORMAT, "the zip member is encrypted")
+        data_start = LOCAL_HEADER.size + name_length + extra_length
+        if method == zipfile.ZIP_STORED:
+            return region[data_start : data_start + size]
+        if method == zipfile.ZIP_DEFLATED:
+            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(region[data_start:], size + 1)
+        raise ImageError(ErrorCode.UNSUPPORTED_FORMAT, f"zip compression method {method}; use deflate")

@@ -1,0 +1,202 @@
+"""Walking folders, prefixes and glob patterns of any store: every file below, with its version, in order."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
+
+from csflow.objects import (
+    UNKNOWN_VERSION,
+    ObjectStore,
+    StoredObject,
+    as_text,
+    is_s3,
+    local_path,
+    local_version,
+    split_s3,
+    version_of,
+)
+
+LISTINGS_AT_ONCE = 16
+PATTERN_MARKS = "*?["
+
+Page = dict[str, Any]
+Wanted = Callable[[str], bool]
+
+
+def is_folder(store: ObjectStore, uri: str) -> bool:
+    """Whether there is a folder, or in an object store anything below that prefix.
+
+    Raises:
+        ImageError: NOT_FOUND if the bucket does not exist, or as `ObjectStore.fetch`.
+    """
+    path = local_path(uri)
+    if path is not None:
+        return Path(path).is_dir()
+    if is_s3(uri):
+        bucket, prefix = _split_prefix(uri)
+        page = store.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        return bool(page["KeyCount"]) or not prefix
+    fs = store.remote(uri)
+    return store.retried(lambda _: bool(fs.isdir(fs._strip_protocol(uri))))
+
+
+def walk(store: ObjectStore, pool: ThreadPoolExecutor, uri: str, is_wanted: Wanted) -> Iterator[StoredObject]:
+    """Files below a folder whose names are wanted; hidden files and folders are left out.
+
+    The order depends on nothing but the names and, on S3, on how they fall into pages of a listing.
+
+    Raises:
+        ImageError, OSError: a part of the folder cannot be listed.
+    """
+    path = local_path(uri)
+    if path is not None:
+        return _walk_local(path, is_wanted, frozenset())
+    return _walk_s3(store, pool, uri, is_wanted) if is_s3(uri) else _walk_other(store, uri, is_wanted)
+
+
+def glob(store: ObjectStore, pattern: str) -> tuple[list[StoredObject], list[str]]:
+    """Files and folders that match a pattern, each sorted; `**` matches files alone.
+
+    Hidden ones are left out, unless the pattern itself spells out a hidden name.
+
+    Raises:
+        ImageError: as `ObjectStore.fetch`.
+    """
+    fixed = pattern[: min(pattern.find(mark) for mark in PATTERN_MARKS if mark in pattern)]
+    root = fixed[: fixed.rfind("/") + 1]
+    shows_hidden = is_hidden(pattern[len(root) :])
+    files: list[StoredObject] = []
+    folders: list[str] = []
+    for uri, info in sorted(_matches(store, pattern).items()):
+        if is_hidden(uri[len(root) :]) and not shows_hidden:
+            continue
+        if info["type"] == "directory":
+            folders.append(uri)
+        else:
+            files.append(_examine(uri) if local_path(uri) else _described(uri, info))
+    return files, [] if "**" in pattern else folders
+
+
+def is_pattern(uri: str) -> bool:
+    return any(mark in uri for mark in PATTERN_MARKS)
+
+
+def is_hidden(name: str, marks: tuple[str, ...] = (".", "_")) -> bool:
+    """Whether a relative name, or a folder in it, begins with one of the marks."""
+    return any(part.startswith(marks) and part not in (".", "..") for part in name.split("/"))
+
+
+def _walk_local(path: str, is_wanted: Wanted, above: frozenset[tuple[int, int]]) -> Iterator[StoredObject]:
+    status = Path(path).stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return  # a symbolic link back to a folder that is being walked
+    with os.scandir(path) as entries:
+        ordered = sorted(entries, key=lambda entry: entry.name)
+    for entry in ordered:
+        if is_hidden(entry.name):
+            continue
+        if entry.is_dir():
+            yield from _walk_local(entry.path, is_wanted, above | {here})
+        elif is_wanted(entry.name):
+            yield _examine(entry.path)
+
+
+def _examine(path: str) -> StoredObject:
+    """A link that leads nowhere is listed too, so that it is accounted for: reading it raises NOT_FOUND."""
+    try:
+        status = Path(path).stat()
+    except FileNotFoundError:
+        return StoredObject(as_text(path), UNKNOWN_VERSION, 0)
+    return StoredObject(as_text(path), local_version(status), status.st_size)
+
+
+def _walk_other(store: ObjectStore, uri: str, is_wanted: Wanted) -> Iterator[StoredObject]:
+    fs = store.remote(uri)
+    root = fs._strip_protocol(uri).rstrip("/") + "/"
+    found = store.retried(lambda _: fs.find(root, detail=True))
+    for path, info in sorted(found.items()):
+        if is_wanted(path) and not is_hidden(path.removeprefix(root)):
+            yield _described(fs.unstrip_protocol(path), info)
+
+
+def _walk_s3(
+    store: ObjectStore, pool: ThreadPoolExecutor, uri: str, is_wanted: Wanted
+) -> Iterator[StoredObject]:
+    """Several parts of the prefix are listed at once, 1000 objects per request, and none waits in memory."""
+    bucket, root = _split_prefix(uri)
+    pages, folders = _split_up(store, bucket, root)
+    for page in chain(pages, _list_at_once(store, pool, bucket, folders)):
+        for entry in page.get("Contents", ()):
+            key = entry["Key"]
+            if is_wanted(key) and not is_hidden(key[len(root) :]):
+                yield StoredObject(f"s3://{bucket}/{key}", entry["ETag"].strip('"'), entry["Size"])
+
+
+def _split_up(store: ObjectStore, bucket: str, root: str) -> tuple[list[Page], list[str]]:
+    """Goes down until there are enough folders to list at once: what lay above them, and the folders.
+
+    A folder with more entries than a page holds is not gone through, but listed as a whole.
+    """
+    pages: list[Page] = []
+    waiting = deque([root])
+    whole: list[str] = []
+    while waiting and len(waiting) + len(whole) < LISTINGS_AT_ONCE:
+        folder = waiting.popleft()
+        page = store.call_s3("list_objects_v2", Bucket=bucket, Prefix=folder, Delimiter="/")
+        if page["IsTruncated"]:
+            whole.append(folder)
+            continue
+        pages.append(page)
+        below = (entry["Prefix"] for entry in page.get("CommonPrefixes", ()))
+        waiting += (prefix for prefix in below if not is_hidden(prefix[len(root) :]))
+    return pages, [*whole, *waiting]
+
+
+def _list_at_once(
+    store: ObjectStore, pool: ThreadPoolExecutor, bucket: str, folders: Iterable[str]
+) -> Iterator[Page]:
+    """Pages of the folders by turns: the next page of each is fetched while those of others are used."""
+
+    def fetch(folder: str, **after: str) -> Future[Page]:
+        return pool.submit(store.call_s3, "list_objects_v2", Bucket=bucket, Prefix=folder, **after)
+
+    unlisted = iter(folders)
+    under_way = deque((folder, fetch(folder)) for folder in islice(unlisted, LISTINGS_AT_ONCE))
+    while under_way:
+        folder, future = under_way.popleft()
+        page = future.result()
+        if page["IsTruncated"]:
+            under_way.append((folder, fetch(folder, ContinuationToken=page["NextContinuationToken"])))
+        else:
+            under_way += ((new, fetch(new)) for new in islice(unlisted, 1))
+        yield page
+
+
+def _matches(store: ObjectStore, pattern: str) -> dict[str, Page]:
+    path = local_path(pattern)
+    if path is not None:
+        found = LocalFileSystem().glob(path, detail=True)
+        return {uri: info | {"type": _local_type(uri)} for uri, info in found.items()}
+    fs = store.remote(pattern)
+    found = store.retried(lambda _: fs.glob(fs._strip_protocol(pattern), detail=True))
+    return {fs.unstrip_protocol(name): info for name, info in found.items()}
+
+
+def _local_type(path: str) -> str:
+    return "directory" if Path(path).is_dir() else "file"  # also through symbolic links
+
+
+def _described(uri: str, info: Page) -> StoredObject:
+    return StoredObject(uri, version_of(info), info["size"] or 0)
+
+
+def _split_prefix(uri: str) -> tuple[str, str]:
+    bucket, prefix = split_s3(uri)
+    return bucket, f"{prefix.rstrip('/')}/" if prefix else ""

@@ -1,0 +1,106 @@
+"""Manifests: CSV or Parquet tables that name images one by one in a column `image_uri`."""
+
+import os
+import posixpath
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import csv
+
+from csflow import archives
+from csflow.errors import WrongUse
+from csflow.objects import UNKNOWN_VERSION, ObjectStore, StoredObject, local_path
+
+SUFFIX = ".csv"
+READ_AHEAD = 4 << 20
+URI = "image_uri"
+COLUMNS = {URI: pa.string(), "image_version": pa.string(), "etag": pa.string(), "size": pa.int64()}
+
+
+def read_csv(store: ObjectStore, file: StoredObject) -> Iterator[StoredObject]:
+    """The images that a CSV manifest names; of `UNKNOWN_VERSION` and size 0 where it does not say.
+
+    The header is read at once, the rest as it is asked for.
+
+    Raises:
+        WrongUse: it is not readable as CSV or has no column `image_uri`.
+        ImageError: as `ObjectStore.fetch`.
+    """
+    names = _open_csv(store, file, None).schema.names
+    if URI not in names:
+        raise WrongUse(
+            f"{file.uri} has no column {URI}, only {', '.join(names)[:200]}; name it in the header"
+        )
+    return _images(file.uri, _csv_batches(store, file, [name for name in COLUMNS if name in names]))
+
+
+def read_parquet(file_uri: str, parquet: pq.ParquetFile) -> Iterator[StoredObject]:
+    """The images that a Parquet manifest names, as `read_csv`."""
+    names = [name for name in COLUMNS if name in parquet.schema_arrow.names]
+    return _images(file_uri, parquet.iter_batches(columns=names))
+
+
+def is_manifest(schema: pa.Schema) -> bool:
+    return URI in schema.names
+
+
+def canonical_uri(uri: str, folder: str | None = None) -> str:
+    """The one URI of an object: absolute, without `file://`, with `s3://` for its other names.
+
+    Relative ones start at `folder`, or at the working directory.
+    """
+    member = archives.split_member(uri)
+    if member is not None:
+        # Members keep the names that they have, `../x.jpg` too.
+        return f"{canonical_uri(member[0], folder)}{archives.SEPARATOR}{member[1]}"
+    path = local_path(uri)
+    if path is None:
+        scheme, _, rest = uri.partition("://")
+        return f"{'s3' if scheme in ('s3a', 's3n') else scheme}://{rest}"
+    if folder is not None and local_path(folder) is None and not path.startswith("/"):
+        scheme, _, rest = folder.partition("://")
+        return f"{scheme}://{posixpath.normpath(posixpath.join(rest, path))}"
+    return os.path.normpath(Path(folder or Path.cwd(), Path(path).expanduser()))
+
+
+def _open_csv(store: ObjectStore, file: StoredObject, columns: list[str] | None) -> csv.CSVStreamingReader:
+    convert = csv.ConvertOptions(include_columns=columns, column_types=COLUMNS)
+    read = csv.ReadOptions(use_threads=False)
+    try:
+        return csv.open_csv(store.open(file, READ_AHEAD), read_options=read, convert_options=convert)
+    except (pa.ArrowException, UnicodeError) as error:
+        raise _unreadable(file.uri, error) from None
+
+
+def _csv_batches(store: ObjectStore, file: StoredObject, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    # Other columns are left alone: a type guessed from the first rows need not hold for the last.
+    yield from _open_csv(store, file, columns)
+
+
+def _images(manifest_uri: str, batches: Iterable[pa.RecordBatch]) -> Iterator[StoredObject]:
+    folder = manifest_uri.rpartition("/")[0] or "/"
+    number = 0
+    try:
+        for batch in batches:
+            columns = [_values(batch, name) for name in COLUMNS]
+            for uri, version, etag, size in zip(*columns, strict=True):
+                number += 1
+                if not uri:
+                    raise WrongUse(f"{manifest_uri}: row {number} has no {URI}; fill it in or remove the row")
+                known = str(version or etag or "").strip('"')
+                yield StoredObject(canonical_uri(uri, folder), known or UNKNOWN_VERSION, size or 0)
+    except pa.ArrowException as error:
+        raise _unreadable(manifest_uri, error) from None
+
+
+def _values(batch: pa.RecordBatch, name: str) -> list[str | int | None]:
+    if name not in batch.schema.names:
+        return [None] * len(batch)
+    values: list[str | int | None] = batch.column(name).cast(COLUMNS[name]).to_pylist()
+    return values
+
+
+def _unreadable(uri: str, error: Exception) -> WrongUse:
+    return WrongUse(f"{uri} cannot be read as a manifest: {' '.join(str(error).split())[:300]}")

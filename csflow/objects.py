@@ -1,0 +1,388 @@
+"""Bytes and versions of stored objects, local or remote, with one policy for retries and errors."""
+
+import errno
+import io
+import itertools
+import logging
+import os
+import random
+import re
+import stat
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+
+import aiohttp
+import botocore.exceptions as boto
+import fsspec
+from botocore.parsers import ResponseParserError
+from fsspec.asyn import sync
+
+from csflow.errors import ErrorCode, ImageError, WrongUse
+from csflow.storage import filesystem
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+UNKNOWN_VERSION = "unknown"
+"""Version of what could not be examined when it was listed: reading it says why, or that it has changed."""
+
+RETRIED = frozenset({ErrorCode.THROTTLED, ErrorCode.TIMEOUT, ErrorCode.CONNECTION, ErrorCode.SERVER_ERROR})
+SHORTEST_ATTEMPT_S = 5.0
+"""What the last attempt before a deadline gets, even past it: too short a one could only time out."""
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 20.0
+MAX_RANGE_BYTES = 1 << 30
+"""Largest single read out of an archive or a Parquet file: a hostile header cannot exhaust the memory."""
+
+# Retries are ours alone: nested ones multiply the load on a store that asked to slow down, and hide why it
+# failed. botocore's 10 connections would leave most of a reader's threads waiting.
+S3_CLIENT = {"retries": {"total_max_attempts": 1}, "max_pool_connections": 64}
+S3_THROTTLES = frozenset({"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded"})
+NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound)
+UNUSABLE_NAME = frozenset({errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTDIR, errno.EISDIR})
+
+
+class StoredObject(NamedTuple):
+    """One version of an object: a file, an archive member or a Parquet row."""
+
+    uri: str
+    version: str
+    size: int
+    """Bytes; 0 where a manifest does not say."""
+
+
+class ObjectStore:
+    """Reads objects of any store, each at one version. Threads may share it."""
+
+    def __init__(self, storage_options: Mapping[str, Any], deadline_s: float) -> None:
+        self._options = dict(storage_options)
+        self._deadline_s = deadline_s
+        self._remote: dict[str, fsspec.AbstractFileSystem] = {}
+
+    def fetch(
+        self, uri: str, version: str, start: int = 0, end: int | None = None, limit: int = MAX_RANGE_BYTES
+    ) -> bytes:
+        """Bytes `start` to `end` of that version: one GET, or one read of a local file.
+
+        Raises:
+            ImageError: CHANGED if the object has another version (local and S3; other stores cannot be
+                asked), TOO_LARGE above `limit` bytes, and what `image_error` knows. Transient failures are
+                tried again until the deadline.
+        """
+        path = local_path(uri)
+        if path is not None:
+            return self.retried(lambda _: _read_local(path, version, start, end, limit))
+        if is_s3(uri):
+            return self.retried(lambda left_s: self._get_s3(uri, version, start, end, limit, left_s))
+        return self.retried(lambda _: self._get_other(uri, start, end, limit))
+
+    def stat(self, uri: str) -> StoredObject:
+        """Current version and size of an object.
+
+        Raises:
+            ImageError: NOT_FOUND if there is none (a folder is none), and as `fetch`.
+        """
+        path = local_path(uri)
+        if path is not None:
+            return self.retried(lambda _: _stat_local(uri, path))
+        if is_s3(uri):
+            bucket, key = split_s3(uri)
+            head = self.call_s3("head_object", Bucket=bucket, Key=key)
+            return StoredObject(uri, head["ETag"].strip('"'), head["ContentLength"])
+        return self.retried(lambda _: self._stat_other(uri))
+
+    def open(self, stored: StoredObject, read_ahead: int = 0) -> BinaryIO:
+        """The object as a seekable file of that version, for one thread.
+
+        Its reads raise as `fetch`; each fetches at least `read_ahead` bytes.
+        """
+        return cast(BinaryIO, _RangeFile(self, stored, read_ahead))
+
+    def call_s3(self, method: str, **request: Any) -> Any:
+        """The response of one S3 operation, tried again as `fetch` does."""
+
+        def attempt(left_s: float) -> Any:
+            fs = self.remote("s3://")
+            return sync(fs.loop, fs._call_s3, method, timeout=left_s, **request)
+
+        return self.retried(attempt)
+
+    def remote(self, uri: str) -> fsspec.AbstractFileSystem:
+        """The file system of a remote URI. Raises WrongUse for an unknown scheme."""
+        scheme = uri.partition("://")[0]
+        if scheme not in self._remote:
+            options = self._options
+            if scheme == "s3":
+                options = options | {"config_kwargs": S3_CLIENT | options.get("config_kwargs", {})}
+            fs, _ = filesystem(uri, options)
+            if scheme == "s3":
+                fs.retries = 1
+            self._remote[scheme] = fs
+        return self._remote[scheme]
+
+    def retried(self, attempt: Callable[[float], T]) -> T:
+        """The result of `attempt(seconds left)`, repeated with growing random pauses until the deadline.
+
+        Raises:
+            ImageError: the last failure.
+            WrongUse: there are no credentials, or the scheme is unknown.
+        """
+        deadline = time.monotonic() + self._deadline_s
+        pauses_s = _pauses()
+        while True:
+            try:
+                return attempt(max(deadline - time.monotonic(), SHORTEST_ATTEMPT_S))
+            except NO_CREDENTIALS as error:
+                remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role"
+                raise WrongUse(f"no credentials for S3 ({type(error).__name__}); {remedy}") from None
+            except WrongUse:
+                raise
+            except Exception as error:
+                failure = image_error(error)
+            pause_s = next(pauses_s)
+            if failure.code not in RETRIED or time.monotonic() + pause_s > deadline:
+                raise failure
+            time.sleep(pause_s)
+
+    def _get_s3(
+        self, uri: str, version: str, start: int, end: int | None, limit: int, left_s: float
+    ) -> bytes:
+        bucket, key = split_s3(uri)
+        request = {"Bucket": bucket, "Key": key, "IfMatch": f'"{version}"'}
+        if end is not None:
+            request["Range"] = f"bytes={start}-{end - 1}"
+        fs = self.remote(uri)
+        data: bytes = sync(fs.loop, _get_body, fs, request, limit, timeout=left_s)
+        return data
+
+    def _get_other(self, uri: str, start: int, end: int | None, limit: int) -> bytes:
+        fs = self.remote(uri)
+        data: bytes = fs.cat_file(fs._strip_protocol(uri), start=start or None, end=end)
+        check_size(len(data), limit)
+        return data
+
+    def _stat_other(self, uri: str) -> StoredObject:
+        fs = self.remote(uri)
+        info = fs.info(fs._strip_protocol(uri))
+        if info["type"] != "file":
+            raise ImageError(ErrorCode.NOT_FOUND, "not an object")
+        return StoredObject(uri, version_of(info), info["size"] or 0)
+
+
+class _RangeFile(io.RawIOBase):
+    """One version of an object as a read-only file."""
+
+    def __init__(self, store: ObjectStore, stored: StoredObject, read_ahead: int) -> None:
+        self._store = store
+        self._stored = stored
+        self._read_ahead = read_ahead
+        self._position = 0
+        self._buffer = b""
+        self._buffer_start = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._stored.size}[whence]
+        if base + offset < 0:
+            raise ValueError("seek before the start of the file")
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        start, end = self._position, self._stored.size
+        if size is not None and size >= 0:
+            end = min(end, start + size)
+        if end <= start:
+            return b""
+        if end - start > MAX_RANGE_BYTES:
+            raise ImageError(ErrorCode.TOO_LARGE, f"a part of the file has {end - start} bytes")
+        buffer_end = self._buffer_start + len(self._buffer)
+        if not self._buffer_start <= start <= end <= buffer_end:
+            fetch_end = min(max(end, start + self._read_ahead), self._stored.size)
+            self._buffer = self._store.fetch(self._stored.uri, self._stored.version, start, fetch_end)
+            self._buffer_start = start
+        self._position = end
+        return self._buffer[start - self._buffer_start : end - self._buffer_start]
+
+    def readall(self) -> bytes:
+        return self.read()
+
+
+def local_path(uri: str) -> str | None:
+    """The path of a local URI (`/data/a.jpg` or `file:///data/a.jpg`), None for a remote one."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
+    if match is None:
+        return uri
+    return uri[match.end() :] if match[1] in ("file", "local") else None
+
+
+def is_s3(uri: str) -> bool:
+    return uri.startswith("s3://")
+
+
+def split_s3(uri: str) -> tuple[str, str]:
+    """Bucket and key; plain text after `s3://`, since keys may hold `#`, `?`, `::` and glob characters."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def version_of(info: Mapping[str, Any]) -> str:
+    """Version of a remote object from the description that fsspec gives of it."""
+    etag = info.get("ETag") or info.get("etag")
+    if etag:
+        return str(etag).strip('"')
+    changed = next((info[key] for key in ("LastModified", "mtime", "updated", "created") if key in info), "")
+    return f"{info['size']}-{changed}".replace(" ", "T")
+
+
+def local_version(status: os.stat_result) -> str:
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def as_text(name: str) -> str:
+    """A name that Arrow can hold: bytes that are not UTF-8 arrive as lone surrogates, and become escapes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def check_size(size: int, limit: int) -> None:
+    """Raises ImageError TOO_LARGE above `limit` bytes."""
+    if size > limit:
+        raise ImageError(ErrorCode.TOO_LARGE, f"{size} bytes; at most {limit} are read")
+
+
+@contextmanager
+def parsing(what: str) -> Iterator[None]:
+    """Turns whatever a parser raises on damaged or hostile bytes into ImageError CORRUPT."""
+    try:
+        yield
+    except (ImageError, WrongUse, MemoryError):
+        raise
+    except Exception as error:
+        detail = " ".join(f"{type(error).__name__}: {as_text(str(error))}".split())
+        raise ImageError(ErrorCode.CORRUPT, f"the {what} is damaged ({detail[:200]})") from error
+
+
+def image_error(error: BaseException) -> ImageError:
+    """What an exception of a store means for the image; INTERNAL for one that is not understood."""
+    if isinstance(error, ImageError):
+        return error
+    if isinstance(error, WrongUse):
+        return ImageError(ErrorCode.PERMISSION_DENIED, str(error))
+    return _of_response(error) or _of_type(error) or _unexpected(error)
+
+
+def _of_response(error: BaseException) -> ImageError | None:
+    """From the HTTP answer behind an exception: s3fs keeps botocore's as the cause."""
+    for source in (error, error.__cause__):
+        response = getattr(source, "response", None)
+        if isinstance(response, dict) and "Error" in response:
+            name = str(response["Error"].get("Code", ""))
+            status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+            text = f"{name}: {response['Error'].get('Message', '')}"[:300]
+            code = _code_of_status(name, status)
+            if code is None and isinstance(error, PermissionError):
+                code = ErrorCode.PERMISSION_DENIED  # ExpiredToken and its like come with status 400
+            return ImageError(code or ErrorCode.INTERNAL, f"the store answered {text}")
+    if isinstance(error, aiohttp.ClientResponseError):
+        code = _code_of_status("", error.status)
+        return ImageError(code or ErrorCode.INTERNAL, f"the store answered with status {error.status}")
+    return None
+
+
+def _code_of_status(name: str, status: int) -> ErrorCode | None:
+    if name in S3_THROTTLES or status in (429, 503):
+        return ErrorCode.THROTTLED
+    if name == "RequestTimeout":
+        return ErrorCode.TIMEOUT
+    if status >= 500:
+        return ErrorCode.SERVER_ERROR
+    return {
+        401: ErrorCode.PERMISSION_DENIED,
+        403: ErrorCode.PERMISSION_DENIED,
+        404: ErrorCode.NOT_FOUND,
+        412: ErrorCode.CHANGED,
+    }.get(status)
+
+
+def _of_type(error: BaseException) -> ImageError | None:
+    detail = type(error).__name__
+    if isinstance(error, boto.ParamValidationError):
+        return ImageError(ErrorCode.NOT_FOUND, "S3 allows no such bucket or key name")
+    if isinstance(error, FileNotFoundError):
+        return ImageError(ErrorCode.NOT_FOUND, "there is no such file")
+    if isinstance(error, PermissionError):
+        return ImageError(ErrorCode.PERMISSION_DENIED, "reading is not permitted")
+    if isinstance(error, TimeoutError | boto.ReadTimeoutError | boto.ConnectTimeoutError):
+        return ImageError(ErrorCode.TIMEOUT, f"no answer in time ({detail})")
+    if isinstance(error, boto.HTTPClientError | boto.IncompleteReadError | aiohttp.ClientError):
+        return ImageError(ErrorCode.CONNECTION, f"the connection failed ({detail})")
+    if isinstance(error, boto.ConnectionError):
+        return ImageError(ErrorCode.CONNECTION, f"the connection failed ({detail}); check AWS_ENDPOINT_URL")
+    if isinstance(error, ResponseParserError):
+        return ImageError(ErrorCode.SERVER_ERROR, "the store's answer cannot be parsed")
+    if isinstance(error, OSError):
+        if error.errno in UNUSABLE_NAME:
+            return ImageError(ErrorCode.NOT_FOUND, f"no file can be read there ({error.strerror})")
+        # Disks and mounts fail for a while too (EIO, ESTALE, EMFILE); none of it says that the image is bad.
+        return ImageError(ErrorCode.CONNECTION, f"reading failed ({detail}: {error.strerror})")
+    return None
+
+
+def _unexpected(error: BaseException) -> ImageError:
+    # The text of an unknown exception may hold anything, secrets included: it goes to the log alone.
+    logger.error("unexpected error while reading", exc_info=error)
+    return ImageError(ErrorCode.INTERNAL, f"unexpected {type(error).__name__}; the log has its traceback")
+
+
+def _pauses() -> Iterator[float]:
+    """Seconds to wait after each failure: random up to a doubling limit, so that readers spread out."""
+    for attempt in itertools.count():
+        yield random.uniform(0, min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S))
+
+
+async def _get_body(fs: Any, request: dict[str, str], limit: int) -> bytes:
+    response = await fs._call_s3("get_object", **request)
+    async with response["Body"] as body:
+        size = response["ContentLength"]
+        check_size(size, limit)
+        data: bytes = await body.read()
+    if len(data) != size:
+        raise ImageError(ErrorCode.CONNECTION, f"the answer ended after {len(data)} of {size} bytes")
+    return data
+
+
+def _read_local(path: str, version: str, start: int, end: int | None, limit: int) -> bytes:
+    with Path(path).open("rb") as file:
+        size = _check_local(file, version)
+        wanted = (size if end is None else end) - start
+        check_size(wanted, limit)
+        file.seek(start)
+        data = file.read(wanted)
+        # Again: a file that is rewritten while it is read would give a mixture of two versions.
+        _check_local(file, version)
+    return data
+
+
+def _check_local(file: io.BufferedReader, version: str) -> int:
+    status = os.fstat(file.fileno())
+    if local_version(status) != version:
+        raise ImageError(ErrorCode.CHANGED, "the file was changed after it was listed")
+    return status.st_size
+
+
+def _stat_local(uri: str, path: str) -> StoredObject:
+    status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(ErrorCode.NOT_FOUND, "not a file")
+    return StoredObject(uri, local_version(status), status.st_size)

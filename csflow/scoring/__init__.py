@@ -1,0 +1,1 @@
+"""Scoring of image archives: plan, score shard by shard, account for every image."""

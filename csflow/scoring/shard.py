@@ -1,0 +1,195 @@
+"""The scoring actor: reads, decodes and scores one shard of images, and publishes its rows."""
+
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from csflow.calibration import p_values
+from csflow.cluster import WorkerResources
+from csflow.errors import ImageError
+from csflow.images import DecodedImage
+from csflow.loading import ImageLoader, LoadedImage, batches
+from csflow.model_directory import load_model
+from csflow.reading import ImageReader
+from csflow.scores import ERRORS, SCORES
+from csflow.scoring.output import Output
+from csflow.scoring.plan import PlannedShard
+from csflow.storage import Location, to_parquet
+
+READ_THREADS = 16
+CPU_BATCH_SIZE, GPU_BATCH_SIZE = 8, 32
+"""Default images per forward pass. More is slower on CPUs: early activations leave the cache."""
+
+RESULT = pa.schema(
+    [
+        pa.field("shard", pa.string()),
+        pa.field("images", pa.int64()),
+        pa.field("scored", pa.int64()),
+        pa.field("anomalous", pa.int64()),
+        pa.field("error_codes", pa.map_(pa.string(), pa.int64())),
+        pa.field("is_published", pa.bool_()),  # false if another attempt was first
+        pa.field("seconds", pa.map_(pa.string(), pa.float64())),  # by stage, summed over threads
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """What every scoring actor is told."""
+
+    model: Location
+    output: Output
+    run_id: str
+    keep_maps: bool
+    false_positive_rate: float
+    batch_size: int | None
+    resources: WorkerResources
+
+
+class ShardScorer:
+    """Actor of the scoring pass. Two shards may be under way: one waits for images, one for the model."""
+
+    def __init__(self, settings: ScoringSettings) -> None:
+        torch.set_num_threads(settings.resources.cpus)
+        self._settings = settings
+        self._device = torch.device("cuda" if settings.resources.gpus else "cpu")
+        model = load_model(settings.model)
+        self._detector = model.detector.to(self._device)
+        self._calibration_scores = model.calibration_scores
+        self._batch_size = settings.batch_size or (
+            GPU_BATCH_SIZE if settings.resources.gpus else CPU_BATCH_SIZE
+        )
+        reader = ImageReader(settings.output.location.storage_options)
+        self._loader = ImageLoader(reader, model.detector.architecture.image_size, READ_THREADS)
+        self._model_lock = threading.Lock()
+
+    def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
+        """Scores the one shard in the batch; returns a row in the `RESULT` schema."""
+        storage_options = self._settings.output.location.storage_options
+        shard = PlannedShard.from_row({name: column[0] for name, column in batch.items()}, storage_options)
+        target = self._settings.output.scores_file(shard.name, shard.date)
+        if target.exists():
+            return _result_row(shard.name, 0, 0, 0, Counter(), False, {})
+        images = shard.images()
+        seconds: dict[str, float] = defaultdict(float)
+        rows: list[dict[str, Any]] = []
+        errors: list[dict[str, Any]] = []
+        loaded = self._loader.load(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
+        for group in batches(_timed(loaded, seconds), self._batch_size):
+            errors += [self._error_row(image) for image in group if isinstance(image.content, ImageError)]
+            good = [(image, image.content) for image in group if isinstance(image.content, DecodedImage)]
+            if good:
+                rows += self._score(good, seconds)
+        started = time.perf_counter()
+        is_published = self._publish(shard, target, rows, errors)
+        seconds["write"] += time.perf_counter() - started
+        codes = Counter(row["error_code"] for row in errors)
+        anomalous = sum(row["is_anomalous"] for row in rows)
+        return _result_row(shard.name, images.num_rows, len(rows), anomalous, codes, is_published, seconds)
+
+    def _score(
+        self, images: list[tuple[LoadedImage, DecodedImage]], seconds: dict[str, float]
+    ) -> Iterator[dict[str, Any]]:
+        pixels_BHWC = torch.from_numpy(np.stack([decoded.pixels_HWC for _, decoded in images]))
+        with self._model_lock, torch.inference_mode():
+            started = time.perf_counter()
+            scores = self._detector(pixels_BHWC.to(self._device))
+            anomaly_scores = scores.anomaly_score_B.double().cpu().numpy()
+            scale_scores = scores.scale_scores_BS.cpu().numpy()
+            anomaly_maps = scores.anomaly_map_BHW.cpu().numpy()
+            seconds["score"] += time.perf_counter() - started
+        p = p_values(anomaly_scores, self._calibration_scores)
+        scored_at = datetime.now(UTC)
+        for i, (image, decoded) in enumerate(images):
+            map_height, map_width = anomaly_maps[i].shape
+            peak_y, peak_x = peak(anomaly_maps[i], decoded.height, decoded.width)
+            yield {
+                "image_uri": image.image_uri,
+                "image_version": image.image_version,
+                "image_height": decoded.height,
+                "image_width": decoded.width,
+                "anomaly_score": anomaly_scores[i],
+                "scale_scores": scale_scores[i],
+                "p_value": p[i],
+                "is_anomalous": bool(p[i] <= self._settings.false_positive_rate),
+                "anomaly_map": anomaly_maps[i].ravel() if self._settings.keep_maps else None,
+                "map_height": map_height,
+                "map_width": map_width,
+                "peak_y": peak_y,
+                "peak_x": peak_x,
+                "run_id": self._settings.run_id,
+                "scored_at": scored_at,
+            }
+
+    def _error_row(self, image: LoadedImage) -> dict[str, Any]:
+        assert isinstance(image.content, ImageError)
+        return {
+            "image_uri": image.image_uri,
+            "image_version": image.image_version,
+            "error_code": str(image.content.code),
+            "error_message": image.content.message,
+            "is_transient": image.content.is_transient,
+            "run_id": self._settings.run_id,
+            "failed_at": datetime.now(UTC),
+        }
+
+    def _publish(
+        self, shard: PlannedShard, target: Location, rows: list[dict[str, Any]], errors: list[dict[str, Any]]
+    ) -> bool:
+        """Writes the errors, then creates the scores file, which finishes the shard, also without rows.
+
+        Returns False if another attempt at this shard finished it first; its rows stand.
+        """
+        output = self._settings.output
+        if errors:
+            table = pa.Table.from_pylist(errors, schema=ERRORS)
+            output.errors_file(shard.name, shard.date, table).write(to_parquet(table))
+        try:
+            target.create(to_parquet(pa.Table.from_pylist(rows, schema=SCORES)))
+        except FileExistsError:
+            return False
+        return True
+
+
+def peak(anomaly_map_HW: NDArray[np.float32], image_height: int, image_width: int) -> tuple[float, float]:
+    """Centre (y, x) of the map's hottest cell, in pixels of the original image."""
+    row, column = np.unravel_index(anomaly_map_HW.argmax(), anomaly_map_HW.shape)
+    map_height, map_width = anomaly_map_HW.shape
+    return (float(row) + 0.5) * image_height / map_height, (float(column) + 0.5) * image_width / map_width
+
+
+def _timed(images: Iterator[LoadedImage], seconds: dict[str, float]) -> Iterator[LoadedImage]:
+    for image in images:
+        seconds["read"] += image.read_seconds
+        seconds["decode"] += image.decode_seconds
+        yield image
+
+
+def _result_row(
+    shard: str,
+    images: int,
+    scored: int,
+    anomalous: int,
+    codes: Counter[str],
+    is_published: bool,
+    seconds: dict[str, float],
+) -> pa.Table:
+    row = {
+        "shard": shard,
+        "images": images,
+        "scored": scored,
+        "anomalous": anomalous,
+        "error_codes": list(codes.items()),
+        "is_published": is_published,
+        "seconds": list(seconds.items()),
+    }
+    return pa.Table.from_pylist([row], schema=RESULT)

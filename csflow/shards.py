@@ -1,0 +1,36 @@
+"""Cutting a list of images into shards whose names are functions of their content."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The unit of work: a few hundred images whose result is one file."""
+
+    name: str
+    image_uris: tuple[str, ...]
+    image_versions: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.image_uris)
+
+
+def cut(image_uris: Sequence[str], image_versions: Sequence[str], size: int) -> Iterator[Shard]:
+    """Consecutive images in shards of `size`; the same images give the same names."""
+    for start in range(0, len(image_uris), size):
+        uris = tuple(image_uris[start : start + size])
+        versions = tuple(image_versions[start : start + size])
+        yield Shard(fingerprint(uris, versions)[:32], uris, versions)
+
+
+def fingerprint(image_uris: Sequence[str], image_versions: Sequence[str]) -> str:
+    """Hash of a list of image versions, in hexadecimal."""
+    digest = hashlib.sha256()
+    for image in zip(image_uris, image_versions, strict=True):
+        # Lengths first: no two lists run together to the same bytes.
+        for part in image:
+            data = part.encode()
+            digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()

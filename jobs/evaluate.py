@@ -1,0 +1,13 @@
+"""Measures how well anomaly scores separate normal from defective images.
+
+python jobs/evaluate.py --scores out --labels labels.csv --output evaluation.json
+python jobs/evaluate.py --scores s3://bucket/out --layout mvtec
+
+labels.csv holds the columns image_uri and label (0 normal, 1 defective).
+"""
+
+from csflow.config import run_job
+from csflow.evaluate import EvaluateConfig, evaluate
+
+if __name__ == "__main__":
+    run_job(EvaluateConfig, evaluate, __doc__)

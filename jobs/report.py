@@ -1,0 +1,11 @@
+"""Writes one HTML page about the anomaly scores of an archive, with its most anomalous images.
+
+python jobs/report.py --scores out --output report.html
+python jobs/report.py --scores s3://bucket/out --output s3://bucket/report.html --top 60
+"""
+
+from csflow.config import run_job
+from csflow.report import ReportConfig, report
+
+if __name__ == "__main__":
+    run_job(ReportConfig, report, __doc__)

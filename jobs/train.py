@@ -1,0 +1,18 @@
+"""Train a CS-Flow model on images of good parts.
+
+On this machine, and on a Ray cluster with its images and model in object storage:
+
+    python jobs/train.py --input data/good --output models/cells
+    ray job submit --working-dir . -- python jobs/train.py --input s3://plant/good --output s3://plant/models/cells
+
+The paper's settings:
+
+    python jobs/train.py --input … --output … --backbone tf_efficientnet_b5 --weights timm --image_size 768 \\
+        --coupling_blocks 4 --hidden_channels 1024 --epochs 240
+"""
+
+from csflow.config import run_job
+from csflow.training.job import TrainConfig, train
+
+if __name__ == "__main__":
+    run_job(TrainConfig, train, __doc__)

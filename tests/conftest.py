@@ -1,0 +1,143 @@
+"""Real parts for every test: one Ray cluster a session, an S3 protocol server, solar-cell photographs."""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Ray reads these when it is imported. A token is what protects a cluster by default.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+import boto3
+import pytest
+import ray
+
+from csflow.demo import write_cells
+
+ROOT = Path(__file__).parent.parent
+S3_ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """Endpoint of an S3 protocol server; the standard AWS variables point at it for the whole session.
+
+    Tests that name a bucket of their own create it with the `s3_bucket` fixture.
+    """
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ |= S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    yield os.environ["AWS_ENDPOINT_URL"]
+    server.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3_endpoint: str) -> str:
+    """URL of a new bucket."""
+    name = f"plant-{secrets.token_hex(4)}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_endpoint: str) -> Iterator[dict[str, str]]:
+    """A cluster as `ray start --head` makes it, with the job server; this process and all jobs join it.
+
+    Yields the variables that name it to a client.
+    """
+    port, dashboard_port = free_port(), free_port()
+    temporary = tempfile.mkdtemp(prefix="csflow-ray-", dir="/tmp")
+    ray_cli = str(Path(sys.executable).with_name("ray"))
+    command = [ray_cli, "start", "--head", "--num-cpus=4", f"--port={port}", f"--temp-dir={temporary}"]
+    command += [f"--dashboard-port={dashboard_port}", "--object-store-memory=500000000"]
+    command += ["--disable-usage-stats", "--block"]
+    head = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert head.stdout is not None
+    for line in head.stdout:
+        if "--block" in line:
+            break
+    client = {
+        "RAY_ADDRESS": f"127.0.0.1:{port}",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}",
+    }
+    os.environ |= client
+    ray.init(logging_level="warning", log_to_driver=False)
+    yield client
+    ray.shutdown()
+    os.killpg(head.pid, signal.SIGTERM)
+    head.wait(timeout=60)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's photographs: functional/train, functional/test, defective, uncertain, labels.csv."""
+    folder = tmp_path_factory.mktemp("photographs") / "cells"
+    write_cells(folder)
+    return folder
+
+
+def copy_some(source: Path, target: Path, count: int) -> Path:
+    """The first photographs of a folder in a new one."""
+    target.mkdir(parents=True)
+    for path in sorted(source.iterdir())[:count]:
+        shutil.copy2(path, target / path.name)
+    return target
+
+
+def run_job(verb: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """`python jobs/<verb>.py …` as a user runs it."""
+    command = [sys.executable, str(ROOT / "jobs" / f"{verb}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+SMALL_MODEL = ["--image_size", "128", "--hidden_channels", "16", "--epochs", "2", "--learning_rate", "1e-3"]
+"""Real weights, real photographs; only the flow is small."""
+
+
+@pytest.fixture(scope="session")
+def good_cells(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 photographs of functional cells to train on."""
+    return copy_some(cells / "functional" / "train", tmp_path_factory.mktemp("good") / "cells", 48)
+
+
+@pytest.fixture(scope="session")
+def trained(
+    ray_cluster: dict[str, str], good_cells: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A model directory written by the training job, and how the job ended."""
+    folder = tmp_path_factory.mktemp("trained") / "model"
+    return folder, run_job("train", "--input", good_cells, "--output", folder, *SMALL_MODEL)
+
+
+@pytest.fixture(scope="session")
+def model(trained: tuple[Path, subprocess.CompletedProcess[str]]) -> Path:
+    folder, job = trained
+    assert job.returncode == 0, job.stderr
+    return folder
+
+
+@pytest.fixture
+def run_record() -> Callable[[Path], dict[str, object]]:
+    """Reads the run.json of an output's latest run."""
+    return lambda output: json.loads(max(output.glob("_runs/*/run.json")).read_text())

@@ -1,0 +1,103 @@
+"""A real S3 protocol server behind an HTTP front that counts requests and fails on demand."""
+
+import http.client
+import threading
+from collections import deque
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import s3fs
+from moto.server import ThreadedMotoServer
+
+BUCKET = "inputs"
+ANSWERS = {
+    "slow down": (503, "SlowDown", "Please reduce your request rate."),
+    "too many": (429, "TooManyRequests", "Too many requests."),
+    "broken": (500, "InternalError", "We encountered an internal error."),
+    "denied": (403, "AccessDenied", "Access Denied"),
+}
+
+
+class FaultyS3:
+    """`faults` are used up one by one, by the requests as they come: an answer, "cut" or "reset"."""
+
+    def __init__(self) -> None:
+        self._moto = ThreadedMotoServer(port=0, verbose=False)
+        self._moto.start()
+        self.host, self.port = self._moto.get_host_and_port()
+        self._front = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._front.faulty_s3 = self  # type: ignore[attr-defined]
+        self._thread = threading.Thread(target=self._front.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+        self.faults: deque[str] = deque()
+        self.requests: list[str] = []
+        self.options: dict[str, Any] = {
+            "key": "testing",
+            "secret": "testing",
+            "endpoint_url": f"http://127.0.0.1:{self._front.server_address[1]}",
+        }
+        self.fs = s3fs.S3FileSystem(**self.options, use_listings_cache=False)
+        self.fs.mkdir(BUCKET)
+
+    def put(self, key: str, data: bytes) -> str:
+        """Stores an object and returns its URI; the request is not counted."""
+        self.fs.pipe_file(f"{BUCKET}/{key}", data)
+        self.requests.clear()
+        return f"s3://{BUCKET}/{key}"
+
+    def empty(self) -> None:
+        """Removes all objects by their very names: `fs.rm` takes `[` for a pattern."""
+        self.faults.clear()
+        keys = [path.partition("/")[2] for path in self.fs.find(BUCKET)]
+        if keys:
+            self.fs.call_s3("delete_objects", Bucket=BUCKET, Delete={"Objects": [{"Key": k} for k in keys]})
+        self.requests.clear()
+
+    def stop(self) -> None:
+        self._front.shutdown()
+        self._front.server_close()
+        self._thread.join()
+        self._moto.stop()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def _handle(self) -> None:
+        server: FaultyS3 = self.server.faulty_s3  # type: ignore[attr-defined]
+        server.requests.append(f"{self.command} {self.path}")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fault = server.faults.popleft() if server.faults else None
+        if fault in ANSWERS:
+            status, code, message = ANSWERS[fault]
+            xml = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+            return self._answer(status, [("Content-Type", "application/xml")], xml, len(xml))
+        if fault == "reset":
+            self.close_connection = True
+            return None
+        connection = http.client.HTTPConnection(server.host, server.port)
+        connection.request(self.command, self.path, body, dict(self.headers))
+        response = connection.getresponse()
+        data = response.read()
+        length = int(response.getheader("Content-Length", len(data)))
+        skipped = ("connection", "content-length", "transfer-encoding")
+        headers = [header for header in response.getheaders() if header[0].lower() not in skipped]
+        if fault == "cut":
+            data = data[: len(data) // 2]
+            self.close_connection = True
+        connection.close()
+        return self._answer(response.status, headers, data, length)
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], data: bytes, length: int) -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass

@@ -1,0 +1,694 @@
+"""Listing and reading of inputs: every kind and store, and what is damaged, changed, hostile or refused."""
+
+import io
+import os
+import struct
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import faulty_s3
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from csflow import folders, inputs, objects
+from csflow.errors import ErrorCode, ImageError, WrongUse
+from csflow.inputs import LISTING, list_images
+from csflow.reading import ImageReader
+
+
+def png(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (16, 8), shade).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def listing(*uris: object, options: dict[str, Any] | None = None) -> dict[str, str]:
+    """Image URI → version, in the order of the listing; each URI must come once."""
+    batches = list(list_images([str(uri) for uri in uris], options or {}))
+    assert all(batch.schema == LISTING for batch in batches)
+    table = pa.Table.from_batches(batches, LISTING)
+    found = dict(zip(table["image_uri"].to_pylist(), table["image_version"].to_pylist(), strict=True))
+    assert len(found) == len(table)
+    return found
+
+
+def contents(found: dict[str, str], options: dict[str, Any] | None = None) -> dict[str, bytes]:
+    reader = ImageReader(options or {}, deadline_s=20)
+    return {uri: reader.read(uri, version) for uri, version in found.items()}
+
+
+def failure(uri: str, version: str, deadline_s: float = 20, **settings: Any) -> ImageError:
+    """Why an image cannot be read."""
+    reader = ImageReader(settings.pop("options", {}), deadline_s=deadline_s, **settings)
+    with pytest.raises(ImageError) as caught:
+        reader.read(uri, version)
+    assert uri not in caught.value.message
+    return caught.value
+
+
+def wrong_use(*uris: object, options: dict[str, Any] | None = None) -> str:
+    with pytest.raises(WrongUse) as caught:
+        listing(*uris, options=options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(uris[0]) in message
+    return message
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def tar_of(members: dict[str, bytes], **settings: Any) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", **settings) as archive:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def zip_of(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def parquet_of(columns: dict[str, Any], row_group_size: int = 2) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer, row_group_size=row_group_size)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[faulty_s3.FaultyS3]:
+    started = faulty_s3.FaultyS3()
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def bucket(server: faulty_s3.FaultyS3) -> Iterator[faulty_s3.FaultyS3]:
+    yield server
+    server.empty()
+
+
+ARCHIVE = {
+    "part.jpg": png(1),
+    "deep/er.PNG": png(2),
+    "../climb.png": png(3),
+    "/etc/absolute.png": png(4),
+    "./dot.png": png(5),
+    "_DSC0001.JPG": png(6),
+    "__MACOSX/._part.jpg": b"AppleDouble",
+    "notes.txt": b"no image",
+}
+MEMBERS = [name for name in ARCHIVE if name not in ("__MACOSX/._part.jpg", "notes.txt")]
+ROWS = [png(20), png(21), png(22), png(23), png(24)]
+HUGGING_FACE = {"image": [{"bytes": data, "path": "a.png"} for data in ROWS], "label": [0] * 5}
+
+
+def archive_tree() -> dict[str, bytes]:
+    """Every kind of input in one folder: relative name → bytes."""
+    return {
+        "b.jpg": png(10),
+        "a.TIFF": png(11),
+        "line 1/ü#1?.png": png(12),
+        "line 1/c[1].webp": png(13),
+        "line 1/d::e.bmp": png(14),
+        "pack.tar": tar_of(ARCHIVE),
+        "pack.zip": zip_of(ARCHIVE),
+        "stored.zip": zip_of(ARCHIVE, zipfile.ZIP_STORED),
+        "rows.parquet": parquet_of(HUGGING_FACE),
+        "labels.parquet": parquet_of({"image_uri": ["a.jpg"], "label": [1]}),
+        "labels.csv": b"image_uri\nb.jpg\n",
+        ".hidden.jpg": png(99),
+        ".cache/x.jpg": png(99),
+        "_temporary/x.jpg": png(99),
+        "readme.txt": b"",
+    }
+
+
+def expected_images(root: str) -> dict[str, bytes]:
+    tree = archive_tree()
+    singles = {f"{root}/{name}": tree[name] for name in list(tree)[:5]}
+    packs = ("pack.tar", "pack.zip", "stored.zip")
+    members = {f"{root}/{pack}!/{name}": ARCHIVE[name] for pack in packs for name in MEMBERS}
+    rows = {f"{root}/rows.parquet#{row}": data for row, data in enumerate(ROWS)}
+    return singles | members | rows
+
+
+def test_local_folder_lists_every_kind_and_reads_it_back(tmp_path: Path) -> None:
+    for name, data in archive_tree().items():
+        write(tmp_path / name, data)
+    found = listing(tmp_path)
+    assert contents(found) == expected_images(str(tmp_path))
+    assert list(found.items()) == list(listing(tmp_path).items())
+    assert list(tmp_path.rglob("climb*")) == []
+
+
+def test_s3_prefix_lists_every_kind_and_reads_it_back(bucket: faulty_s3.FaultyS3) -> None:
+    for name, data in archive_tree().items():
+        bucket.put(f"archive/{name}", data)
+    found = listing("s3://inputs/archive", options=bucket.options)
+    assert contents(found, bucket.options) == expected_images("s3://inputs/archive")
+    assert list(found.items()) == list(listing("s3a://inputs/archive/", options=bucket.options).items())
+
+
+def test_other_stores_are_listed_and_read(tmp_path: Path) -> None:
+    store = fsspec.filesystem("memory")
+    for name, data in archive_tree().items():
+        store.pipe_file(f"/archive/{name}", data)
+    try:
+        found = listing("memory:///archive")
+        assert contents(found) == expected_images("memory:///archive")
+        assert failure("memory:///archive/gone.png", "1").code == ErrorCode.NOT_FOUND
+    finally:
+        store.rm("/archive", recursive=True)
+
+
+def test_s3_images_take_one_request_each_and_no_head(bucket: faulty_s3.FaultyS3) -> None:
+    for number in range(5):
+        bucket.put(f"many/{number}.png", png(number))
+    bucket.put("many/x.tar", tar_of({"m.png": png(7)}))
+    bucket.put("many/x.zip", zip_of({"m.png": png(8)}))
+    found = listing("s3://inputs/many/", options=bucket.options)
+    assert not any(request.startswith("HEAD") for request in bucket.requests)
+    bucket.requests.clear()
+    assert len(contents(found, bucket.options)) == 7
+    assert [request.split()[0] for request in bucket.requests] == ["GET"] * 7
+
+
+def test_s3_zip_is_listed_with_one_request_for_its_index(bucket: faulty_s3.FaultyS3) -> None:
+    bucket.put("x.zip", zip_of({f"{number}.png": os.urandom(1000) for number in range(500)}))
+    assert len(listing("s3://inputs", options=bucket.options)) == 500
+    assert [request for request in bucket.requests if "list-type" not in request] == ["GET /inputs/x.zip"]
+
+
+def test_s3_pages_of_many_folders_are_all_listed(
+    bucket: faulty_s3.FaultyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"p/{folder}/{name}.png" for folder in range(6) for name in range(4)] + ["p/top.png"]
+    for name in names:
+        bucket.put(name, b"x")
+    real = objects.ObjectStore.call_s3
+
+    def small_pages(self: objects.ObjectStore, method: str, **request: Any) -> Any:
+        return real(self, method, **({"MaxKeys": 3} | request))
+
+    monkeypatch.setattr(objects.ObjectStore, "call_s3", small_pages)
+    for listings_at_once in (1, 4, 16):
+        monkeypatch.setattr(folders, "LISTINGS_AT_ONCE", listings_at_once)
+        found = listing("s3://inputs/p", options=bucket.options)
+        assert sorted(found) == sorted(f"s3://inputs/{name}" for name in names)
+        assert list(found) == list(listing("s3://inputs/p", options=bucket.options))
+
+
+def test_listing_comes_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "BATCH_ROWS", 2)
+    for number in range(5):
+        write(tmp_path / f"{number}.png", png(number))
+    assert [len(batch) for batch in list_images([str(tmp_path)], {})] == [2, 2, 1]
+
+
+def test_overlapping_inputs_give_each_image_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = write(tmp_path / "a" / "1.png", png(1))
+    write(tmp_path / "a" / "2.png", png(2))
+    monkeypatch.chdir(tmp_path)
+    found = listing(image, "a", "./a/../a/", f"file://{image}", tmp_path / "*" / "*.png", "a")
+    assert list(found) == [str(image), str(tmp_path / "a" / "2.png")]
+
+
+def test_patterns_match_files_and_folders(tmp_path: Path, bucket: faulty_s3.FaultyS3) -> None:
+    names = ["d-1/a.png", "d-1/b.jpg", "d-2/sub/c.png", "e/d.png", "d-1/.h.png", "d-1/[x].png", "d-1/x.png"]
+    for name in names:
+        write(tmp_path / name, png(1))
+        bucket.put(name, png(1))
+    expected = {
+        "d-*/*.png": ["d-1/[x].png", "d-1/a.png", "d-1/x.png"],
+        "d-*": ["d-1/[x].png", "d-1/a.png", "d-1/b.jpg", "d-1/x.png", "d-2/sub/c.png"],
+        "**/c.png": ["d-2/sub/c.png"],
+        "d-1/[x].png": ["d-1/[x].png"],  # an object of that very name is preferred
+    }
+    for pattern, matches in expected.items():
+        for root, options in ((str(tmp_path), {}), ("s3://inputs", bucket.options)):
+            found = listing(f"{root}/{pattern}", options=options)
+            assert sorted(found) == [f"{root}/{name}" for name in matches]
+
+
+def test_symbolic_links_are_followed_once_and_dangling_ones_accounted_for(tmp_path: Path) -> None:
+    write(tmp_path / "real" / "a.png", png(1))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "back").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "gone.png").symlink_to(tmp_path / "nothing")
+    found = listing(tmp_path / "in")
+    gone = str(tmp_path / "in" / "gone.png")
+    assert list(found) == [gone, str(tmp_path / "in" / "linked" / "a.png")]
+    assert failure(gone, found[gone]).code == ErrorCode.NOT_FOUND
+
+
+def test_names_that_are_not_utf8_do_not_stop_the_listing(tmp_path: Path) -> None:
+    write(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")), png(1))
+    write(tmp_path / "x.tar", tar_of({"\udcff.png": png(2)}, format=tarfile.GNU_FORMAT))
+    (name, version), (member, member_version) = listing(tmp_path).items()
+    assert name.endswith(("x.tar!/\\udcff.png", "/\\udcff.png"))
+    found = {name: version, member: member_version}
+    packed = next(uri for uri in found if ".tar!/" in uri)
+    assert contents({packed: found.pop(packed)}) == {packed: png(2)}
+    assert failure(*found.popitem()).code == ErrorCode.NOT_FOUND
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_manifest_names_images_of_every_kind(tmp_path: Path, kind: str) -> None:
+    single = write(tmp_path / "in" / "a.png", png(1))
+    bare = write(tmp_path / "in" / "no_suffix", png(2))
+    write(tmp_path / "in" / "x.zip", zip_of({"m.png": png(3), "n.png": png(4)}))
+    write(tmp_path / "in" / "r.parquet", parquet_of(HUGGING_FACE))
+    whole = write(tmp_path / "in" / "whole.tar", tar_of({"w.png": png(5)}))
+    uris = ["../in/a.png", str(bare), "x.zip!/n.png", "r.parquet#3", "whole.tar", "gone.png", "x.zip!/z.png"]
+    manifest = tmp_path / "in" / f"m.{kind}"
+    if kind == "csv":
+        manifest.write_text("note,image_uri\n" + "".join(f'"1,5",{uri}\n' for uri in uris))
+    else:
+        pq.write_table(pa.table({"image_uri": uris, "image": [b""] * len(uris)}), manifest)
+    found = listing(manifest)
+    gone, absent = f"{tmp_path}/in/gone.png", f"{tmp_path}/in/x.zip!/z.png"
+    assert failure(gone, found.pop(gone)).code == ErrorCode.NOT_FOUND
+    assert failure(absent, found.pop(absent)).code == ErrorCode.NOT_FOUND
+    assert contents(found) == {
+        str(single): png(1),
+        str(bare): png(2),
+        f"{tmp_path}/in/x.zip!/n.png": png(4),
+        f"{tmp_path}/in/r.parquet#3": ROWS[3],
+        f"{whole}!/w.png": png(5),
+    }
+
+
+def test_manifest_versions_save_the_look_up(bucket: faulty_s3.FaultyS3) -> None:
+    bucket.put("in/a.png", png(1))
+    etag = bucket.fs.info("inputs/in/a.png")["ETag"]
+    rows = [f's3://inputs/in/a.png,"{etag.replace(chr(34), chr(34) * 2)}",7', "b.png,old,8"]
+    manifest = bucket.put("in/m.csv", "\n".join(["image_uri,etag,size", *rows]).encode())
+    table = pa.Table.from_batches(list_images([manifest], bucket.options))
+    assert table.to_pylist() == [
+        {"image_uri": "s3://inputs/in/a.png", "image_version": etag.strip('"'), "size_bytes": 7},
+        {"image_uri": "s3://inputs/in/b.png", "image_version": "old", "size_bytes": 8},
+    ]
+    assert not any(".png" in request for request in bucket.requests)
+
+
+def test_scored_images_can_be_named_again_by_uri_and_version(tmp_path: Path) -> None:
+    write(tmp_path / "x.tar", tar_of(ARCHIVE))
+    write(tmp_path / "r.parquet", parquet_of(HUGGING_FACE))
+    found = listing(tmp_path)
+    columns = {"image_uri": list(found), "image_version": list(found.values())}
+    pq.write_table(pa.table(columns), tmp_path / "again.parquet")
+    assert listing(tmp_path / "again.parquet") == found
+
+
+@pytest.mark.parametrize(
+    "columns", [{"bytes": ROWS}, {"photo": ROWS, "n": [1] * 5}, {"x": ROWS, "data": ROWS}]
+)
+def test_parquet_image_column_is_found(tmp_path: Path, columns: dict[str, Any]) -> None:
+    file = write(tmp_path / "r.parquet", parquet_of(columns))
+    assert list(contents(listing(file)).values()) == ROWS
+
+
+def test_parquet_row_group_is_fetched_once_for_all_its_rows(bucket: faulty_s3.FaultyS3) -> None:
+    uri = bucket.put("r.parquet", parquet_of({"image": [png(n) for n in range(16)]}, row_group_size=8))
+    found = listing(uri, options=bucket.options)
+    bucket.requests.clear()
+    reader = ImageReader(bucket.options)
+    with ThreadPoolExecutor(16) as pool:
+        images = list(pool.map(lambda image: reader.read(*image), found.items()))
+    assert images == [png(n) for n in range(16)]
+    # The footer is parsed once, and each of the two row groups fetched once.
+    assert len([request for request in bucket.requests if request.startswith("GET")]) <= 4
+
+
+def test_null_or_empty_images_are_empty(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", b"")
+    write(tmp_path / "r.parquet", parquet_of({"image": pa.array([None, b""], pa.binary())}))
+    write(tmp_path / "x.tar", tar_of({"e.png": b""}))
+    write(tmp_path / "x.zip", zip_of({"e.png": b""}))
+    found = listing(tmp_path)
+    assert len(found) == 5
+    assert {failure(*image).code for image in found.items()} == {ErrorCode.EMPTY}
+
+
+def test_rewritten_local_files_are_changed_and_removed_ones_not_found(tmp_path: Path) -> None:
+    tree = {"a.png": png(1), "x.tar": tar_of(ARCHIVE), "x.zip": zip_of(ARCHIVE)}
+    tree["r.parquet"] = parquet_of(HUGGING_FACE)
+    for name, data in tree.items():
+        write(tmp_path / name, data)
+    found = listing(tmp_path)
+    for name, data in tree.items():
+        # Of the same size: only the time tells.
+        write(tmp_path / name, data)
+        os.utime(tmp_path / name, ns=(1, 1))
+    assert {failure(*image).code for image in found.items()} == {ErrorCode.CHANGED}
+    for name in tree:
+        (tmp_path / name).unlink()
+    assert {failure(*image).code for image in found.items()} == {ErrorCode.NOT_FOUND}
+
+
+def test_replaced_s3_objects_are_changed_and_removed_ones_not_found(bucket: faulty_s3.FaultyS3) -> None:
+    old = {"a.png": png(1), "x.tar": tar_of({"m.png": png(2)}), "x.zip": zip_of({"m.png": png(3)})}
+    new = {"a.png": png(4), "x.tar": tar_of({"m.png": png(5)}), "x.zip": zip_of({"m.png": png(6)})}
+    old["r.parquet"], new["r.parquet"] = parquet_of({"image": [png(7)]}), parquet_of({"image": [png(8)]})
+    for name, data in old.items():
+        bucket.put(name, data)
+    found = listing("s3://inputs", options=bucket.options)
+    assert len(found) == 4
+    for name, data in new.items():
+        bucket.put(name, data)
+    failures = [failure(*image, options=bucket.options) for image in found.items()]
+    assert {error.code for error in failures} == {ErrorCode.CHANGED}
+    bucket.empty()
+    failures = [failure(*image, options=bucket.options) for image in found.items()]
+    assert {error.code for error in failures} == {ErrorCode.NOT_FOUND}
+
+
+def cut_inside_data() -> bytes:
+    return tar_of({"a.png": png(1), "b.png": bytes(5000)})[:3000]
+
+
+def cut_inside_header() -> bytes:
+    return tar_of({"a.png": png(1), "b.png": png(2)})[:1124]
+
+
+def bad_header_in_the_middle() -> bytes:
+    data = bytearray(tar_of({"a.png": png(1), "b.png": png(2), "c.png": png(3)}))
+    data[1024:1536] = os.urandom(512)
+    return bytes(data)
+
+
+def negative_size() -> bytes:
+    data = bytearray(tar_of({"a.png": png(1), "b.png": png(2)}))
+    header = data[1024:1536]
+    header[124:136] = b"\xff" * 10 + struct.pack(">h", -1024)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    data[1024:1536] = header
+    return bytes(data)
+
+
+def zip_without_directory() -> bytes:
+    return zip_of(ARCHIVE)[:-60]
+
+
+def zip_with_bad_directory() -> bytes:
+    data = zip_of({"a.png": png(1)})
+    return data[: data.index(b"PK\x01\x02")] + b"PK\x01\x09" + data[data.index(b"PK\x01\x02") + 4 :]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damaged"),
+    [
+        ("tar", cut_inside_data),
+        ("tar", cut_inside_header),
+        ("tar", bad_header_in_the_middle),
+        ("tar", negative_size),
+        ("tar", lambda: b"no archive at all"),
+        ("tar", lambda: b""),
+        ("zip", zip_without_directory),
+        ("zip", zip_with_bad_directory),
+        ("zip", lambda: b""),
+        ("parquet", lambda: parquet_of(HUGGING_FACE)[:-20]),
+        ("parquet", lambda: b"PAR1"),
+    ],
+)
+def test_damaged_archive_is_one_row_and_its_neighbours_go_on(
+    tmp_path: Path, suffix: str, damaged: Any
+) -> None:
+    archive = write(tmp_path / f"m.{suffix}", damaged())
+    neighbours = {str(write(tmp_path / name, png(1))): png(1) for name in ("a.png", "z.png")}
+    found = listing(tmp_path)
+    assert listing(archive) == {str(archive): found[str(archive)]}
+    assert failure(str(archive), found.pop(str(archive))).code == ErrorCode.CORRUPT
+    assert contents(found) == neighbours
+
+
+def test_repaired_archive_is_listed_anew(tmp_path: Path) -> None:
+    archive = write(tmp_path / "m.tar", cut_inside_header())
+    ((uri, version),) = listing(archive).items()
+    write(archive, tar_of({"a.png": png(1)}))
+    assert failure(uri, version).code == ErrorCode.CHANGED
+    assert list(listing(archive)) == [f"{archive}!/a.png"]
+
+
+def test_of_a_repeated_member_the_last_counts(tmp_path: Path) -> None:
+    tar, packed = tar_of({"a.png": png(1)}), zip_of({"a.png": png(1)})
+    tar = tar[: tar.rindex(png(1)[-12:]) // 512 * 512 + 512] + tar_of({"a.png": png(2)})
+    write(tmp_path / "x.tar", tar)
+    buffer = io.BytesIO(packed)
+    with zipfile.ZipFile(buffer, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("a.png", png(2))
+    write(tmp_path / "x.zip", buffer.getvalue())
+    assert list(contents(listing(tmp_path)).values()) == [png(2), png(2)]
+
+
+def test_links_and_folders_in_a_tar_are_skipped(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for kind, name in (
+            (tarfile.SYMTYPE, "s.png"),
+            (tarfile.LNKTYPE, "l.png"),
+            (tarfile.DIRTYPE, "d.png"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
+        member = tarfile.TarInfo("a.png")
+        member.size = len(png(1))
+        archive.addfile(member, io.BytesIO(png(1)))
+    assert list(listing(tmp_path / "x.tar")) == [f"{tmp_path}/x.tar!/a.png"]
+
+
+def test_members_above_the_limit_are_too_large_before_they_are_unpacked(tmp_path: Path) -> None:
+    bomb = bytes(1 << 20)
+    for name, data in {
+        "a.png": bomb,
+        "x.tar": tar_of({"b.png": bomb}),
+        "x.zip": zip_of({"b.png": bomb}),
+    }.items():
+        write(tmp_path / name, data)
+    found = listing(tmp_path)
+    assert {failure(*image, max_bytes=1000).code for image in found.items()} == {ErrorCode.TOO_LARGE}
+
+
+def test_s3_objects_above_the_limit_are_too_large(bucket: faulty_s3.FaultyS3) -> None:
+    uri = bucket.put("a.png", bytes(2000))
+    found = listing(uri, options=bucket.options)
+    assert failure(uri, found[uri], options=bucket.options, max_bytes=1000).code == ErrorCode.TOO_LARGE
+
+
+def test_zip_headers_that_lie_about_the_size_are_corrupt(tmp_path: Path) -> None:
+    data = zip_of({"b.png": bytes(1 << 20)})
+    lying = data.replace(struct.pack("<I", 1 << 20), struct.pack("<I", 100))
+    assert lying != data
+    ((uri, version),) = listing(write(tmp_path / "x.zip", lying)).items()
+    assert failure(uri, version, max_bytes=1000).code == ErrorCode.CORRUPT
+
+
+def test_damaged_zip_members_are_corrupt_and_their_neighbours_go_on(tmp_path: Path) -> None:
+    data = bytearray(zip_of({"a.png": png(1), "b.png": png(2)}, zipfile.ZIP_STORED))
+    data[data.index(png(1)) + 20] ^= 0xFF
+    (first, second) = listing(write(tmp_path / "x.zip", bytes(data))).items()
+    assert failure(*first).code == ErrorCode.CORRUPT
+    assert contents(dict([second])) == {second[0]: png(2)}
+
+
+def test_encrypted_or_unusually_packed_zip_members_are_unsupported(tmp_path: Path) -> None:
+    encrypted = bytearray(zip_of({"a.png": png(1)}))
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        encrypted[encrypted.index(signature) + offset] |= 1
+    write(tmp_path / "e.zip", bytes(encrypted))
+    write(tmp_path / "l.zip", zip_of({"a.png": png(1)}, zipfile.ZIP_LZMA))
+    found = listing(tmp_path)
+    assert len(found) == 2
+    assert {failure(*image).code for image in found.items()} == {ErrorCode.UNSUPPORTED_FORMAT}
+
+
+def test_missing_parquet_rows_are_not_found(tmp_path: Path) -> None:
+    found = listing(write(tmp_path / "r.parquet", parquet_of(HUGGING_FACE)))
+    version = next(iter(found.values()))
+    assert failure(f"{tmp_path}/r.parquet#5", version).code == ErrorCode.NOT_FOUND
+
+
+@pytest.mark.parametrize("fault", ["slow down", "too many", "broken", "cut", "reset"])
+def test_transient_failures_are_tried_again(bucket: faulty_s3.FaultyS3, fault: str) -> None:
+    uri = bucket.put("a.png", png(1))
+    found = listing(uri, options=bucket.options)
+    bucket.requests.clear()
+    bucket.faults.extend([fault] * 2)
+    assert contents(found, bucket.options) == {uri: png(1)}
+    assert len(bucket.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        ("slow down", ErrorCode.THROTTLED),
+        ("too many", ErrorCode.THROTTLED),
+        ("broken", ErrorCode.SERVER_ERROR),
+        ("cut", ErrorCode.CONNECTION),
+        ("reset", ErrorCode.CONNECTION),
+    ],
+)
+def test_transient_failures_past_the_deadline_are_transient_errors(
+    bucket: faulty_s3.FaultyS3, fault: str, code: ErrorCode
+) -> None:
+    uri = bucket.put("a.png", png(1))
+    version = listing(uri, options=bucket.options)[uri]
+    bucket.faults.extend([fault] * 1000)
+    error = failure(uri, version, deadline_s=0.2, options=bucket.options)
+    assert error.code == code
+    assert error.is_transient
+
+
+def test_listing_goes_on_after_transient_failures(bucket: faulty_s3.FaultyS3) -> None:
+    uri = bucket.put("d/x.tar", tar_of({"m.png": png(1)}))
+    bucket.faults.extend(["slow down", "broken", "reset"])
+    assert list(listing("s3://inputs/d", options=bucket.options)) == [f"{uri}!/m.png"]
+
+
+def test_archive_that_failed_for_a_while_is_a_transient_error(
+    bucket: faulty_s3.FaultyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = bucket.put("d/x.tar", tar_of({"m.png": png(1)}))
+    monkeypatch.setattr(inputs, "DEADLINE_S", 0.0)
+    real = objects.ObjectStore.fetch
+
+    def failing_fetch(self: objects.ObjectStore, *args: Any) -> bytes:
+        bucket.faults.append("broken")
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objects.ObjectStore, "fetch", failing_fetch)
+        found = listing("s3://inputs/d", options=bucket.options)
+    assert list(found) == [uri]
+    error = failure(uri, found[uri], options=bucket.options)
+    assert (error.code, error.is_transient) == (ErrorCode.CHANGED, True)
+
+
+def test_refused_object_is_not_tried_again(bucket: faulty_s3.FaultyS3) -> None:
+    uri = bucket.put("a.png", png(1))
+    version = listing(uri, options=bucket.options)[uri]
+    bucket.requests.clear()
+    bucket.faults.append("denied")
+    assert failure(uri, version, options=bucket.options).code == ErrorCode.PERMISSION_DENIED
+    assert len(bucket.requests) == 1
+
+
+def test_unexpected_exceptions_are_internal_errors_without_their_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> bytes:
+        raise KeyError("secret")
+
+    monkeypatch.setattr(objects, "_read_local", broken)
+    error = failure(str(write(tmp_path / "a.png", png(1))), "1")
+    assert error.code == ErrorCode.INTERNAL
+    assert "KeyError" in error.message
+    assert "secret" not in error.message
+
+
+def test_threads_share_a_reader(tmp_path: Path, bucket: faulty_s3.FaultyS3) -> None:
+    for name, data in archive_tree().items():
+        bucket.put(f"t/{name}", data)
+    found = listing("s3://inputs/t", options=bucket.options)
+    reader = ImageReader(bucket.options)
+    start = threading.Barrier(16)
+
+    def read_all(_: int) -> dict[str, bytes]:
+        start.wait()
+        return {uri: reader.read(uri, version) for uri, version in found.items()}
+
+    with ThreadPoolExecutor(16) as pool:
+        for images in pool.map(read_all, range(16)):
+            assert images == expected_images("s3://inputs/t")
+
+
+def test_missing_locations_are_wrong_use(tmp_path: Path, bucket: faulty_s3.FaultyS3) -> None:
+    assert "does not exist" in wrong_use(tmp_path / "nothing")
+    assert "does not exist" in wrong_use("s3://inputs/nothing", options=bucket.options)
+    assert "does not exist" in wrong_use("s3://inputs/nothing/", options=bucket.options)
+    assert "bucket absent does not exist" in wrong_use("s3://absent/x", options=bucket.options)
+    assert "bucket absent does not exist" in wrong_use("s3://absent", options=bucket.options)
+    assert "no such bucket or key name" in wrong_use("s3://", options=bucket.options)
+    assert "nothing matches" in wrong_use(tmp_path / "*.png")
+    assert "nothing matches" in wrong_use("s3://absent/*.png", options=bucket.options)
+
+
+def test_every_input_is_checked_before_the_first_image_is_listed(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", png(1))
+    with pytest.raises(WrongUse, match="nothing"):
+        next(list_images([str(tmp_path), str(tmp_path / "nothing")], {}))
+
+
+def test_inputs_without_images_are_wrong_use(tmp_path: Path, bucket: faulty_s3.FaultyS3) -> None:
+    write(tmp_path / "in" / "_hidden.png", png(1))
+    note = write(tmp_path / "in" / "note.txt", b"x")
+    assert ".jpeg" in wrong_use(tmp_path / "in")
+    assert "is not named like an input" in wrong_use(note)
+    assert "holds no images" in wrong_use(write(tmp_path / "x.tar", tar_of({"a.txt": b"x"})))
+    bucket.put("notes/a.txt", b"x")
+    assert "holds no images" in wrong_use("s3://inputs/notes", options=bucket.options)
+
+
+def test_tables_that_are_no_manifests_are_wrong_use(tmp_path: Path) -> None:
+    assert "no column image_uri" in wrong_use(
+        write(tmp_path / "semicolons.csv", b"image_uri;size\na.png;1\n")
+    )
+    assert "manifest" in wrong_use(write(tmp_path / "empty.csv", b""))
+    assert "holds no images" in wrong_use(write(tmp_path / "header.csv", b"image_uri\n"))
+    assert "manifest" in wrong_use(write(tmp_path / "size.csv", b"image_uri,size\na.png,big\n"))
+    assert "row 2" in wrong_use(write(tmp_path / "gap.csv", b"image_uri,size\na.png,1\n,2\n"))
+    assert "names no images" in wrong_use(write(tmp_path / "t.parquet", parquet_of({"x": [1]})))
+
+
+def test_unknown_schemes_are_wrong_use() -> None:
+    assert "nonsense" in wrong_use("nonsense://bucket/a.png")
+    assert "gcsfs" in wrong_use("gs://bucket/a.png")
+
+
+def test_refused_and_missing_credentials_are_wrong_use(
+    bucket: faulty_s3.FaultyS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    uri = bucket.put("a.png", png(1))
+    bucket.faults.extend(["denied"] * 10)
+    message = wrong_use(uri, options=bucket.options)
+    assert "access denied" in message
+    assert "s3:ListBucket" in message
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    options = {"endpoint_url": bucket.options["endpoint_url"]}
+    assert "AWS_ACCESS_KEY_ID" in wrong_use(uri, options=options)
+    manifest = write(tmp_path / "m.csv", f"image_uri\n{uri}\n".encode())
+    assert "AWS_ACCESS_KEY_ID" in wrong_use(manifest, options=options)
+    assert failure(uri, "1", options=options).code == ErrorCode.PERMISSION_DENIED
+
+
+def test_unreachable_store_is_a_connection_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "DEADLINE_S", 0.0)
+    options = {"key": "a", "secret": "b", "endpoint_url": "http://127.0.0.1:9"}
+    with pytest.raises(ConnectionError, match="AWS_ENDPOINT_URL"):
+        listing("s3://inputs/a.png", options=options)
