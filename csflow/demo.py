@@ -66,7 +66,7 @@ def query(scores: str) -> None:
 
     sql = QUERY.format(scores=scores.rstrip("/"))
     print(f"{sql};\n")
-    duckdb.sql(sql).show()
+    print(duckdb.sql(sql))
 
 
 def _cells() -> Iterator[tuple[Path, float, str]]:

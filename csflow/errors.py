@@ -74,6 +74,9 @@ class ImageError(Exception):
         self.code = code
         self.message = message
 
+    def __reduce__(self) -> tuple[type["ImageError"], tuple[ErrorCode, str]]:
+        return type(self), (self.code, self.message)
+
     @property
     def is_transient(self) -> bool:
         return self.code in TRANSIENT

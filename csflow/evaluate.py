@@ -16,7 +16,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from csflow.config import JobConfig
 from csflow.errors import ExitStatus, WrongUse
-from csflow.manifests import canonical_uri
+from csflow.inputs.manifests import canonical_uri
 from csflow.scores import latest_per_image, open_scores
 from csflow.storage import Location
 

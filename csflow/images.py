@@ -95,7 +95,7 @@ def decode(data: bytes, size: tuple[int, int] | None = None, max_pixels: int = M
     except Image.DecompressionBombError as error:
         raise ImageError(ErrorCode.TOO_LARGE, str(error)) from error
     except MemoryError as error:
-        raise ImageError(ErrorCode.TOO_LARGE, "needs more memory than there is") from error
+        raise ImageError(ErrorCode.TOO_LARGE, "more memory than can be allocated") from error
     except Exception as error:
         # Pillow reports damage as OSError, SyntaxError, ValueError, KeyError, AssertionError and more.
         raise ImageError(_code(error, image_file, data), f"{type(error).__name__}: {error}") from error
@@ -111,6 +111,8 @@ def _read(
         raise ImageError(
             ErrorCode.TOO_LARGE, f"{image.width}x{image.height} pixels, over the limit of {max_pixels} pixels"
         )
+    # Pillow gathers a row block by block, quadratic in the blocks: minutes for a WebP 16 million wide.
+    image.decodermaxblock = max(image.decodermaxblock, 8 * image.width)  # at most 8 bytes a pixel
     if isinstance(image, PngImageFile):
         _drop_wide_colour_key(image)
     if not isinstance(image, JpegImageFile):

@@ -20,7 +20,7 @@ from csflow import maps
 from csflow.config import JobConfig
 from csflow.errors import ExitStatus, ImageError
 from csflow.images import decode
-from csflow.reading import ImageReader
+from csflow.inputs.reading import ImageReader
 from csflow.scores import ScoringOutput, latest_per_image, open_scores
 from csflow.storage import Location
 

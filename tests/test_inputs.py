@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from csflow import folders, inputs, objects
 from csflow.errors import ErrorCode, ImageError, WrongUse
-from csflow.inputs import LISTING, list_images
-from csflow.reading import ImageReader
+from csflow.inputs import folders, objects
+from csflow.inputs.listing import LISTING, list_images
+from csflow.inputs.reading import ImageReader
 
 
 def png(shade: int) -> bytes:
@@ -129,6 +129,7 @@ def archive_tree() -> dict[str, bytes]:
         "line 1/ü#1?.png": png(12),
         "line 1/c[1].webp": png(13),
         "line 1/d::e.bmp": png(14),
+        "line 1/_DSC0001.JPG": png(15),
         "pack.tar": tar_of(ARCHIVE),
         "pack.zip": zip_of(ARCHIVE),
         "stored.zip": zip_of(ARCHIVE, zipfile.ZIP_STORED),
@@ -144,7 +145,7 @@ def archive_tree() -> dict[str, bytes]:
 
 def expected_images(root: str) -> dict[str, bytes]:
     tree = archive_tree()
-    singles = {f"{root}/{name}": tree[name] for name in list(tree)[:5]}
+    singles = {f"{root}/{name}": tree[name] for name in list(tree)[:6]}
     packs = ("pack.tar", "pack.zip", "stored.zip")
     members = {f"{root}/{pack}!/{name}": ARCHIVE[name] for pack in packs for name in MEMBERS}
     rows = {f"{root}/rows.parquet#{row}": data for row, data in enumerate(ROWS)}
@@ -218,7 +219,7 @@ def test_s3_pages_of_many_folders_are_all_listed(
 
 
 def test_listing_comes_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "BATCH_ROWS", 2)
+    monkeypatch.setattr("csflow.inputs.listing.BATCH_ROWS", 2)
     for number in range(5):
         write(tmp_path / f"{number}.png", png(number))
     assert [len(batch) for batch in list_images([str(tmp_path)], {})] == [2, 2, 1]
@@ -570,7 +571,7 @@ def test_archive_that_failed_for_a_while_is_a_transient_error(
     bucket: faulty_s3.FaultyS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = bucket.put("d/x.tar", tar_of({"m.png": png(1)}))
-    monkeypatch.setattr(inputs, "DEADLINE_S", 0.0)
+    monkeypatch.setattr("csflow.inputs.listing.DEADLINE_S", 0.0)
     real = objects.ObjectStore.fetch
 
     def failing_fetch(self: objects.ObjectStore, *args: Any) -> bytes:
@@ -641,7 +642,7 @@ def test_every_input_is_checked_before_the_first_image_is_listed(tmp_path: Path)
 
 
 def test_inputs_without_images_are_wrong_use(tmp_path: Path, bucket: faulty_s3.FaultyS3) -> None:
-    write(tmp_path / "in" / "_hidden.png", png(1))
+    write(tmp_path / "in" / ".hidden.png", png(1))
     note = write(tmp_path / "in" / "note.txt", b"x")
     assert ".jpeg" in wrong_use(tmp_path / "in")
     assert "is not named like an input" in wrong_use(note)
@@ -688,7 +689,7 @@ def test_refused_and_missing_credentials_are_wrong_use(
 
 
 def test_unreachable_store_is_a_connection_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "DEADLINE_S", 0.0)
+    monkeypatch.setattr("csflow.inputs.listing.DEADLINE_S", 0.0)
     options = {"key": "a", "secret": "b", "endpoint_url": "http://127.0.0.1:9"}
     with pytest.raises(ConnectionError, match="AWS_ENDPOINT_URL"):
         listing("s3://inputs/a.png", options=options)

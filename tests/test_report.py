@@ -16,7 +16,7 @@ from PIL import Image
 
 from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
-from csflow.inputs import list_images
+from csflow.inputs.listing import list_images
 from csflow.report import ReportConfig, colour_range, histogram, report
 from csflow.scores import ERRORS, SCORES
 

@@ -13,7 +13,7 @@ from conftest import SMALL_MODEL, copy_some
 from csflow.config import parse
 from csflow.errors import ExitStatus
 from csflow.images import decode
-from csflow.inputs import list_images
+from csflow.inputs.listing import list_images
 from csflow.model_directory import load_model
 from csflow.storage import Location
 from csflow.training.job import TrainConfig, split_images, train

@@ -16,7 +16,7 @@ from pydantic import Field
 from csflow.cluster import connect, map_shards, share_out
 from csflow.config import JobConfig, Locations
 from csflow.errors import ExitStatus
-from csflow.inputs import list_images
+from csflow.inputs.listing import list_images
 from csflow.model_directory import load_model
 from csflow.scoring.listing import Listing
 from csflow.scoring.output import Output

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pyarrow as pa
 
-from csflow.inputs import LISTING
+from csflow.inputs.listing import LISTING
 from csflow.storage import Location, read_parquet, to_parquet
 
 PART_ROWS = 500_000

@@ -17,9 +17,9 @@ from csflow.calibration import p_values
 from csflow.cluster import WorkerResources
 from csflow.errors import ImageError
 from csflow.images import DecodedImage
-from csflow.loading import ImageLoader, LoadedImage, batches
+from csflow.inputs.loading import ImageLoader, LoadedImage, batches
+from csflow.inputs.reading import ImageReader
 from csflow.model_directory import load_model
-from csflow.reading import ImageReader
 from csflow.scores import ERRORS, SCORES
 from csflow.scoring.output import Output
 from csflow.scoring.plan import PlannedShard

@@ -18,9 +18,9 @@ from torch import Tensor
 from csflow.cluster import WorkerResources, map_shards
 from csflow.errors import ImageError
 from csflow.images import DECODING_VERSION
-from csflow.loading import ImageLoader, LoadedImage, batches
+from csflow.inputs.loading import ImageLoader, LoadedImage, batches
+from csflow.inputs.reading import ImageReader
 from csflow.model import Architecture, Detector
-from csflow.reading import ImageReader
 from csflow.shards import Shard
 from csflow.storage import Location
 

@@ -20,7 +20,7 @@ import csflow
 from csflow.cluster import WorkerResources, connect, share_out
 from csflow.config import JobConfig, Locations
 from csflow.errors import ExitStatus, WrongUse
-from csflow.inputs import list_images
+from csflow.inputs.listing import list_images
 from csflow.model import Architecture, BackboneError, Detector, load_weights
 from csflow.model_directory import CALIBRATION, holds_model, save_model
 from csflow.shards import Shard, cut, fingerprint

@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import BinaryIO
 
 from csflow.errors import ErrorCode, ImageError
-from csflow.objects import ObjectStore, StoredObject, as_text, check_size, parsing
+from csflow.inputs.objects import ObjectStore, StoredObject, as_text, check_size, parsing
 
 SUFFIXES = (".tar", ".zip")
 SEPARATOR = "!/"

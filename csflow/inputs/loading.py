@@ -9,7 +9,7 @@ from itertools import islice
 
 from csflow.errors import ErrorCode, ImageError
 from csflow.images import DecodedImage, decode
-from csflow.reading import ImageReader
+from csflow.inputs.reading import ImageReader
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from csflow import archives, rows
 from csflow.errors import ErrorCode, ImageError
-from csflow.objects import ObjectStore, StoredObject, image_error
+from csflow.inputs import archives, rows
+from csflow.inputs.objects import ObjectStore, StoredObject, image_error
 
 MAX_BYTES = 512 << 20
 
 
 class ImageReader:
-    """Reads images of every kind that `csflow.inputs` lists. Threads may share it.
+    """Reads images of every kind that `csflow.inputs.listing` lists. Threads may share it.
 
     Args:
         storage_options: of remote stores.

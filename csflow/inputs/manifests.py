@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv
 
-from csflow import archives
 from csflow.errors import WrongUse
-from csflow.objects import UNKNOWN_VERSION, ObjectStore, StoredObject, local_path
+from csflow.inputs import archives
+from csflow.inputs.objects import UNKNOWN_VERSION, ObjectStore, StoredObject, local_path
 
 SUFFIX = ".csv"
 READ_AHEAD = 4 << 20

@@ -10,7 +10,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from csflow.objects import (
+from csflow.inputs.objects import (
     UNKNOWN_VERSION,
     ObjectStore,
     StoredObject,
@@ -74,9 +74,10 @@ def glob(store: ObjectStore, pattern: str) -> tuple[list[StoredObject], list[str
     files: list[StoredObject] = []
     folders: list[str] = []
     for uri, info in sorted(_matches(store, pattern).items()):
-        if is_hidden(uri[len(root) :]) and not shows_hidden:
+        is_directory = info["type"] == "directory"
+        if is_hidden(uri[len(root) :] + "/" * is_directory) and not shows_hidden:
             continue
-        if info["type"] == "directory":
+        if is_directory:
             folders.append(uri)
         else:
             files.append(_examine(uri) if local_path(uri) else _described(uri, info))
@@ -87,9 +88,15 @@ def is_pattern(uri: str) -> bool:
     return any(mark in uri for mark in PATTERN_MARKS)
 
 
-def is_hidden(name: str, marks: tuple[str, ...] = (".", "_")) -> bool:
-    """Whether a relative name, or a folder in it, begins with one of the marks."""
-    return any(part.startswith(marks) and part not in (".", "..") for part in name.split("/"))
+def is_hidden(name: str, folder_marks: tuple[str, ...] = (".", "_")) -> bool:
+    """Whether a relative name begins with a dot, or a folder in it (folders end in /) with a mark.
+
+    Folders like `_runs` hold what jobs write; photographs like `_DSC0001.JPG` are what cameras write.
+    """
+    *folders, file = name.split("/")
+    if file.startswith("."):
+        return True
+    return any(folder.startswith(folder_marks) and folder not in (".", "..") for folder in folders)
 
 
 def _walk_local(path: str, is_wanted: Wanted, above: frozenset[tuple[int, int]]) -> Iterator[StoredObject]:
@@ -100,9 +107,10 @@ def _walk_local(path: str, is_wanted: Wanted, above: frozenset[tuple[int, int]])
     with os.scandir(path) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
     for entry in ordered:
-        if is_hidden(entry.name):
+        is_directory = entry.is_dir()
+        if is_hidden(entry.name + "/" * is_directory):
             continue
-        if entry.is_dir():
+        if is_directory:
             yield from _walk_local(entry.path, is_wanted, above | {here})
         elif is_wanted(entry.name):
             yield _examine(entry.path)

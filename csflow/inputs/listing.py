@@ -10,9 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from csflow import archives, folders, manifests, rows
 from csflow.errors import ErrorCode, ImageError, WrongUse
-from csflow.objects import UNKNOWN_VERSION, ObjectStore, StoredObject, image_error, is_s3, split_s3
+from csflow.inputs import archives, folders, manifests, rows
+from csflow.inputs.objects import UNKNOWN_VERSION, ObjectStore, StoredObject, image_error, is_s3, split_s3
 
 LISTING = pa.schema(
     [
@@ -187,7 +187,7 @@ def _is_found(name: str) -> bool:
 
 def _is_image_member(name: str) -> bool:
     # Only dots hide members: cameras write `_DSC0001.JPG`, macOS adds `__MACOSX/._DSC0001.JPG`.
-    return name.lower().endswith(IMAGE_SUFFIXES) and not folders.is_hidden(name, marks=(".",))
+    return name.lower().endswith(IMAGE_SUFFIXES) and not folders.is_hidden(name, folder_marks=(".",))
 
 
 def _needs_look(file: StoredObject) -> bool:
@@ -203,7 +203,7 @@ def _some(uri: str, images: Iterable[StoredObject]) -> Iterator[StoredObject]:
             yield image
         if is_empty:
             known = " ".join((*IMAGE_SUFFIXES, *CONTAINER_SUFFIXES))
-            raise WrongUse(f"{uri} holds no images ({known}); hidden names (. or _ in front) do not count")
+            raise WrongUse(f"{uri} holds no images ({known}); hidden files and folders do not count")
 
 
 @contextmanager
