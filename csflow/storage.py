@@ -40,7 +40,12 @@ class Location:
     """A folder or file, local or in an object store; small and picklable, so that it travels to workers."""
 
     url: str
+    """URL, or local path: made absolute, since workers have working folders of their own."""
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if "://" not in self.url:
+            object.__setattr__(self, "url", str(Path(self.url).absolute()))
 
     def __str__(self) -> str:
         return self.url

@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from csflow import device
 from csflow.calibration import p_values
 from csflow.cluster import WorkerResources
 from csflow.errors import ImageError
@@ -59,9 +60,8 @@ class ShardScorer:
     """Actor of the scoring pass. Two shards may be under way: one waits for images, one for the model."""
 
     def __init__(self, settings: ScoringSettings) -> None:
-        torch.set_num_threads(settings.resources.cpus)
         self._settings = settings
-        self._device = torch.device("cuda" if settings.resources.gpus else "cpu")
+        self._device = device.set_up(settings.resources.cpus, settings.resources.gpus)
         model = load_model(settings.model)
         self._detector = model.detector.to(self._device)
         self._calibration_scores = model.calibration_scores

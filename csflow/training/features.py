@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from csflow import device
 from csflow.cluster import WorkerResources, map_shards
 from csflow.errors import ImageError
 from csflow.images import DECODING_VERSION
@@ -103,8 +104,7 @@ class FeatureExtractor:
         folder: Location,
         resources: WorkerResources,
     ) -> None:
-        torch.set_num_threads(resources.cpus)
-        self._device = torch.device("cuda" if resources.gpus else "cpu")
+        self._device = device.set_up(resources.cpus, resources.gpus)
         detector = Detector(architecture)
         backbone_state = safetensors.torch.load((folder / BACKBONE_FILE).read())
         detector.load_state_dict(backbone_state, strict=False)

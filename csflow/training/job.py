@@ -203,7 +203,7 @@ def _fit(
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         checkpoint_epochs=config.checkpoint_epochs,
-        cpus=resources.cpus,
+        resources=resources,
     )
     name = _run_name(settings)
     runs = work_dir / "training"

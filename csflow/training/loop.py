@@ -17,6 +17,8 @@ import torch.distributed
 from ray.util.queue import Queue
 from torch import Tensor, nn
 
+from csflow import device
+from csflow.cluster import WorkerResources
 from csflow.model import Architecture, CrossScaleFlow, Detector, negative_log_likelihood
 from csflow.shards import Shard
 from csflow.storage import Location
@@ -42,8 +44,7 @@ class LoopSettings:
     """Images per optimiser step over all workers."""
     learning_rate: float
     checkpoint_epochs: int
-    cpus: int
-    """Threads of one worker."""
+    resources: WorkerResources
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Epoch:
 
 def train_worker(settings: LoopSettings, progress: Queue | None) -> None:
     """Trains the flow; reports checkpoints to Ray Train and an `Epoch` each to `progress`."""
-    torch.set_num_threads(settings.cpus)
+    device.set_up(settings.resources.cpus, settings.resources.gpus)
     trainer = _Trainer(settings)
     first_epoch = trainer.restore(ray.train.get_checkpoint())
     for epoch in range(first_epoch, settings.epochs + 1):
