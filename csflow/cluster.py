@@ -41,11 +41,19 @@ class WorkerResources:
     gpus: int
 
 
-def share_out(workers: int | None) -> WorkerResources:
-    """Divides the cluster among `workers`; by default one per GPU, or one per two CPUs."""
+def share_out(workers: int | None, worker_bytes: int = 0) -> WorkerResources:
+    """Divides the cluster among `workers`; by default one per GPU, or one per CPU.
+
+    Workers of one thread each are faster than few of several, which wait for each other at every layer;
+    but no more of them than memory holds.
+
+    Args:
+        worker_bytes: memory that one worker needs.
+    """
     total = ray.cluster_resources()
     cpus, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
-    workers = workers or gpus or max(1, cpus // 2)
+    fitting = int(total.get("memory", 0)) // max(1, worker_bytes)
+    workers = workers or gpus or max(1, min(cpus, fitting))
     return WorkerResources(workers, cpus=max(1, cpus // workers), gpus=1 if gpus >= workers else 0)
 
 

@@ -119,6 +119,11 @@ def load_model(location: Location) -> Model:
     return Model(config["model_id"], detector.eval().requires_grad_(False), scores)
 
 
+def worker_bytes(detector: Detector) -> int:
+    """Memory that a process needs to load and run a detector: libraries, its weights twice, activations."""
+    return (1 << 30) + 2 * sum(value.nbytes for value in detector.state_dict().values())
+
+
 def holds_model(location: Location) -> bool:
     return (location / "config.json").exists()
 

@@ -17,7 +17,7 @@ from csflow.cluster import connect, map_shards, share_out
 from csflow.config import JobConfig, Locations
 from csflow.errors import ExitStatus
 from csflow.inputs.listing import list_images
-from csflow.model_directory import load_model
+from csflow.model_directory import load_model, worker_bytes
 from csflow.scoring.listing import Listing
 from csflow.scoring.output import Output
 from csflow.scoring.plan import PlannedShard, make_plan, unaccounted
@@ -52,7 +52,7 @@ class ScoreConfig(JobConfig):
     batch_size: int | None = Field(None, ge=1)
     """Images per forward pass [default: 8 on CPUs, 32 on GPUs]."""
     workers: int | None = Field(None, ge=1)
-    """Scoring actors [default: one per GPU, or one per two CPUs]."""
+    """Scoring actors [default: one per GPU, or one per CPU]."""
 
 
 @dataclass
@@ -107,7 +107,7 @@ def score(config: ScoreConfig) -> ExitStatus:
     tally = Tally()
     if shards:
         connect()
-        resources = share_out(config.workers)
+        resources = share_out(config.workers, worker_bytes(model.detector))
         settings = ScoringSettings(
             model=model_location,
             output=output,

@@ -26,7 +26,7 @@ from csflow.scoring.output import Output
 from csflow.scoring.plan import PlannedShard
 from csflow.storage import Location, to_parquet
 
-READ_THREADS = 16
+READ_THREADS = 8
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 8, 32
 """Default images per forward pass. More is slower on CPUs: early activations leave the cache."""
 

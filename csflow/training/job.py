@@ -22,7 +22,7 @@ from csflow.config import JobConfig, Locations
 from csflow.errors import ExitStatus, WrongUse
 from csflow.inputs.listing import list_images
 from csflow.model import Architecture, BackboneError, Detector, load_weights
-from csflow.model_directory import CALIBRATION, holds_model, save_model
+from csflow.model_directory import CALIBRATION, holds_model, save_model, worker_bytes
 from csflow.shards import Shard, cut, fingerprint
 from csflow.storage import Location
 from csflow.training.card import CARD, curves_svg
@@ -174,7 +174,7 @@ def _extract_features(split: Split, detector: Detector, folder: Location) -> lis
     shards = [*split.training, *split.heldout]
     unreadable: list[str] = []
     is_complete, images = True, 0
-    for row in extract(shards, detector, folder, share_out(None)):
+    for row in extract(shards, detector, folder, share_out(None, worker_bytes(detector))):
         images += row["images"]
         unreadable += row["errors"]
         is_complete &= not row["is_transient"]
