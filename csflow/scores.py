@@ -12,6 +12,9 @@ import pyarrow.dataset as ds
 from csflow.errors import WrongUse
 from csflow.storage import Location
 
+# Parquet's own name for the items of a list, so that a file's schema reads back as this one.
+FLOATS = pa.list_(pa.field("element", pa.float32()))
+
 SCORES = pa.schema(
     [
         pa.field("image_uri", pa.string(), nullable=False),
@@ -19,10 +22,10 @@ SCORES = pa.schema(
         pa.field("image_height", pa.int32(), nullable=False),
         pa.field("image_width", pa.int32(), nullable=False),
         pa.field("anomaly_score", pa.float64(), nullable=False),
-        pa.field("scale_scores", pa.list_(pa.float32()), nullable=False),
+        pa.field("scale_scores", FLOATS, nullable=False),
         pa.field("p_value", pa.float64(), nullable=False),
         pa.field("is_anomalous", pa.bool_(), nullable=False),
-        pa.field("anomaly_map", pa.list_(pa.float32())),
+        pa.field("anomaly_map", FLOATS),
         pa.field("map_height", pa.int32(), nullable=False),
         pa.field("map_width", pa.int32(), nullable=False),
         pa.field("peak_y", pa.float32(), nullable=False),

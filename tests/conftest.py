@@ -71,6 +71,8 @@ def ray_cluster(s3_endpoint: str) -> Iterator[dict[str, str]]:
     command = [ray_cli, "start", "--head", "--num-cpus=4", f"--port={port}", f"--temp-dir={temporary}"]
     command += [f"--dashboard-port={dashboard_port}", "--object-store-memory=500000000"]
     command += ["--disable-usage-stats", "--block"]
+    # Submitted jobs find `python` through the head's PATH.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     head = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert head.stdout is not None
     for line in head.stdout:
@@ -84,7 +86,8 @@ def ray_cluster(s3_endpoint: str) -> Iterator[dict[str, str]]:
     ray.init(logging_level="warning", log_to_driver=False)
     yield client
     ray.shutdown()
-    os.killpg(head.pid, signal.SIGTERM)
+    # On SIGTERM it would wait half a minute for a drained node.
+    os.killpg(head.pid, signal.SIGKILL)
     head.wait(timeout=60)
     shutil.rmtree(temporary, ignore_errors=True)
 

@@ -27,7 +27,7 @@ from csflow.storage import Location
 LIBRARIES = ("csflow", "ray", "torch", "timm", "pyarrow", "pillow", "fsspec", "s3fs")
 PROGRESS_SECONDS = 10.0
 ERROR_RATE_MINIMUM_IMAGES = 100
-"""The error rate is not judged before so many images are through."""
+"""A run is not stopped for its error rate before so many images are through."""
 
 
 class ScoreConfig(JobConfig):
@@ -48,7 +48,7 @@ class ScoreConfig(JobConfig):
     retry_errors: bool = False
     """Try images with a permanent error again."""
     max_error_rate: float = Field(0.5, gt=0, le=1)
-    """Stop with exit status 3 when more than this share of the images fails."""
+    """Stop, or end, with exit status 3 when more than this share of the images fails."""
     batch_size: int | None = Field(None, ge=1)
     """Images per forward pass [default: 8 on CPUs, 32 on GPUs]."""
     workers: int | None = Field(None, ge=1)
@@ -80,9 +80,9 @@ class Tally:
     def errors(self) -> int:
         return self.error_codes.total()
 
-    def passes(self, max_error_rate: float) -> bool:
-        """Whether more than this share of the images failed."""
-        return self.errors > max_error_rate * self.images
+    def fails_everywhere(self, max_error_rate: float) -> bool:
+        """Whether going on is useless: more than this share failed of enough images."""
+        return self.images >= ERROR_RATE_MINIMUM_IMAGES and self.errors > max_error_rate * self.images
 
 
 def score(config: ScoreConfig) -> ExitStatus:
@@ -122,9 +122,9 @@ def score(config: ScoreConfig) -> ExitStatus:
     clock.lap("score")
     scored, failed, missing = unaccounted(listing, output)
     clock.lap("account")
-    status = ExitStatus.DONE
-    if missing or tally.passes(config.max_error_rate):
-        status = ExitStatus.INCOMPLETE
+    # Judged on the whole listing: one bad image may be all that is new tonight.
+    passes_error_rate = failed + missing > config.max_error_rate * listing.images
+    status = ExitStatus.INCOMPLETE if missing or passes_error_rate else ExitStatus.DONE
     record = {
         "run_id": run_id,
         "status": status.name.lower(),
@@ -168,7 +168,7 @@ def _follow(
                 f"{tally.images / (now - started):.1f} images/s  {left:.0f} s left",
                 flush=True,
             )
-        if tally.images >= ERROR_RATE_MINIMUM_IMAGES and tally.passes(max_error_rate):
+        if tally.fails_everywhere(max_error_rate):
             print(f"stopped: {tally.errors} of {tally.images} images failed: {dict(tally.error_codes)}")
             return
 
@@ -186,6 +186,8 @@ def _print_summary(record: dict[str, Any], output: Output) -> None:
     )
     if counts["missing"]:
         print(f"INCOMPLETE: {counts['missing']} images are missing; the same command continues")
+    elif record["exit_status"]:
+        print(f"INCOMPLETE: {counts['permanent_errors']} of {counts['listed']} images have a permanent error")
 
 
 def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -1,0 +1,410 @@
+"""The scoring job: right scores, every image once, readable by anyone's tools."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import duckdb
+import fsspec
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT, SMALL_MODEL, copy_some, run_job
+
+from csflow.calibration import p_values
+from csflow.config import parse
+from csflow.errors import ExitStatus
+from csflow.images import decode
+from csflow.inputs.listing import list_images
+from csflow.model_directory import load_model
+from csflow.scores import ERRORS, SCORES
+from csflow.scoring import plan
+from csflow.scoring.job import ScoreConfig, score
+from csflow.scoring.listing import Listing
+from csflow.scoring.output import Output, keys
+from csflow.scoring.plan import make_plan, read_log, unaccounted
+from csflow.scoring.shard import peak
+from csflow.storage import Location
+
+
+def run(*arguments: object) -> ExitStatus:
+    """The job in this process, on the session's cluster."""
+    return score(parse(ScoreConfig, None, list(map(str, arguments))))
+
+
+def read_scores(output: Path) -> pd.DataFrame:
+    return ds.dataset(output / "scores", partitioning="hive").to_table().to_pandas()
+
+
+def read_errors(output: Path) -> pd.DataFrame:
+    return ds.dataset(output / "errors", partitioning="hive").to_table().to_pandas()
+
+
+def names(frame: pd.DataFrame) -> Counter[str]:
+    return Counter(Path(uri).name for uri in frame.image_uri)
+
+
+@pytest.fixture(scope="session")
+def archive(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 photographs, functional and defective, and three files that are none."""
+    folder = tmp_path_factory.mktemp("archive") / "images"
+    copy_some(cells / "functional" / "test", folder / "functional", 20)
+    copy_some(cells / "defective", folder / "defective", 20)
+    whole = next((folder / "defective").iterdir()).read_bytes()
+    (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "notes.jpg").write_text("no photograph")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scored(model: Path, archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("scored") / "output"
+    assert run("--model", model, "--input", archive, "--output", output) == ExitStatus.DONE
+    return output
+
+
+def test_scores_are_what_the_detector_gives_for_each_photograph(scored, model, archive):
+    frame = read_scores(scored)
+    loaded = load_model(Location(str(model)))
+    for row in frame.sample(6, random_state=0).itertuples():
+        pixels = decode(Path(row.image_uri).read_bytes(), (128, 128)).pixels_HWC
+        expected = loaded.detector(torch.from_numpy(pixels)[None])
+        assert row.anomaly_score == pytest.approx(expected.anomaly_score_B.item(), rel=1e-5)
+        np.testing.assert_allclose(row.scale_scores, expected.scale_scores_BS[0], rtol=1e-5)
+        np.testing.assert_allclose(
+            row.anomaly_map, expected.anomaly_map_BHW[0].flatten(), rtol=1e-4, atol=1e-6
+        )
+        assert (row.map_height, row.map_width) == (4, 4)
+        assert (row.image_height, row.image_width) == (300, 300)
+        assert (row.peak_y, row.peak_x) == peak(row.anomaly_map.reshape(4, 4), 300, 300)
+    expected_p = p_values(frame.anomaly_score, loaded.calibration_scores)
+    np.testing.assert_array_equal(frame.p_value, expected_p)
+    np.testing.assert_array_equal(frame.is_anomalous, expected_p <= 0.01)
+
+
+def test_every_image_is_scored_once_or_has_an_error(scored, archive, run_record):
+    assert names(read_scores(scored)) == Counter(
+        path.name for folder in ("functional", "defective") for path in (archive / folder).iterdir()
+    )
+    errors = read_errors(scored)
+    assert dict(zip(errors.image_uri.map(lambda uri: Path(uri).name), errors.error_code, strict=True)) == {
+        "truncated.png": "truncated",
+        "empty.png": "empty",
+        "notes.jpg": "unsupported_format",
+    }
+    assert not errors.is_transient.any()
+    counts = run_record(scored)["counts"]
+    assert [counts[k] for k in ("listed", "scored", "permanent_errors", "missing")] == [43, 40, 3, 0]
+
+
+def test_files_have_exactly_the_schema_of_the_contract(scored):
+    for folder, expected in (("scores", SCORES), ("errors", ERRORS)):
+        files = list((scored / folder).rglob("*.parquet"))
+        assert files
+        for file in files:
+            assert pq.read_schema(file).equals(expected, check_metadata=True)
+            assert pq.ParquetFile(file).metadata.row_group(0).column(0).compression == "ZSTD"
+            assert file.parent.name.startswith("date=20")
+            assert file.parent.parent.name.startswith("model_id=")
+    assert [(f.name, str(f.type)) for f in SCORES] == [
+        ("image_uri", "string"),
+        ("image_version", "string"),
+        ("image_height", "int32"),
+        ("image_width", "int32"),
+        ("anomaly_score", "double"),
+        ("scale_scores", "list<element: float>"),
+        ("p_value", "double"),
+        ("is_anomalous", "bool"),
+        ("anomaly_map", "list<element: float>"),
+        ("map_height", "int32"),
+        ("map_width", "int32"),
+        ("peak_y", "float"),
+        ("peak_x", "float"),
+        ("run_id", "string"),
+        ("scored_at", "timestamp[us, tz=UTC]"),
+    ]
+    assert [(f.name, str(f.type)) for f in ERRORS] == [
+        ("image_uri", "string"),
+        ("image_version", "string"),
+        ("error_code", "string"),
+        ("error_message", "string"),
+        ("is_transient", "bool"),
+        ("run_id", "string"),
+        ("failed_at", "timestamp[us, tz=UTC]"),
+    ]
+
+
+def test_duckdb_polars_and_pandas_read_the_output_without_csflow(scored):
+    pattern = f"{scored}/scores/*/*/*.parquet"
+    # A process that cannot import csflow: what is read needs nothing of ours.
+    script = f"""
+import sys
+sys.modules["csflow"] = None
+import duckdb, pandas, polars
+sql = "SELECT count(*), round(sum(anomaly_score), 6), sum(len(anomaly_map)), count(DISTINCT model_id)"
+print(duckdb.sql(sql + " FROM read_parquet('{pattern}', hive_partitioning=true)").fetchall()[0])
+p = polars.scan_parquet("{pattern}", hive_partitioning=True).collect()
+cells = p["anomaly_map"].list.len().sum()
+print((len(p), round(p["anomaly_score"].sum(), 6), cells, p["model_id"].n_unique()))
+d = pandas.read_parquet("{scored}/scores")
+print((len(d), round(float(d.anomaly_score.sum()), 6), int(d.anomaly_map.map(len).sum()), d.model_id.nunique()))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    lines = result.stdout.strip().splitlines()
+    assert len(lines) == 3
+    assert len(set(lines)) == 1
+    assert lines[0].startswith("(40, ")
+
+
+def test_running_again_scores_what_is_new_or_changed_and_nothing_else(model, archive, tmp_path, run_record):
+    images = shutil.copytree(archive, tmp_path / "images")
+    output = tmp_path / "output"
+    arguments = ["--model", model, "--input", images, "--output", output, "--maps", "none"]
+    assert run(*arguments) == ExitStatus.DONE
+    first = read_scores(output)
+    assert first.anomaly_map.isna().all()
+
+    assert run(*arguments) == ExitStatus.DONE
+    assert run_record(output)["counts"]["scored_in_this_run"] == 0
+    assert "read" not in run_record(output)["seconds_in_workers"]
+    pd.testing.assert_frame_equal(read_scores(output), first)
+
+    added, changed = images / "functional" / "added.png", sorted((images / "defective").iterdir())[0]
+    shutil.copy2(changed, added)
+    shutil.copy(sorted((images / "functional").iterdir())[3], changed)
+    assert run(*arguments) == ExitStatus.DONE
+    assert run_record(output)["counts"]["scored_in_this_run"] == 2
+    second = read_scores(output)
+    assert names(second) == names(first) + Counter([added.name, changed.name])
+    assert not second.duplicated(["image_uri", "image_version"]).any()
+    # Permanent errors were not tried again, until asked for.
+    assert len(read_errors(output)) == 3
+    assert run(*arguments, "--retry_errors") == ExitStatus.DONE
+    assert len(read_errors(output)) == 6
+    pd.testing.assert_frame_equal(read_scores(output), second)
+
+
+@pytest.mark.parametrize(("workers", "batch_size"), [(1, 1), (2, 16)])
+def test_scores_do_not_depend_on_actors_batch_size_or_store(
+    workers, batch_size, scored, model, archive, s3_bucket, tmp_path
+):
+    remote = fsspec.filesystem("s3", use_listings_cache=False)
+    remote.put(f"{archive}/", f"{s3_bucket}/images/", recursive=True)
+    arguments = ["--model", model, "--input", f"{s3_bucket}/images", "--output", tmp_path / "output"]
+    assert run(*arguments, "--workers", workers, "--batch_size", batch_size) == ExitStatus.DONE
+    here, there = (
+        frame.assign(name=frame.image_uri.str.split("/").str[-1]).set_index("name").sort_index()
+        for frame in (read_scores(scored), read_scores(tmp_path / "output"))
+    )
+    assert list(here.index) == list(there.index)
+    np.testing.assert_allclose(here.anomaly_score, there.anomaly_score, rtol=1e-5)
+    np.testing.assert_allclose(np.stack(here.anomaly_map), np.stack(there.anomaly_map), rtol=1e-4, atol=1e-5)
+
+
+def test_train_and_score_against_s3_and_read_back_with_duckdb(ray_cluster, good_cells, archive, s3_bucket):
+    remote = fsspec.filesystem("s3", use_listings_cache=False)
+    remote.put(f"{good_cells}/", f"{s3_bucket}/good/", recursive=True)
+    remote.put(f"{archive}/", f"{s3_bucket}/images/", recursive=True)
+    trained = run_job("train", "--input", f"{s3_bucket}/good", "--output", f"{s3_bucket}/model", *SMALL_MODEL)
+    assert trained.returncode == 0, trained.stderr
+    scored = run_job(
+        "score",
+        *("--model", f"{s3_bucket}/model", "--input", f"{s3_bucket}/images", "--output", f"{s3_bucket}/out"),
+    )
+    assert scored.returncode == 0, scored.stderr
+    assert "scored    40 images" in scored.stdout
+    assert "empty 1, truncated 1, unsupported_format 1" in scored.stdout
+    assert "images/s" in scored.stdout
+    with duckdb.connect() as connection:
+        connection.register_filesystem(remote)
+        pattern = f"{s3_bucket}/out/scores/*/*/*.parquet"
+        sql = f"SELECT image_uri, anomaly_score FROM read_parquet('{pattern}', hive_partitioning=true)"
+        rows = connection.sql(sql).fetchall()
+    assert len(rows) == len(dict(rows)) == 40
+    assert all(uri.startswith(f"{s3_bucket}/images/") and value > 0 for uri, value in rows)
+
+
+def test_archives_rows_and_manifests_are_scored_like_files(model, scored, archive, tmp_path):
+    photographs = sorted((archive / "functional").iterdir())[:6]
+    shutil.make_archive(str(tmp_path / "pack"), "zip", photographs[0].parent, photographs[0].name)
+    shutil.make_archive(str(tmp_path / "pack"), "tar", photographs[1].parent, photographs[1].name)
+    table = pa.table({"image": pa.array([photographs[2].read_bytes()], pa.binary())})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    (tmp_path / "manifest.csv").write_text(f"image_uri\n{photographs[3]}\n")
+    inputs = [tmp_path / name for name in ("pack.zip", "pack.tar", "rows.parquet", "manifest.csv")]
+    assert run("--model", model, "--output", tmp_path / "output", "--input", *inputs) == ExitStatus.DONE
+    frame = read_scores(tmp_path / "output").set_index("image_uri")
+    expected = read_scores(scored).set_index("image_uri")
+    for uri, photograph in {
+        f"{tmp_path}/pack.zip!/{photographs[0].name}": photographs[0],
+        f"{tmp_path}/pack.tar!/{photographs[1].name}": photographs[1],
+        f"{tmp_path}/rows.parquet#0": photographs[2],
+        str(photographs[3]): photographs[3],
+    }.items():
+        assert frame.anomaly_score[uri] == pytest.approx(expected.anomaly_score[str(photograph)], rel=1e-5)
+
+
+def test_a_run_that_fails_everywhere_ends_with_status_3(model, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(5):
+        (images / f"{i}.png").write_bytes(b"no photograph")
+    assert run("--model", model, "--input", images, "--output", tmp_path / "output") == ExitStatus.INCOMPLETE
+    lenient = ["--model", model, "--input", images, "--output", tmp_path / "lenient", "--max_error_rate", 1]
+    assert run(*lenient) == ExitStatus.DONE
+
+
+def test_an_image_that_cannot_be_read_for_now_is_missing_and_the_next_run_scores_it(
+    model, archive, tmp_path, run_record
+):
+    images = copy_some(archive / "functional", tmp_path / "images", 4)
+    late = images / "late.png"
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("image_uri,image_version\n" + f"{late},9-9\n" + f"{next(images.iterdir())},\n")
+    shutil.copy2(next(images.iterdir()), late)
+    arguments = ["--model", model, "--output", tmp_path / "output", "--max_error_rate", 1]
+    # The manifest names another version of the file than the one that is there.
+    assert run(*arguments, "--input", manifest) == ExitStatus.INCOMPLETE
+    assert run_record(tmp_path / "output")["counts"]["missing"] == 1
+    assert read_errors(tmp_path / "output").error_code.tolist() == ["changed"]
+    assert run(*arguments, "--input", images) == ExitStatus.DONE
+    assert names(read_scores(tmp_path / "output"))["late.png"] == 1
+
+
+def wait_for(condition, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, "the job ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_resume_after_kill_scores_each_image_once(model, cells, tmp_path):
+    output = tmp_path / "output"
+    arguments = ["--model", model, "--input", cells / "functional" / "test", "--output", output]
+    command = [sys.executable, str(ROOT / "jobs" / "score.py"), *map(str, arguments)]
+    process = subprocess.Popen(command, start_new_session=True, cwd=ROOT, text=True)
+    wait_for(lambda: len(list(output.glob("scores/*/*/part-*.parquet"))) >= 3, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = names(read_scores(output))
+    assert 0 < len(before) < 508
+    assert run(*arguments) == ExitStatus.DONE
+    assert names(read_scores(output)) == Counter(
+        path.name for path in (cells / "functional" / "test").iterdir()
+    )
+    assert len(list(output.glob("_plans/*/*.json"))) == 1
+
+
+def listing_of(folder: Path, location: Path) -> Listing:
+    return Listing.freeze(Location(str(location)), list_images([str(folder)], {}), None)
+
+
+@pytest.fixture(params=["local", "s3"])
+def empty_output(request: pytest.FixtureRequest, tmp_path: Path) -> Output:
+    url = request.getfixturevalue("s3_bucket") + "/out" if request.param == "s3" else str(tmp_path / "out")
+    return Output(Location(url), "0" * 16)
+
+
+def planned_images(shards) -> list[str]:
+    return [uri for shard in shards for uri in shard.images()["image_uri"].to_pylist()]
+
+
+def test_two_runs_that_plan_at_once_give_every_image_one_place(archive, empty_output, tmp_path, monkeypatch):
+    few = listing_of(archive / "functional", tmp_path / "few")
+    all_images = listing_of(archive, tmp_path / "all")
+    append = plan._append
+    rivals: list[list[object]] = []
+
+    def append_after_a_rival(*arguments):
+        if not rivals:
+            # The rival's listing differs: shards cut from it would overlap with ours.
+            monkeypatch.setattr(plan, "_append", append)
+            rivals.append(make_plan(few, empty_output, "rival", retry_errors=False))
+            monkeypatch.setattr(plan, "_append", append_after_a_rival)
+        return append(*arguments)
+
+    monkeypatch.setattr(plan, "_append", append_after_a_rival)
+    shards = make_plan(all_images, empty_output, "mine", retry_errors=False)
+    images = planned_images(shards)
+    assert len(images) == len(set(images)) == 43
+    assert {shard.name for shard in rivals[0]} < {shard.name for shard in shards}
+    assert [entry.run_id for entry in read_log(empty_output.folder("_plans"))] == ["rival", "mine"]
+
+
+def test_only_unfinished_shards_with_listed_images_are_taken_over(archive, empty_output, tmp_path):
+    make_plan(listing_of(archive / "defective", tmp_path / "a"), empty_output, "crashed", retry_errors=False)
+    functional = listing_of(archive / "functional", tmp_path / "b")
+    shards = make_plan(functional, empty_output, "other", retry_errors=False)
+    assert len(planned_images(shards)) == 20
+    assert all("/functional/" in uri for uri in planned_images(shards))
+    both = make_plan(listing_of(archive, tmp_path / "c"), empty_output, "all", retry_errors=False)
+    assert len(set(planned_images(both))) == len(planned_images(both)) == 43
+
+
+def test_a_shard_file_is_created_once_whoever_comes_second(empty_output):
+    target = empty_output.scores_file("000001-0000000", "2026-01-01")
+    target.create(b"first")
+    with pytest.raises(FileExistsError):
+        target.create(b"second")
+    assert target.read() == b"first"
+    assert empty_output.finished_shards() == {"000001-0000000"}
+
+
+def test_doubled_rows_are_found_by_the_final_account(scored, archive, tmp_path):
+    copy = shutil.copytree(scored, tmp_path / "copy")
+    file = next((copy / "scores").rglob("*.parquet"))
+    listing = listing_of(archive, tmp_path / "listing")
+    output = Output(Location(str(copy)), file.parent.parent.name.removeprefix("model_id="))
+    assert unaccounted(listing, output) == (40, 3, 0)
+    shutil.copy(file, file.with_name("part-999999-0000000.parquet"))
+    with pytest.raises(RuntimeError, match="more than once"):
+        unaccounted(listing, output)
+    for path in (copy / "scores").rglob("*.parquet"):
+        path.unlink()
+    assert unaccounted(listing, output) == (0, 3, 40)
+
+
+def test_keys_tell_image_versions_apart():
+    def table(*pairs: tuple[str, str]) -> pa.Table:
+        return pa.table({"image_uri": [p[0] for p in pairs], "image_version": [p[1] for p in pairs]})
+
+    pairs = [("a", "b"), ("a", "c"), ("ab", ""), ("", "ab"), ("a", "bc"), ("ab", "c")]
+    assert len(set(keys(table(*pairs)).tolist())) == len(pairs)
+
+
+def test_p_values_count_held_out_images_scoring_at_least_as_much():
+    calibration = [1.0, 2.0, 2.0, 3.0]
+    np.testing.assert_allclose(
+        p_values([0.5, 2.0, 2.5, 9.0, np.nan], calibration), [5 / 5, 4 / 5, 2 / 5, 1 / 5, 1 / 5]
+    )
+
+
+def test_p_values_of_exchangeable_normals_hold_their_rate():
+    generator = np.random.default_rng(0)
+    p = [p_values([generator.normal()], generator.normal(size=19))[0] for _ in range(4000)]
+    for rate in (0.05, 0.1, 0.5):
+        assert np.mean(np.array(p) <= rate) == pytest.approx(rate, abs=4 * (rate / 4000) ** 0.5)
+
+
+def test_the_peak_is_the_centre_of_the_hottest_cell_in_pixels_of_the_original():
+    anomaly_map = np.zeros((2, 4), dtype=np.float32)
+    anomaly_map[1, 2] = 1
+    assert peak(anomaly_map, image_height=100, image_width=400) == (75.0, 250.0)
+
+
+def test_reading_back_with_polars_keeps_types(scored):
+    frame = pl.read_parquet(f"{scored}/scores/*/*/*.parquet")
+    assert frame.schema["scored_at"] == pl.Datetime("us", "UTC")
+    assert frame.schema["anomaly_map"] == pl.List(pl.Float32)
