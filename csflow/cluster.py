@@ -18,7 +18,8 @@ SHARD_RETRIES = 2
 
 
 def connect() -> None:
-    """Joins the cluster that RAY_ADDRESS names, as under `ray job submit`, or starts Ray on this machine."""
+    """Joins the cluster that RAY_ADDRESS names, as under `ray job submit`, or the one that runs on this
+    machine, or else starts Ray for this process."""
     if not ray.is_initialized():
         # Ray's C++ side reports on standard error what its Python side raises or retries anyway.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -50,11 +51,27 @@ def share_out(workers: int | None, worker_bytes: int = 0) -> WorkerResources:
     Args:
         worker_bytes: memory that one worker needs.
     """
-    total = ray.cluster_resources()
-    cpus, gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
-    fitting = int(total.get("memory", 0)) // max(1, worker_bytes)
-    workers = workers or gpus or max(1, min(cpus, fitting))
-    return WorkerResources(workers, cpus=max(1, cpus // workers), gpus=1 if gpus >= workers else 0)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    if gpus and gpus >= (workers or 1):
+        nodes = [node for node in nodes if node.get("GPU")]
+        return _fit(nodes, workers or gpus, gpus=1)
+    fitting = (
+        min(int(node.get("CPU", 0)), int(node.get("memory", 0)) // max(1, worker_bytes)) for node in nodes
+    )
+    return _fit(nodes, workers or max(1, sum(fitting)), gpus=0)
+
+
+def _fit(nodes: Sequence[Mapping[str, float]], workers: int, gpus: int) -> WorkerResources:
+    """As many CPUs for each worker as still lets all of them find room on the nodes."""
+
+    def room(cpus: int) -> int:
+        places = (int(node.get("CPU", 0)) // cpus for node in nodes)
+        return sum(min(p, int(node["GPU"])) if gpus else p for p, node in zip(places, nodes, strict=True))
+
+    largest = max((int(node.get("CPU", 0)) for node in nodes), default=1)
+    cpus = next((cpus for cpus in range(largest, 1, -1) if room(cpus) >= workers), 1)
+    return WorkerResources(workers, cpus, gpus)
 
 
 def map_shards(

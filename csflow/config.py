@@ -71,7 +71,10 @@ def parse(config_type: type[Config], doc: str | None, argv: Sequence[str] | None
     except ValidationError as error:
         raise WrongUse("; ".join(_explain(e) for e in error.errors())) from None
     if print_config:
-        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+        shown = config.model_dump(mode="json") | {
+            "storage_options": dict.fromkeys(config.storage_options, "***")
+        }
+        print(yaml.safe_dump(shown, sort_keys=False), end="")
         raise SystemExit(0)
     return config
 
@@ -140,4 +143,6 @@ def _explain(error: Any) -> str:
         return f"{name} is required; see --help"
     if error["type"] == "extra_forbidden":
         return f"{name[2:]} in --config is not a setting; see --help for their names"
+    if name == "--storage_options":
+        return f"{name} must be a JSON object"  # its value may hold secrets
     return f"{name}: {error['msg']} (was {error['input']!r})"

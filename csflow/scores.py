@@ -122,10 +122,12 @@ def _files_by_model(folder: Location) -> dict[str, list[str]]:
 def _open_dataset(root: Location, paths: list[str], schema: pa.Schema) -> ds.Dataset:
     partitioning = ds.partitioning(pa.schema([("date", pa.date32())]), flavor="hive")
     try:
-        dataset = ds.dataset(paths, filesystem=root.fs, format="parquet", partitioning=partitioning)
+        found = ds.dataset(paths, filesystem=root.fs, format="parquet", partitioning=partitioning)
     except pa.ArrowInvalid as error:
         raise WrongUse(f"{root} holds a file that is no Parquet: {error}") from None
-    missing = [name for name in schema.names if name not in dataset.schema.names]
+    required = [name for name in schema.names if not schema.field(name).nullable]
+    missing = [name for name in required if name not in found.schema.names]
     if missing:
         raise WrongUse(f"{paths[0]} lacks the columns {', '.join(missing)}; was it written by a scoring job?")
-    return dataset
+    # A nullable column that an older csflow did not write reads as null.
+    return found.replace_schema(pa.unify_schemas([schema, found.schema]))

@@ -2,8 +2,9 @@
 
 import io
 import os
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from csflow.errors import WrongUse
+
+CONFLICT_RETRIES = 5
 
 
 def filesystem(
@@ -27,7 +30,7 @@ def filesystem(
     options: dict[str, Any] = {}
     if "://" in url and not url.startswith("file://"):
         # Listings are planning input: a cached one would hide what other processes wrote.
-        options = {"use_listings_cache": False} | dict(storage_options or {})
+        options = dict(storage_options or {}) | {"use_listings_cache": False}
     try:
         fs, path = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
@@ -52,6 +55,11 @@ class Location:
 
     def __truediv__(self, name: str) -> "Location":
         return Location(f"{self.url.rstrip('/')}/{name}", self.storage_options)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.url.rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
@@ -94,24 +102,50 @@ class Location:
             finally:
                 temporary.unlink()
         else:
-            self.fs.pipe_file(self.path, data, mode="create")
+            self._create_remote(data)
+
+    def _create_remote(self, data: bytes) -> None:
+        for attempt in range(CONFLICT_RETRIES + 1):
+            try:
+                self.fs.pipe_file(self.path, data, mode="create")
+                return
+            except OSError as error:
+                status = _http_status(error)
+                if status == 412:
+                    # The client knows this answer by a detail that not every store sends.
+                    raise FileExistsError(f"{self.url} exists") from error
+                if status != 409 or attempt == CONFLICT_RETRIES:
+                    raise
+                # S3 answers 409 while another conditional PUT of the same key is under way.
+                time.sleep(0.1 * 2**attempt)
 
     def find(self, suffix: str) -> list["Location"]:
         """All files below this folder whose names end so, sorted; none if the folder does not exist."""
-        paths = sorted(path for path in self.fs.find(self.path) if path.endswith(suffix))
+        found = _find_local(self.path) if self.is_local else self.fs.find(self.path)
+        paths = sorted(path for path in found if path.endswith(suffix))
         return [self / path[len(self.path.rstrip("/")) + 1 :] for path in paths if not _is_temporary(path)]
 
     def check_writable(self) -> None:
-        """Raises WrongUse if no file can be created in this folder."""
+        """Raises WrongUse if no file can be created in this folder, or one twice."""
         probe = self / f"_writable-{uuid.uuid4().hex}"
+        is_exclusive = False
         try:
             probe.create(b"")
+            try:
+                probe.create(b"")
+            except FileExistsError:
+                is_exclusive = True
             probe.fs.rm_file(probe.path)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise WrongUse(
                 f"{self.url} cannot be written to ({reason}); create it or grant write permission"
             ) from None
+        if not is_exclusive:
+            raise WrongUse(
+                f"{self.url} is in a store without conditional writes (If-None-Match), by which every image "
+                "is kept to one row; choose another store"
+            )
 
 
 def to_parquet(table: pa.Table) -> bytes:
@@ -124,6 +158,23 @@ def to_parquet(table: pa.Table) -> bytes:
 def read_parquet(location: Location, schema: pa.Schema | None = None) -> pa.Table:
     """A whole Parquet file; raises pa.ArrowException if it is damaged or of another schema."""
     return pq.read_table(io.BytesIO(location.read()), schema=schema)
+
+
+def _find_local(folder: str) -> Iterator[str]:
+    """All files below a folder. An error is raised, where fsspec would leave out what it hides."""
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for parent, _, names in os.walk(folder, onerror=fail):
+        yield from (f"{parent}/{name}" for name in names)
+
+
+def _http_status(error: OSError) -> int | None:
+    response = getattr(error.__cause__, "response", None) or {}
+    status: int | None = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status
 
 
 def _write_temporary(path: str, data: bytes) -> Path:

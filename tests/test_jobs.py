@@ -16,7 +16,7 @@ VERBS = ["train", "score", "evaluate", "report"]
 
 @pytest.fixture
 def wrong_use(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Runs a job's script in this process; returns the one line with which it ends before any cluster work."""
+    """Runs a job's script in this process; returns the one line with which it ends, before any Ray."""
 
     def connect() -> None:
         raise AssertionError("cluster work started")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 
 import duckdb
@@ -22,8 +23,9 @@ import torch
 from conftest import ROOT, SMALL_MODEL, copy_some, run_job
 
 from csflow.calibration import p_values
+from csflow.cluster import WorkerResources
 from csflow.config import parse
-from csflow.errors import ExitStatus
+from csflow.errors import ExitStatus, WrongUse
 from csflow.images import decode
 from csflow.inputs.listing import list_images
 from csflow.model_directory import load_model
@@ -32,9 +34,9 @@ from csflow.scoring import plan
 from csflow.scoring.job import ScoreConfig, score
 from csflow.scoring.listing import Listing
 from csflow.scoring.output import Output, keys
-from csflow.scoring.plan import make_plan, read_log, unaccounted
-from csflow.scoring.shard import peak
-from csflow.storage import Location
+from csflow.scoring.plan import account, make_plan, read_log
+from csflow.scoring.shard import ScoringSettings, ShardScorer, peak
+from csflow.storage import Location, to_parquet
 
 
 def run(*arguments: object) -> ExitStatus:
@@ -158,7 +160,8 @@ p = polars.scan_parquet("{pattern}", hive_partitioning=True).collect()
 cells = p["anomaly_map"].list.len().sum()
 print((len(p), round(p["anomaly_score"].sum(), 6), cells, p["model_id"].n_unique()))
 d = pandas.read_parquet("{scored}/scores")
-print((len(d), round(float(d.anomaly_score.sum()), 6), int(d.anomaly_map.map(len).sum()), d.model_id.nunique()))
+total = round(float(d.anomaly_score.sum()), 6)
+print((len(d), total, int(d.anomaly_map.map(len).sum()), d.model_id.nunique()))
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     lines = result.stdout.strip().splitlines()
@@ -359,7 +362,7 @@ def test_a_shard_file_is_created_once_whoever_comes_second(empty_output):
     with pytest.raises(FileExistsError):
         target.create(b"second")
     assert target.read() == b"first"
-    assert empty_output.finished_shards() == {"000001-0000000"}
+    assert list(empty_output.finished_shards()) == ["000001-0000000"]
 
 
 def test_doubled_rows_are_found_by_the_final_account(scored, archive, tmp_path):
@@ -367,13 +370,13 @@ def test_doubled_rows_are_found_by_the_final_account(scored, archive, tmp_path):
     file = next((copy / "scores").rglob("*.parquet"))
     listing = listing_of(archive, tmp_path / "listing")
     output = Output(Location(str(copy)), file.parent.parent.name.removeprefix("model_id="))
-    assert unaccounted(listing, output) == (40, 3, 0)
+    assert account(listing, output) == (40, 3, 0)
     shutil.copy(file, file.with_name("part-999999-0000000.parquet"))
     with pytest.raises(RuntimeError, match="more than once"):
-        unaccounted(listing, output)
+        account(listing, output)
     for path in (copy / "scores").rglob("*.parquet"):
         path.unlink()
-    assert unaccounted(listing, output) == (0, 3, 40)
+    assert account(listing, output) == (0, 3, 40)
 
 
 def test_keys_tell_image_versions_apart():
@@ -408,3 +411,90 @@ def test_reading_back_with_polars_keeps_types(scored):
     frame = pl.read_parquet(f"{scored}/scores/*/*/*.parquet")
     assert frame.schema["scored_at"] == pl.Datetime("us", "UTC")
     assert frame.schema["anomaly_map"] == pl.List(pl.Float32)
+
+
+def test_an_append_whose_answer_was_lost_plans_no_image_twice(archive, empty_output, tmp_path, monkeypatch):
+    listing = listing_of(archive, tmp_path / "listing")
+    create = Location.create
+
+    def create_and_fail(self: Location, data: bytes) -> None:
+        create(self, data)
+        if self.url.endswith(".json"):
+            monkeypatch.setattr(Location, "create", create)
+            raise FileExistsError("the client tried again and met its own first try")
+
+    monkeypatch.setattr(Location, "create", create_and_fail)
+    images = planned_images(make_plan(listing, empty_output, "run", retry_errors=False))
+    assert len(images) == len(set(images)) == 43
+    assert len(read_log(empty_output.folder("_plans"))) == 1
+
+
+def test_a_late_listing_of_the_scores_plans_no_image_twice(archive, empty_output, tmp_path, monkeypatch):
+    listing = listing_of(archive, tmp_path / "listing")
+    for shard in make_plan(listing, empty_output, "first", retry_errors=False):
+        rows = [dict.fromkeys(SCORES.names, 0) | row for row in shard.images().to_pylist()]
+        columns = {"scale_scores": [], "anomaly_map": None, "run_id": "first", "is_anomalous": False}
+        table = pa.Table.from_pylist([row | columns for row in rows], schema=SCORES)
+        empty_output.scores_file(shard.name, shard.date).create(to_parquet(table))
+    finished = empty_output.finished_shards()
+    late = dict(list(finished.items())[:1])
+    monkeypatch.setattr(Output, "finished_shards", lambda self: late)
+    again = make_plan(listing, empty_output, "second", retry_errors=False)
+    # They are taken over under their own names, where creating them anew changes nothing.
+    assert {shard.name for shard in again} == set(finished) - set(late)
+
+
+def test_a_log_that_lost_an_entry_is_refused(archive, tmp_path):
+    output = Output(Location(str(tmp_path / "out")), "0" * 16)
+    for name in ("functional", "defective"):
+        make_plan(listing_of(archive / name, tmp_path / name), output, name, retry_errors=False)
+    (tmp_path / "out" / "_plans" / f"model_id={'0' * 16}" / "000001.json").unlink()
+    with pytest.raises(WrongUse, match=r"has lost entry 000001\.json; restore it"):
+        make_plan(listing_of(archive, tmp_path / "all"), output, "third", retry_errors=False)
+
+
+def test_a_store_without_conditional_writes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Location, "create", Location.write)
+    with pytest.raises(WrongUse, match="store without conditional writes"):
+        Location(str(tmp_path)).check_writable()
+
+
+def settings_of(model: Path, output: Output) -> ScoringSettings:
+    resources = WorkerResources(workers=1, cpus=1, gpus=0)
+    return ScoringSettings(Location(str(model)), output, "run", True, 0.01, None, resources)
+
+
+def test_a_model_replaced_during_the_run_scores_nothing_under_the_old_id(model, tmp_path):
+    with pytest.raises(RuntimeError, match="start the run again"):
+        ShardScorer(settings_of(model, Output(Location(str(tmp_path)), "0" * 16)))
+
+
+def test_refused_writes_stop_the_run_and_the_next_one_completes(model, archive, tmp_path):
+    arguments = ["--model", model, "--input", archive, "--output", tmp_path / "output"]
+    scores = tmp_path / "output" / "scores" / f"model_id={load_model(Location(str(model))).model_id}"
+    scores.mkdir(parents=True)
+    in_the_way = scores / f"date={datetime.now(UTC).date()}"
+    in_the_way.write_text("a file where a folder is needed")
+    with pytest.raises(RuntimeError, match="shards failed"):
+        run(*arguments)
+    in_the_way.unlink()
+    assert run(*arguments) == ExitStatus.DONE
+    assert len(read_scores(tmp_path / "output")) == 40
+
+
+def test_a_batch_too_large_for_the_device_is_halved(model, tmp_path, monkeypatch):
+    loaded = load_model(Location(str(model)))
+    scorer = ShardScorer(settings_of(model, Output(Location(str(tmp_path)), loaded.model_id)))
+    pixels_BHWC = torch.randint(0, 256, (5, 128, 128, 3), dtype=torch.uint8)
+    sizes: list[int] = []
+
+    def small_device(batch_BHWC: torch.Tensor):
+        sizes.append(len(batch_BHWC))
+        if len(batch_BHWC) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return loaded.detector(batch_BHWC)
+
+    monkeypatch.setattr(scorer, "_detector", small_device)
+    scores = scorer._forward(pixels_BHWC)
+    assert sizes == [5, 3, 2, 1, 2]
+    torch.testing.assert_close(scores, loaded.detector(pixels_BHWC), rtol=1e-5, atol=1e-6)

@@ -17,10 +17,10 @@ from csflow.cluster import connect, map_shards, share_out
 from csflow.config import JobConfig, Locations
 from csflow.errors import ExitStatus
 from csflow.inputs.listing import list_images
-from csflow.model_directory import load_model, worker_bytes
+from csflow.model_directory import Model, load_model, worker_bytes
 from csflow.scoring.listing import Listing
 from csflow.scoring.output import Output
-from csflow.scoring.plan import PlannedShard, make_plan, unaccounted
+from csflow.scoring.plan import account, make_plan
 from csflow.scoring.shard import ScoringSettings, ShardScorer
 from csflow.storage import Location
 
@@ -28,6 +28,8 @@ LIBRARIES = ("csflow", "ray", "torch", "timm", "pyarrow", "pillow", "fsspec", "s
 PROGRESS_SECONDS = 10.0
 ERROR_RATE_MINIMUM_IMAGES = 100
 """A run is not stopped for its error rate before so many images are through."""
+FAILED_SHARDS_TO_STOP = 4
+"""A run whose first shards all fail as a whole is stopped."""
 
 
 class ScoreConfig(JobConfig):
@@ -66,7 +68,11 @@ class Tally:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """By stage; read and decode are summed over threads."""
 
+    failed_shards: int = 0
+    """Shards that failed as a whole, for no fault of an image."""
+
     def add(self, row: dict[str, Any]) -> None:
+        self.failed_shards += bool(row["failure"])
         if not row["is_published"]:
             return
         self.images += row["images"]
@@ -87,27 +93,26 @@ class Tally:
 
 def score(config: ScoreConfig) -> ExitStatus:
     """Runs the job. Raises WrongUse before any cluster work starts if a setting or input is wrong."""
+    clock = _Clock()
     started_at = datetime.now(UTC)
-    run_id = f"{started_at:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+    run_id = f"{started_at:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
     model_location = Location(config.model, config.storage_options)
     model = load_model(model_location)
     output = Output(Location(config.output, config.storage_options), model.model_id)
     output.location.check_writable()
     run_folder = output.location / "_runs" / run_id
-    clock = _Clock()
+    clock.lap("start")
     found = list_images(config.input, config.storage_options)
     listing = Listing.freeze(run_folder / "listing", found, config.limit)
     clock.lap("list")
     shards = make_plan(listing, output, run_id, config.retry_errors)
     clock.lap("plan")
-    print(
-        f"run {run_id}: {listing.images} images listed, {len(shards)} shards to score, model {model.model_id}"
-    )
-
+    print(f"run {run_id} with model {model.model_id}")
+    print(f"{listing.images} images listed, {len(shards)} shards to score")
+    _warn_if_nothing_can_be_flagged(model, config.false_positive_rate)
     tally = Tally()
     if shards:
         connect()
-        resources = share_out(config.workers, worker_bytes(model.detector))
         settings = ScoringSettings(
             model=model_location,
             output=output,
@@ -115,12 +120,12 @@ def score(config: ScoreConfig) -> ExitStatus:
             keep_maps=config.maps == "native",
             false_positive_rate=config.false_positive_rate,
             batch_size=config.batch_size,
-            resources=resources,
+            resources=share_out(config.workers, worker_bytes(model.detector)),
         )
-        rows = map_shards([shard.to_row() for shard in shards], ShardScorer, [settings], resources)
-        _follow(rows, shards, tally, config.max_error_rate)
+        rows = map_shards([shard.to_row() for shard in shards], ShardScorer, [settings], settings.resources)
+        _follow(rows, len(shards), tally, config.max_error_rate)
     clock.lap("score")
-    scored, failed, missing = unaccounted(listing, output)
+    scored, failed, missing = account(listing, output)
     clock.lap("account")
     # Judged on the whole listing: one bad image may be all that is new tonight.
     passes_error_rate = failed + missing > config.max_error_rate * listing.images
@@ -141,6 +146,7 @@ def score(config: ScoreConfig) -> ExitStatus:
             "scored_in_this_run": tally.scored,
             "anomalous_in_this_run": tally.anomalous,
             "errors_in_this_run": dict(tally.error_codes),
+            "failed_shards_in_this_run": tally.failed_shards,
         },
         "images_per_second": round(tally.images / clock.seconds["score"], 3),
         "seconds": _rounded(clock.seconds),
@@ -152,19 +158,34 @@ def score(config: ScoreConfig) -> ExitStatus:
     return status
 
 
-def _follow(
-    rows: Iterator[dict[str, Any]], shards: list[PlannedShard], tally: Tally, max_error_rate: float
-) -> None:
-    """Counts the results as they come, with a line of progress now and then."""
+def _warn_if_nothing_can_be_flagged(model: Model, false_positive_rate: float) -> None:
+    heldout = len(model.calibration_scores)
+    if 1 / (heldout + 1) > false_positive_rate:
+        print(
+            f"warning: no image can be flagged at --false_positive_rate {false_positive_rate}: with "
+            f"{heldout} held-out images the smallest p-value is {1 / (heldout + 1):.3g}"
+        )
+
+
+def _follow(rows: Iterator[dict[str, Any]], shards: int, tally: Tally, max_error_rate: float) -> None:
+    """Counts the results as they come, with a line of progress now and then.
+
+    Raises:
+        RuntimeError: the first shards all failed as a whole; the rest would too.
+    """
     started = last_line = time.monotonic()
     for done, row in enumerate(rows, start=1):
         tally.add(row)
+        if row["failure"]:
+            print(f"shard {row['shard']} failed: {row['failure']}", flush=True)
+        if tally.failed_shards == done == min(shards, FAILED_SHARDS_TO_STOP):
+            raise RuntimeError(f"the first {done} shards failed, see above; nothing of them was written")
         now = time.monotonic()
         if now - last_line >= PROGRESS_SECONDS:
             last_line = now
-            left = (now - started) / done * (len(shards) - done)
+            left = (now - started) / done * (shards - done)
             print(
-                f"{done}/{len(shards)} shards  {tally.scored} scored  {tally.errors} errors  "
+                f"{done}/{shards} shards  {tally.scored} scored  {tally.errors} errors  "
                 f"{tally.images / (now - started):.1f} images/s  {left:.0f} s left",
                 flush=True,
             )

@@ -61,25 +61,24 @@ class Output:
         digest = hashlib.sha256(outcome.encode()).hexdigest()[:8]
         return self.folder("errors") / f"date={date}" / f"part-{shard}-{digest}.parquet"
 
-    def finished_shards(self) -> set[str]:
-        """Names of the shards that have a scores file."""
-        names = (file.url.rsplit("/", 1)[-1] for file in self.folder("scores").find(".parquet"))
-        return {name.removeprefix("part-").removesuffix(".parquet") for name in names}
-
-    def scored_keys(self) -> Keys:
-        """Keys of all scored images, sorted. Reads no maps."""
-        return sorted_keys(map(keys, _read("scores", self, KEY_COLUMNS, SCORES)))
+    def finished_shards(self) -> dict[str, Location]:
+        """Scores files by the name of their shard."""
+        files = self.folder("scores").find(".parquet")
+        return {file.name.removeprefix("part-").removesuffix(".parquet"): file for file in files}
 
     def permanent_error_keys(self) -> Keys:
         """Keys of all images that failed for a reason that stays, sorted."""
-        batches = _read("errors", self, [*KEY_COLUMNS, "is_transient"], ERRORS)
+        files = self.folder("errors").find(".parquet")
+        batches = _read(files, [*KEY_COLUMNS, "is_transient"], ERRORS)
         return sorted_keys(keys(batch.filter(pc.invert(batch["is_transient"]))) for batch in batches)
 
 
-def _read(
-    kind: Literal["scores", "errors"], output: Output, columns: Sequence[str], schema: pa.Schema
-) -> Iterator[pa.RecordBatch]:
-    files = output.folder(kind).find(".parquet")
+def scored_keys(files: Iterable[Location]) -> Keys:
+    """Keys of the images in these scores files, sorted. Reads no maps."""
+    return sorted_keys(map(keys, _read(list(files), KEY_COLUMNS, SCORES)))
+
+
+def _read(files: Sequence[Location], columns: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     if files:
         fs = PyFileSystem(FSSpecHandler(files[0].fs))
         dataset = ds.dataset([file.path for file in files], schema, format="parquet", filesystem=fs)

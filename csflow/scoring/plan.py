@@ -1,6 +1,6 @@
 """The log of plans, which gives every image version at most one place in the output.
 
-A plan assigns images to shards; the file name of a shard follows from the number of its plan, so that
+A plan assigns images to shards; the file name of a shard follows from its place in the plan, so that
 whoever scores it, how often and whenever, one file comes of it. `_plans/model_id=<id>/<number>.json` are
 the entries of the log: created, never changed, numbered without gaps. A run plans only images that are
 not scored, have no permanent error, and are in no unfinished shard of an earlier plan. Should another run
@@ -11,6 +11,7 @@ this holds under crashes.
 import io
 import json
 import random
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,12 +21,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from csflow.errors import WrongUse
 from csflow.scoring.listing import Listing
-from csflow.scoring.output import KEY_COLUMNS, Keys, Output, contained, keys, sorted_keys
+from csflow.scoring.output import KEY_COLUMNS, Keys, Output, contained, keys, scored_keys, sorted_keys
 from csflow.storage import Location
 
 MIN_SHARD_SIZE, MAX_SHARD_SIZE = 16, 256
-SHARDS_PER_PART = 1024
+SHARDS_PER_PART = 64
+"""A worker reads the part of a plan for each of its shards, so parts are small."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,14 @@ class Plan:
     run_id: str
     date: str
     shards: int
+    folder: str
+    """Of the plan's images; used by no other plan nor by another try at this one."""
 
     def planned_shards(self, plans: Location) -> Iterator[PlannedShard]:
         for i in range(self.shards):
             part, row_group = divmod(i, SHARDS_PER_PART)
-            file = plans / self.run_id / f"part-{part:05d}.parquet"
-            yield PlannedShard(f"{self.number:06d}-{i:07d}", self.date, file, row_group)
+            file = plans / self.folder / f"part-{part:06d}.parquet"
+            yield PlannedShard(f"{self.folder}-{i:06d}", self.date, file, row_group)
 
 
 def make_plan(listing: Listing, output: Output, run_id: str, retry_errors: bool) -> list[PlannedShard]:
@@ -79,12 +84,12 @@ def make_plan(listing: Listing, output: Output, run_id: str, retry_errors: bool)
     listed = sorted_keys(map(keys, listing.batches()))
     while True:
         log = read_log(plans)
-        # Finished shards are looked up before scored images are read: a shard that finishes in between
-        # counts as unfinished and scored, never as neither.
+        # The scored images are those in the very files that make shards finished: no shard can be finished
+        # whose images are not seen, however late or incomplete a listing is.
         finished = output.finished_shards()
         unfinished = [s for plan in log for s in plan.planned_shards(plans) if s.name not in finished]
         adopted, planned = _adopt(unfinished, listed)
-        settled = [output.scored_keys(), planned]
+        settled = [scored_keys(finished.values()), planned]
         if not retry_errors:
             settled.append(output.permanent_error_keys())
         left = list(_images_left(listing, sorted_keys(settled)))
@@ -92,7 +97,7 @@ def make_plan(listing: Listing, output: Output, run_id: str, retry_errors: bool)
         random.Random(run_id).shuffle(adopted)
         if not sum(part.num_rows for part in left):
             return adopted
-        number = len(log) + 1
+        number = log[-1].number + 1 if log else 1
         try:
             plan = _append(plans, number, run_id, pa.Table.from_batches(left))
         except FileExistsError:
@@ -100,9 +105,10 @@ def make_plan(listing: Listing, output: Output, run_id: str, retry_errors: bool)
         return adopted + list(plan.planned_shards(plans))
 
 
-def unaccounted(listing: Listing, output: Output) -> tuple[int, int, int]:
+def account(listing: Listing, output: Output) -> tuple[int, int, int]:
     """Listed images that are scored, that only have a permanent error, and that have neither."""
-    scored, failed = output.scored_keys(), output.permanent_error_keys()
+    scored = scored_keys(output.finished_shards().values())
+    failed = output.permanent_error_keys()
     duplicates = len(scored) - len(np.unique(scored))
     if duplicates:
         raise RuntimeError(f"{duplicates} image versions are in {output.folder('scores')} more than once")
@@ -116,8 +122,18 @@ def unaccounted(listing: Listing, output: Output) -> tuple[int, int, int]:
 
 
 def read_log(plans: Location) -> list[Plan]:
-    """The entries of the log in order."""
-    return [Plan(**json.loads(file.read())) for file in plans.find(".json")]
+    """The entries of the log in order.
+
+    Raises:
+        WrongUse: an entry is missing, so that images may have a place that nobody knows of.
+    """
+    log = [Plan(**json.loads(file.read())) for file in plans.find(".json")]
+    missing = set(range(1, len(log) + 1)) - {plan.number for plan in log}
+    if missing:
+        raise WrongUse(
+            f"{plans} has lost entry {min(missing):06d}.json; restore it, or choose another --output"
+        )
+    return log
 
 
 def _adopt(unfinished: list[PlannedShard], listed: Keys) -> tuple[list[PlannedShard], Keys]:
@@ -143,7 +159,13 @@ def _images_left(listing: Listing, settled: Keys) -> Iterator[pa.RecordBatch]:
 
 
 def _append(plans: Location, number: int, run_id: str, images: pa.Table) -> Plan:
-    """Writes a plan's images, then its entry. Raises FileExistsError if the log has that number by now."""
+    """Writes a plan's images, then its entry.
+
+    Raises:
+        FileExistsError: the log has an entry of that number, maybe this one: a store may fail to tell that
+            it took what it took. Either way the log says what is planned.
+    """
+    folder = f"{number:06d}-{secrets.token_hex(4)}"
     shard_size = min(max(images.num_rows // 64, MIN_SHARD_SIZE), MAX_SHARD_SIZE)
     starts = range(0, images.num_rows, shard_size)
     for part, first in enumerate(range(0, len(starts), SHARDS_PER_PART)):
@@ -151,8 +173,7 @@ def _append(plans: Location, number: int, run_id: str, images: pa.Table) -> Plan
         with pq.ParquetWriter(buffer, images.schema, compression="zstd") as writer:
             for start in starts[first : first + SHARDS_PER_PART]:
                 writer.write_table(images.slice(start, shard_size), row_group_size=shard_size)
-        # Invisible until the entry names them; a later try of this run may write them anew.
-        (plans / run_id / f"part-{part:05d}.parquet").write(buffer.getvalue())
-    plan = Plan(number, run_id, datetime.now(UTC).date().isoformat(), len(starts))
+        (plans / folder / f"part-{part:06d}.parquet").write(buffer.getvalue())
+    plan = Plan(number, run_id, datetime.now(UTC).date().isoformat(), len(starts), folder)
     (plans / f"{number:06d}.json").create(json.dumps(plan.__dict__).encode())
     return plan

@@ -1,6 +1,5 @@
 """The scoring actor: reads, decodes and scores one shard of images, and publishes its rows."""
 
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from csflow import device
 from csflow.calibration import p_values
@@ -20,6 +20,7 @@ from csflow.errors import ImageError
 from csflow.images import DecodedImage
 from csflow.inputs.loading import ImageLoader, LoadedImage, batches
 from csflow.inputs.reading import ImageReader
+from csflow.model import Scores
 from csflow.model_directory import load_model
 from csflow.scores import ERRORS, SCORES
 from csflow.scoring.output import Output
@@ -39,6 +40,7 @@ RESULT = pa.schema(
         pa.field("error_codes", pa.map_(pa.string(), pa.int64())),
         pa.field("is_published", pa.bool_()),  # false if another attempt was first
         pa.field("seconds", pa.map_(pa.string(), pa.float64())),  # by stage, summed over threads
+        pa.field("failure", pa.string()),  # why the whole shard failed, if it did
     ]
 )
 
@@ -57,12 +59,17 @@ class ScoringSettings:
 
 
 class ShardScorer:
-    """Actor of the scoring pass. Two shards may be under way: one waits for images, one for the model."""
+    """Actor of the scoring pass."""
 
     def __init__(self, settings: ScoringSettings) -> None:
         self._settings = settings
         self._device = device.set_up(settings.resources.cpus, settings.resources.gpus)
         model = load_model(settings.model)
+        if model.model_id != settings.output.model_id:
+            raise RuntimeError(
+                f"{settings.model} holds model {model.model_id}, and {settings.output.model_id} when the run "
+                "began; start the run again"
+            )
         self._detector = model.detector.to(self._device)
         self._calibration_scores = model.calibration_scores
         self._batch_size = settings.batch_size or (
@@ -70,15 +77,22 @@ class ShardScorer:
         )
         reader = ImageReader(settings.output.location.storage_options)
         self._loader = ImageLoader(reader, model.detector.architecture.image_size, READ_THREADS)
-        self._model_lock = threading.Lock()
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         """Scores the one shard in the batch; returns a row in the `RESULT` schema."""
         storage_options = self._settings.output.location.storage_options
         shard = PlannedShard.from_row({name: column[0] for name, column in batch.items()}, storage_options)
-        target = self._settings.output.scores_file(shard.name, shard.date)
-        if target.exists():
-            return _result_row(shard.name, 0, 0, 0, Counter(), False, {})
+        row: dict[str, Any] = {"shard": shard.name, "is_published": False}
+        try:
+            target = self._settings.output.scores_file(shard.name, shard.date)
+            if not target.exists():
+                row |= self._score_shard(shard, target)
+        except Exception as error:
+            # What fails here is no image: a full disk, a refused write, a device. The run tells its user.
+            row["failure"] = f"{type(error).__name__}: {error}"
+        return pa.Table.from_pylist([row], schema=RESULT)
+
+    def _score_shard(self, shard: PlannedShard, target: Location) -> dict[str, Any]:
         images = shard.images()
         seconds: dict[str, float] = defaultdict(float)
         rows: list[dict[str, Any]] = []
@@ -92,21 +106,24 @@ class ShardScorer:
         started = time.perf_counter()
         is_published = self._publish(shard, target, rows, errors)
         seconds["write"] += time.perf_counter() - started
-        codes = Counter(row["error_code"] for row in errors)
-        anomalous = sum(row["is_anomalous"] for row in rows)
-        return _result_row(shard.name, images.num_rows, len(rows), anomalous, codes, is_published, seconds)
+        return {
+            "images": images.num_rows,
+            "scored": len(rows),
+            "anomalous": sum(row["is_anomalous"] for row in rows),
+            "error_codes": list(Counter(row["error_code"] for row in errors).items()),
+            "is_published": is_published,
+            "seconds": list(seconds.items()),
+        }
 
     def _score(
         self, images: list[tuple[LoadedImage, DecodedImage]], seconds: dict[str, float]
     ) -> Iterator[dict[str, Any]]:
         pixels_BHWC = torch.from_numpy(np.stack([decoded.pixels_HWC for _, decoded in images]))
-        with self._model_lock, torch.inference_mode():
-            started = time.perf_counter()
-            scores = self._detector(pixels_BHWC.to(self._device))
-            anomaly_scores = scores.anomaly_score_B.double().cpu().numpy()
-            scale_scores = scores.scale_scores_BS.cpu().numpy()
-            anomaly_maps = scores.anomaly_map_BHW.cpu().numpy()
-            seconds["score"] += time.perf_counter() - started
+        started = time.perf_counter()
+        scores = self._forward(pixels_BHWC)
+        seconds["score"] += time.perf_counter() - started
+        anomaly_scores = scores.anomaly_score_B.double().numpy()
+        scale_scores, anomaly_maps = scores.scale_scores_BS.numpy(), scores.anomaly_map_BHW.numpy()
         p = p_values(anomaly_scores, self._calibration_scores)
         scored_at = datetime.now(UTC)
         for i, (image, decoded) in enumerate(images):
@@ -129,6 +146,17 @@ class ShardScorer:
                 "run_id": self._settings.run_id,
                 "scored_at": scored_at,
             }
+
+    @torch.inference_mode()
+    def _forward(self, pixels_BHWC: Tensor) -> Scores:
+        """Scores on the CPU. A batch too large for the device is halved, as often as needed."""
+        try:
+            return Scores(*(value.cpu() for value in self._detector(pixels_BHWC.to(self._device))))
+        except torch.OutOfMemoryError:
+            if len(pixels_BHWC) == 1:
+                raise
+        halves = [self._forward(half) for half in pixels_BHWC.chunk(2)]
+        return Scores(*(torch.cat(parts) for parts in zip(*halves, strict=True)))
 
     def _error_row(self, image: LoadedImage) -> dict[str, Any]:
         assert isinstance(image.content, ImageError)
@@ -172,24 +200,3 @@ def _timed(images: Iterator[LoadedImage], seconds: dict[str, float]) -> Iterator
         seconds["read"] += image.read_seconds
         seconds["decode"] += image.decode_seconds
         yield image
-
-
-def _result_row(
-    shard: str,
-    images: int,
-    scored: int,
-    anomalous: int,
-    codes: Counter[str],
-    is_published: bool,
-    seconds: dict[str, float],
-) -> pa.Table:
-    row = {
-        "shard": shard,
-        "images": images,
-        "scored": scored,
-        "anomalous": anomalous,
-        "error_codes": list(codes.items()),
-        "is_published": is_published,
-        "seconds": list(seconds.items()),
-    }
-    return pa.Table.from_pylist([row], schema=RESULT)

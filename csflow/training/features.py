@@ -22,8 +22,8 @@ from csflow.images import DECODING_VERSION
 from csflow.inputs.loading import ImageLoader, LoadedImage, batches
 from csflow.inputs.reading import ImageReader
 from csflow.model import Architecture, Detector
-from csflow.shards import Shard
 from csflow.storage import Location
+from csflow.training.shards import Shard
 
 SUFFIX = ".features.safetensors"
 BACKBONE_FILE = "backbone.safetensors"

@@ -23,11 +23,11 @@ from csflow.errors import ExitStatus, WrongUse
 from csflow.inputs.listing import list_images
 from csflow.model import Architecture, BackboneError, Detector, load_weights
 from csflow.model_directory import CALIBRATION, holds_model, save_model, worker_bytes
-from csflow.shards import Shard, cut, fingerprint
 from csflow.storage import Location
 from csflow.training.card import CARD, curves_svg
 from csflow.training.features import cache_folder, extract, file_name, load_features
 from csflow.training.loop import LoopSettings, read_checkpoint, train_worker, with_prefix
+from csflow.training.shards import Shard, cut, fingerprint
 from csflow.weights import find_weights
 
 SHARD_SIZE = 64
@@ -124,12 +124,11 @@ def train(config: TrainConfig) -> ExitStatus:
     connect()
     work_dir = Location(config.work_dir, config.storage_options) if config.work_dir else output / "_work"
     features = cache_folder(work_dir / "features", detector)
-    unreadable = _extract_features(split, detector, features)
-    if unreadable is None:
+    if not _extract_features(split, detector, features):
         return ExitStatus.INCOMPLETE
     resources = share_out(config.workers)
     checkpoint = _fit(config, split, features, work_dir, resources)
-    model_id = _save(config, output, detector, split, features, checkpoint, images, unreadable)
+    model_id = _save(config, output, detector, split, features, checkpoint, images)
     print(f"model {model_id} written to {output}")
     return ExitStatus.DONE
 
@@ -168,8 +167,8 @@ def _build_detector(config: TrainConfig) -> Detector:
     return detector
 
 
-def _extract_features(split: Split, detector: Detector, folder: Location) -> list[str] | None:
-    """Fills the feature cache; returns the errors of unreadable images, or None if some may yet pass."""
+def _extract_features(split: Split, detector: Detector, folder: Location) -> bool:
+    """Fills the feature cache; returns whether it is complete, but for images that stay unreadable."""
     started = time.monotonic()
     shards = [*split.training, *split.heldout]
     unreadable: list[str] = []
@@ -185,9 +184,9 @@ def _extract_features(split: Split, detector: Detector, folder: Location) -> lis
         print(f"left out: {error}")
     missing = [shard for shard in shards if not (folder / file_name(shard)).exists()]
     if missing or not is_complete:
-        print("some images could not be read this time; the same command tries them again")
-        return None
-    return unreadable
+        print("INCOMPLETE: some images could not be read this time; the same command tries them again")
+        return False
+    return True
 
 
 def _fit(
@@ -271,16 +270,16 @@ def _save(
     features: Location,
     checkpoint: ray.train.Checkpoint,
     images: pa.Table,
-    unreadable: list[str],
 ) -> str:
     """Writes the model directory; returns the model id."""
-    tensors, history = read_checkpoint(checkpoint)
+    tensors, progress = read_checkpoint(checkpoint)
+    history, training_images = progress["history"], progress["training_images"]
     detector.flow.load_state_dict(with_prefix(tensors, "flow."))
     heldout = load_features(features, split.heldout)
     scores = tensors["calibration"].double().numpy()
     calibration = pa.table([heldout.image_uris, heldout.image_versions, scores], schema=CALIBRATION)
     settings = config.model_dump(mode="json", exclude={"storage_options"})
-    training_images = images.num_rows - len(scores) - len(unreadable)
+    unreadable = images.num_rows - training_images - len(scores)
     card = CARD.format(
         backbone=config.backbone,
         blocks=config.coupling_blocks,
@@ -290,7 +289,7 @@ def _save(
         csflow_version=csflow.__version__,
         training_images=training_images,
         heldout_images=len(scores),
-        unreadable_images=len(unreadable),
+        unreadable_images=unreadable,
         epochs=len(history),
         loss=history[-1]["loss"],
         heldout_loss=history[-1]["heldout_loss"],
@@ -304,7 +303,7 @@ def _save(
         "fingerprint": fingerprint(images["image_uri"].to_pylist(), images["image_version"].to_pylist()),
         "training_images": training_images,
         "heldout_images": len(scores),
-        "unreadable_images": len(unreadable),
+        "unreadable_images": unreadable,
     }
     return save_model(
         output,

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from csflow import device
 from csflow.cluster import WorkerResources
 from csflow.model import Architecture, CrossScaleFlow, Detector, negative_log_likelihood
-from csflow.shards import Shard
 from csflow.storage import Location
 from csflow.training.features import FeatureSet, load_features
+from csflow.training.shards import Shard
 from csflow.training.step import new_optimizer, optimizer_step
 
 SCORING_BATCH_SIZE = 64
@@ -87,6 +87,8 @@ class _Trainer:
         self.optimizer = new_optimizer(self.flow.parameters(), settings.learning_rate)
         self.training = load_features(settings.features, settings.training_shards)
         self.heldout = load_features(settings.features, settings.heldout_shards)
+        if not self.training.image_uris or not self.heldout.image_uris:
+            raise ValueError("none of the training or held-out images could be read")
         self.history: list[dict[str, Any]] = []
 
     @property
@@ -161,7 +163,8 @@ class _Trainer:
         """Takes up a checkpoint if there is one; returns the epoch to begin with."""
         if checkpoint is None:
             return 1
-        tensors, self.history = read_checkpoint(checkpoint)
+        tensors, progress = read_checkpoint(checkpoint)
+        self.history = progress["history"]
         self.plain_flow.load_state_dict(with_prefix(tensors, "flow."))
         self.optimizer.load_state_dict(
             _unflatten_optimizer(self.optimizer.state_dict(), with_prefix(tensors, "optimizer."))
@@ -179,19 +182,21 @@ class _Trainer:
             if is_last:
                 state["calibration"] = self._heldout_scores()
             safetensors.torch.save_file(state, Path(folder) / STATE_FILE)
-            (Path(folder) / PROGRESS_FILE).write_text(json.dumps({"history": self.history}))
+            progress = {"history": self.history, "training_images": len(self.training.image_uris)}
+            (Path(folder) / PROGRESS_FILE).write_text(json.dumps(progress))
             ray.train.report({"epoch": len(self.history)}, ray.train.Checkpoint.from_directory(folder))
 
 
-def read_checkpoint(checkpoint: ray.train.Checkpoint) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Tensors and loss curves of a checkpoint.
+def read_checkpoint(checkpoint: ray.train.Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and progress of a checkpoint.
 
-    Names begin with `flow.` or `optimizer.`; the last checkpoint has `calibration` too, the anomaly
-    scores of the held-out images.
+    Tensors' names begin with `flow.` or `optimizer.`; the last checkpoint has `calibration` too, the
+    anomaly scores of the held-out images. Progress holds `history`, the loss curves, and the number of
+    `training_images`.
     """
     with checkpoint.as_directory() as folder:
         tensors = safetensors.torch.load_file(Path(folder) / STATE_FILE)
-        return tensors, json.loads((Path(folder) / PROGRESS_FILE).read_text())["history"]
+        return tensors, json.loads((Path(folder) / PROGRESS_FILE).read_text())
 
 
 def epoch_batches(images: int, batch_size: int, seed: int, epoch: int) -> Sequence[Tensor]:
