@@ -250,11 +250,8 @@ def _run_name(settings: LoopSettings) -> str:
 
 
 def _print_progress(progress: Queue, epochs: int) -> None:
-    started = time.monotonic()
-    done = 0
     while (line := progress.get()) is not None:
-        done += 1
-        left = (time.monotonic() - started) / done * (epochs - line["epoch"])
+        left = line["seconds"] * (epochs - line["epoch"])
         print(
             f"epoch {line['epoch']}/{epochs}  loss {line['loss']:.4f}  held-out {line['heldout_loss']:.4f}  "
             f"{line['images_per_second']:.0f} images/s  {left:.0f} s left",

@@ -59,6 +59,9 @@ class Epoch:
     grad_norm: float
     """Mean over the epoch's steps, before clipping."""
     images_per_second: float
+    """While training; the held-out images are not counted."""
+    seconds: float
+    """Of the whole epoch."""
 
 
 def train_worker(settings: LoopSettings, progress: Queue | None) -> None:
@@ -116,6 +119,7 @@ class _Trainer:
             heldout_loss=self._heldout_loss(),
             grad_norm=sum(grad_norms) / len(grad_norms),
             images_per_second=images / seconds,
+            seconds=time.perf_counter() - started,
         )
         if not math.isfinite(line.loss):
             raise FloatingPointError(f"the loss became {line.loss} in epoch {epoch}; lower --learning_rate")
