@@ -1,7 +1,10 @@
-"""From anomaly scores to p-values, with the scores of held-out normal images as reference."""
+"""Anomaly scores against those of held-out normal images: p-values, and the drift of a whole run."""
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import ks_2samp
 
 
 def p_values(scores: ArrayLike, calibration_scores: ArrayLike) -> NDArray[np.float64]:
@@ -16,3 +19,26 @@ def p_values(scores: ArrayLike, calibration_scores: ArrayLike) -> NDArray[np.flo
     p: NDArray[np.float64] = (1 + at_least) / (len(reference) + 1)
     # A score that is no number is the most anomalous there is, not the least.
     return np.where(np.isnan(scores), 1 / (len(reference) + 1), p)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How the scores of a run differ from those of the held-out images."""
+
+    ks_statistic: float
+    """Largest distance between the two distribution functions, 0 to 1 (Kolmogorov-Smirnov)."""
+    ks_p_value: float
+    """Probability of a distance as large if both came from one distribution."""
+    share_below_5_percent: float
+    """Share of images with a p-value below 0.05: about 0.05 if nothing changed and all parts are good."""
+    sample: int
+    """Scores that the test saw."""
+
+
+def drift(scores: ArrayLike, share_below_5_percent: float, calibration_scores: ArrayLike) -> Drift | None:
+    """Compares a run's scores with the calibration; None if there are no scores."""
+    sample = np.asarray(scores, dtype=np.float64)
+    if not len(sample):
+        return None
+    test = ks_2samp(sample, np.asarray(calibration_scores))
+    return Drift(float(test.statistic), float(test.pvalue), share_below_5_percent, len(sample))

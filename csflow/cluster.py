@@ -2,13 +2,17 @@
 
 import logging
 import os
+import queue
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.data
+
+T = TypeVar("T")
 
 MAX_BLOCKS = 4096
 """Ray Data keeps some state per block on the driver; beyond this, a block holds several shards."""
@@ -101,3 +105,32 @@ def map_shards(
         max_task_retries=SHARD_RETRIES,
     )
     yield from results.iter_rows()
+
+
+def with_timeout(rows: Iterator[T], seconds: float) -> Iterator[T]:
+    """The rows of an iterator that may hang.
+
+    Raises:
+        TimeoutError: the next row takes longer. The iterator is left behind in its thread.
+    """
+    results: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(maxsize=1)
+
+    def pull() -> None:
+        try:
+            for row in rows:
+                results.put((row,))
+            results.put(None)
+        except BaseException as error:
+            results.put(error)
+
+    threading.Thread(target=pull, daemon=True).start()
+    while True:
+        try:
+            result = results.get(timeout=seconds)
+        except queue.Empty:
+            raise TimeoutError from None
+        if result is None:
+            return
+        if isinstance(result, BaseException):
+            raise result
+        yield result[0]

@@ -1,6 +1,7 @@
 """Where a worker computes, and how its process is set up for it."""
 
 import ctypes
+import resource
 import sys
 
 import torch
@@ -14,6 +15,11 @@ def set_up(cpus: int, gpus: int) -> torch.device:
     torch.set_num_threads(cpus)
     _keep_freed_memory()
     return torch.device("cuda" if gpus else "cpu")
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has had resident so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _keep_freed_memory() -> None:

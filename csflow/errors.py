@@ -14,6 +14,8 @@ class ExitStatus(IntEnum):
     """A setting or an input is wrong; said in one line before any work starts."""
     INCOMPLETE = 3
     """Ended with rows missing; the same command continues."""
+    DRIFT = 4
+    """Done, but the scores have drifted from calibration; only with --exit_on_drift."""
 
 
 class WrongUse(Exception):

@@ -180,7 +180,11 @@ def _http_status(error: OSError) -> int | None:
 def _write_temporary(path: str, data: bytes) -> Path:
     """Writes through to the disk beside the final place, under a name that no reader takes for data."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        # Not the error that says that the target exists.
+        raise NotADirectoryError(f"{target.parent} is a file, a folder is needed") from None
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -68,7 +68,7 @@ def ray_cluster(s3_endpoint: str) -> Iterator[dict[str, str]]:
     port, dashboard_port = free_port(), free_port()
     temporary = tempfile.mkdtemp(prefix="csflow-ray-", dir="/tmp")
     ray_cli = str(Path(sys.executable).with_name("ray"))
-    command = [ray_cli, "start", "--head", "--num-cpus=4", f"--port={port}", f"--temp-dir={temporary}"]
+    command = [ray_cli, "start", "--head", "--num-cpus=2", f"--port={port}", f"--temp-dir={temporary}"]
     command += [f"--dashboard-port={dashboard_port}", "--object-store-memory=500000000"]
     command += ["--disable-usage-stats", "--block"]
     # Submitted jobs find `python` through the head's PATH.

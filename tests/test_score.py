@@ -1,12 +1,16 @@
 """The scoring job: right scores, every image once, readable by anyone's tools."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections import Counter
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,11 +23,13 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from conftest import ROOT, SMALL_MODEL, copy_some, run_job
+from PIL import Image
 
 from csflow.calibration import p_values
-from csflow.cluster import WorkerResources
+from csflow.cluster import WorkerResources, with_timeout
 from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
 from csflow.images import decode
@@ -36,6 +42,7 @@ from csflow.scoring.listing import Listing
 from csflow.scoring.output import Output, keys
 from csflow.scoring.plan import account, make_plan, read_log
 from csflow.scoring.shard import ScoringSettings, ShardScorer, peak
+from csflow.scoring.tally import Tally
 from csflow.storage import Location, to_parquet
 
 
@@ -459,14 +466,16 @@ def test_a_store_without_conditional_writes_is_refused(tmp_path, monkeypatch):
         Location(str(tmp_path)).check_writable()
 
 
+ONE_CPU = WorkerResources(workers=1, cpus=1, gpus=0)
+
+
 def settings_of(model: Path, output: Output) -> ScoringSettings:
-    resources = WorkerResources(workers=1, cpus=1, gpus=0)
-    return ScoringSettings(Location(str(model)), output, "run", True, 0.01, None, resources)
+    return ScoringSettings(Location(str(model)), output, "run", True, 0.01, None)
 
 
 def test_a_model_replaced_during_the_run_scores_nothing_under_the_old_id(model, tmp_path):
     with pytest.raises(RuntimeError, match="start the run again"):
-        ShardScorer(settings_of(model, Output(Location(str(tmp_path)), "0" * 16)))
+        ShardScorer(settings_of(model, Output(Location(str(tmp_path)), "0" * 16)), ONE_CPU)
 
 
 def test_refused_writes_stop_the_run_and_the_next_one_completes(model, archive, tmp_path):
@@ -484,7 +493,7 @@ def test_refused_writes_stop_the_run_and_the_next_one_completes(model, archive, 
 
 def test_a_batch_too_large_for_the_device_is_halved(model, tmp_path, monkeypatch):
     loaded = load_model(Location(str(model)))
-    scorer = ShardScorer(settings_of(model, Output(Location(str(tmp_path)), loaded.model_id)))
+    scorer = ShardScorer(settings_of(model, Output(Location(str(tmp_path)), loaded.model_id)), ONE_CPU)
     pixels_BHWC = torch.randint(0, 256, (5, 128, 128, 3), dtype=torch.uint8)
     sizes: list[int] = []
 
@@ -498,3 +507,99 @@ def test_a_batch_too_large_for_the_device_is_halved(model, tmp_path, monkeypatch
     scores = scorer._forward(pixels_BHWC)
     assert sizes == [5, 3, 2, 1, 2]
     torch.testing.assert_close(scores, loaded.detector(pixels_BHWC), rtol=1e-5, atol=1e-6)
+
+
+def test_an_image_that_kills_its_process_gets_an_error_and_its_neighbours_are_scored(
+    model, archive, tmp_path
+):
+    images = copy_some(archive / "functional", tmp_path / "images", 6)
+    shutil.copy2(next(images.iterdir()), images / "poison.png")
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    # Every process of this job that opens the image dies, as one with a broken native library would.
+    (hook / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "def die(event, args):\n"
+        "    if event == 'open' and str(args[0]).endswith('poison.png'):\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "sys.addaudithook(die)\n"
+    )
+    command = [sys.executable, str(ROOT / "jobs" / "score.py"), "--model", str(model)]
+    command += ["--input", str(images), "--output", str(tmp_path / "output")]
+    environment = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": str(hook)}
+    job = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "1 shards took their workers down" in job.stdout
+    assert len(read_scores(tmp_path / "output")) == 6
+    errors = read_errors(tmp_path / "output")
+    assert [(Path(e.image_uri).name, e.error_code) for e in errors.itertuples()] == [
+        ("poison.png", "crashed")
+    ]
+
+
+def test_rows_that_do_not_come_end_the_wait():
+    never = threading.Event()
+
+    def rows() -> Iterator[int]:
+        yield 1
+        never.wait()
+        yield 2
+
+    got = with_timeout(rows(), seconds=0.2)
+    assert next(got) == 1
+    with pytest.raises(TimeoutError):
+        next(got)
+    never.set()
+    assert list(with_timeout(iter([1, 2]), seconds=60)) == [1, 2]
+    with pytest.raises(ZeroDivisionError):
+        list(with_timeout((1 // 0 for _ in [1]), seconds=60))
+
+
+def test_drift_is_stated_and_ends_the_run_with_a_status_of_its_own_when_asked(model, tmp_path, run_record):
+    images = tmp_path / "noise"
+    images.mkdir()
+    noise = np.random.default_rng(0)
+    for i in range(20):
+        pixels = noise.integers(0, 256, (128, 128, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{i}.png")
+    arguments = ["--model", model, "--input", images]
+    assert run(*arguments, "--output", tmp_path / "a", "--exit_on_drift") == ExitStatus.DRIFT
+    drift = run_record(tmp_path / "a")["drift"]
+    assert drift["ks_statistic"] > 0.9
+    assert drift["ks_p_value"] < 0.001
+    assert drift["sample"] == 20
+    assert run(*arguments, "--output", tmp_path / "b") == ExitStatus.DONE
+
+
+def test_figures_of_a_run_are_offered_to_prometheus(scored):
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    deadline = time.monotonic() + 60
+    text = ""
+    while 'outcome="truncated"' not in text:
+        assert time.monotonic() < deadline, text[:500]
+        with urllib.request.urlopen(url) as response:
+            text = response.read().decode()
+        time.sleep(0.5)
+    assert re.search(r'^ray_csflow_images_total\{.*outcome="scored".*\} \d+', text, re.M)
+    assert re.search(r'^ray_csflow_stage_seconds_total\{.*stage="decode".*\}', text, re.M)
+
+
+def test_a_large_run_keeps_a_fair_sample_of_its_scores(monkeypatch):
+    monkeypatch.setattr("csflow.scoring.tally.SAMPLE_SIZE", 100)
+    tally = Tally()
+    row = {
+        "failure": None,
+        "is_published": True,
+        "images": 50,
+        "scored": 50,
+        "anomalous": 0,
+        "p_values_below_5_percent": 0,
+        "error_codes": [],
+        "peak_memory_bytes": 0,
+        "seconds": [],
+    }
+    for shard in range(200):
+        tally.add(row | {"shard": str(shard), "anomaly_scores": [float(shard)] * 50})
+    assert len(tally.sample) == 100
+    assert 80 < np.mean(tally.sample) < 120

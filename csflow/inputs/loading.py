@@ -37,26 +37,33 @@ class ImageLoader:
         images = zip(image_uris, image_versions, strict=True)
         waiting: deque[Future[LoadedImage]] = deque()
         for image in islice(images, 2 * self._threads):
-            waiting.append(self._pool.submit(self._load_one, *image))
+            waiting.append(self._submit(*image))
         while waiting:
             yield waiting.popleft().result()
             for image in islice(images, 1):
-                waiting.append(self._pool.submit(self._load_one, *image))
+                waiting.append(self._submit(*image))
 
-    def _load_one(self, image_uri: str, image_version: str) -> LoadedImage:
-        started = read_done = time.perf_counter()
-        content: DecodedImage | ImageError
-        try:
-            data = self._reader.read(image_uri, image_version)
-            read_done = time.perf_counter()
-            content = decode(data, self._image_size)
-        except ImageError as error:
-            content = error
-        except Exception as error:
-            # One image must never take its neighbours down.
-            content = ImageError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}")
-        done = time.perf_counter()
-        return LoadedImage(image_uri, image_version, content, read_done - started, done - read_done)
+    def _submit(self, image_uri: str, image_version: str) -> Future[LoadedImage]:
+        return self._pool.submit(load_one, self._reader, image_uri, image_version, self._image_size)
+
+
+def load_one(
+    reader: ImageReader, image_uri: str, image_version: str, image_size: tuple[int, int]
+) -> LoadedImage:
+    """Reads and decodes one image; whatever goes wrong is in the result."""
+    started = read_done = time.perf_counter()
+    content: DecodedImage | ImageError
+    try:
+        data = reader.read(image_uri, image_version)
+        read_done = time.perf_counter()
+        content = decode(data, image_size)
+    except ImageError as error:
+        content = error
+    except Exception as error:
+        # One image must never take its neighbours down.
+        content = ImageError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}")
+    done = time.perf_counter()
+    return LoadedImage(image_uri, image_version, content, read_done - started, done - read_done)
 
 
 def batches(images: Iterable[LoadedImage], batch_size: int) -> Iterator[list[LoadedImage]]:

@@ -4,30 +4,32 @@ import json
 import platform
 import secrets
 import time
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, Literal
 
 from pydantic import Field
 
-from csflow.cluster import connect, map_shards, share_out
+from csflow.calibration import drift
+from csflow.cluster import WorkerResources, connect, map_shards, share_out, with_timeout
 from csflow.config import JobConfig, Locations
+from csflow.device import peak_memory_bytes
 from csflow.errors import ExitStatus
 from csflow.inputs.listing import list_images
 from csflow.model_directory import Model, load_model, worker_bytes
 from csflow.scoring.listing import Listing
 from csflow.scoring.output import Output
-from csflow.scoring.plan import account, make_plan
+from csflow.scoring.plan import PlannedShard, account, make_plan
 from csflow.scoring.shard import ScoringSettings, ShardScorer
+from csflow.scoring.tally import LiveMetrics, Tally
 from csflow.storage import Location
 
 LIBRARIES = ("csflow", "ray", "torch", "timm", "pyarrow", "pillow", "fsspec", "s3fs")
 PROGRESS_SECONDS = 10.0
-ERROR_RATE_MINIMUM_IMAGES = 100
-"""A run is not stopped for its error rate before so many images are through."""
+DRIFT_P_VALUE = 0.001
+"""With --exit_on_drift, scores have drifted if the two-sample test's p-value is below this."""
 FAILED_SHARDS_TO_STOP = 4
 """A run whose first shards all fail as a whole is stopped."""
 
@@ -55,40 +57,10 @@ class ScoreConfig(JobConfig):
     """Images per forward pass [default: 8 on CPUs, 32 on GPUs]."""
     workers: int | None = Field(None, ge=1)
     """Scoring actors [default: one per GPU, or one per CPU]."""
-
-
-@dataclass
-class Tally:
-    """What has happened in this run so far."""
-
-    images: int = 0
-    scored: int = 0
-    anomalous: int = 0
-    error_codes: Counter[str] = field(default_factory=Counter)
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """By stage; read and decode are summed over threads."""
-
-    failed_shards: int = 0
-    """Shards that failed as a whole, for no fault of an image."""
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.failed_shards += bool(row["failure"])
-        if not row["is_published"]:
-            return
-        self.images += row["images"]
-        self.scored += row["scored"]
-        self.anomalous += row["anomalous"]
-        self.error_codes.update(dict(row["error_codes"]))
-        for stage, seconds in row["seconds"]:
-            self.seconds[stage] += seconds
-
-    @property
-    def errors(self) -> int:
-        return self.error_codes.total()
-
-    def fails_everywhere(self, max_error_rate: float) -> bool:
-        """Whether going on is useless: more than this share failed of enough images."""
-        return self.images >= ERROR_RATE_MINIMUM_IMAGES and self.errors > max_error_rate * self.images
+    stall_timeout: float = Field(1800.0, gt=0)
+    """Seconds without a finished shard after which the run ends with exit status 3 instead of hanging."""
+    exit_on_drift: bool = False
+    """End with exit status 4, in place of 0, when the scores have drifted from calibration."""
 
 
 def score(config: ScoreConfig) -> ExitStatus:
@@ -110,26 +82,31 @@ def score(config: ScoreConfig) -> ExitStatus:
     print(f"run {run_id} with model {model.model_id}")
     print(f"{listing.images} images listed, {len(shards)} shards to score")
     _warn_if_nothing_can_be_flagged(model, config.false_positive_rate)
+    settings = ScoringSettings(
+        model=model_location,
+        output=output,
+        run_id=run_id,
+        keep_maps=config.maps == "native",
+        false_positive_rate=config.false_positive_rate,
+        batch_size=config.batch_size,
+    )
     tally = Tally()
     if shards:
         connect()
-        settings = ScoringSettings(
-            model=model_location,
-            output=output,
-            run_id=run_id,
-            keep_maps=config.maps == "native",
-            false_positive_rate=config.false_positive_rate,
-            batch_size=config.batch_size,
-            resources=share_out(config.workers, worker_bytes(model.detector)),
-        )
-        rows = map_shards([shard.to_row() for shard in shards], ShardScorer, [settings], settings.resources)
-        _follow(rows, len(shards), tally, config.max_error_rate)
+        resources = share_out(config.workers, worker_bytes(model.detector))
+        _score_shards(shards, settings, resources, config, tally)
     clock.lap("score")
     scored, failed, missing = account(listing, output)
     clock.lap("account")
     # Judged on the whole listing: one bad image may be all that is new tonight.
     passes_error_rate = failed + missing > config.max_error_rate * listing.images
-    status = ExitStatus.INCOMPLETE if missing or passes_error_rate else ExitStatus.DONE
+    low_share = tally.p_values_below_5_percent / max(1, tally.scored)
+    drifted = drift(tally.sample, low_share, model.calibration_scores)
+    status = ExitStatus.DONE
+    if missing or passes_error_rate:
+        status = ExitStatus.INCOMPLETE
+    elif config.exit_on_drift and drifted and drifted.ks_p_value < DRIFT_P_VALUE:
+        status = ExitStatus.DRIFT
     record = {
         "run_id": run_id,
         "status": status.name.lower(),
@@ -148,6 +125,8 @@ def score(config: ScoreConfig) -> ExitStatus:
             "errors_in_this_run": dict(tally.error_codes),
             "failed_shards_in_this_run": tally.failed_shards,
         },
+        "drift": asdict(drifted) if drifted else None,
+        "peak_memory_bytes": {"driver": peak_memory_bytes(), "worker": tally.peak_worker_bytes},
         "images_per_second": round(tally.images / clock.seconds["score"], 3),
         "seconds": _rounded(clock.seconds),
         "seconds_in_workers": _rounded(tally.seconds),
@@ -167,47 +146,89 @@ def _warn_if_nothing_can_be_flagged(model: Model, false_positive_rate: float) ->
         )
 
 
-def _follow(rows: Iterator[dict[str, Any]], shards: int, tally: Tally, max_error_rate: float) -> None:
-    """Counts the results as they come, with a line of progress now and then.
+def _score_shards(
+    shards: list[PlannedShard],
+    settings: ScoringSettings,
+    resources: WorkerResources,
+    config: ScoreConfig,
+    tally: Tally,
+) -> None:
+    """Scores the shards; then those again that took their workers down, image by image in a child process."""
+    rows = map_shards([shard.to_row() for shard in shards], ShardScorer, [settings, resources], resources)
+    if not _follow(rows, len(shards), tally, settings.output.model_id, config):
+        return
+    lost = [shard.to_row() for shard in shards if shard.name not in tally.shards]
+    if lost:
+        print(
+            f"{len(lost)} shards took their workers down; their images are now tried one by one", flush=True
+        )
+        isolated = replace(settings, is_isolated=True)
+        rows = map_shards(lost, ShardScorer, [isolated, resources], resources)
+        _follow(rows, len(shards), tally, settings.output.model_id, config)
+
+
+def _follow(
+    rows: Iterator[dict[str, Any]], shards: int, tally: Tally, model_id: str, config: ScoreConfig
+) -> bool:
+    """Counts the results as they come, with a line of progress now and then; returns whether all came.
 
     Raises:
         RuntimeError: the first shards all failed as a whole; the rest would too.
     """
+    metrics = LiveMetrics(model_id)
     started = last_line = time.monotonic()
-    for done, row in enumerate(rows, start=1):
-        tally.add(row)
-        if row["failure"]:
-            print(f"shard {row['shard']} failed: {row['failure']}", flush=True)
-        if tally.failed_shards == done == min(shards, FAILED_SHARDS_TO_STOP):
-            raise RuntimeError(f"the first {done} shards failed, see above; nothing of them was written")
-        now = time.monotonic()
-        if now - last_line >= PROGRESS_SECONDS:
-            last_line = now
-            left = (now - started) / done * (shards - done)
-            print(
-                f"{done}/{shards} shards  {tally.scored} scored  {tally.errors} errors  "
-                f"{tally.images / (now - started):.1f} images/s  {left:.0f} s left",
-                flush=True,
-            )
-        if tally.fails_everywhere(max_error_rate):
-            print(f"stopped: {tally.errors} of {tally.images} images failed: {dict(tally.error_codes)}")
-            return
+    try:
+        for row in with_timeout(rows, config.stall_timeout):
+            tally.add(row)
+            metrics.add(row)
+            done = len(tally.shards)
+            if row["failure"]:
+                print(f"shard {row['shard']} failed: {row['failure']}", flush=True)
+            if tally.failed_shards == done == min(shards, FAILED_SHARDS_TO_STOP):
+                raise RuntimeError(f"the first {done} shards failed, see above; nothing of them was written")
+            now = time.monotonic()
+            if now - last_line >= PROGRESS_SECONDS:
+                last_line = now
+                left = (now - started) / done * (shards - done)
+                print(
+                    f"{done}/{shards} shards  {tally.scored} scored  {tally.errors} errors  "
+                    f"{tally.images / (now - started):.1f} images/s  {left:.0f} s left",
+                    flush=True,
+                )
+            if tally.fails_everywhere(config.max_error_rate):
+                print(f"stopped: {tally.errors} of {tally.images} images failed: {dict(tally.error_codes)}")
+                return False
+    except TimeoutError:
+        waiting = shards - len(tally.shards)
+        print(f"stalled: no shard finished for {config.stall_timeout:.0f} s, {waiting} are still waited for")
+        return False
+    return True
 
 
 def _print_summary(record: dict[str, Any], output: Output) -> None:
     counts = record["counts"]
     skipped = counts["scored"] - counts["scored_in_this_run"]
     codes = ", ".join(f"{code} {n}" for code, n in sorted(counts["errors_in_this_run"].items())) or "none"
+    drifted = record["drift"]
+    drift_line = (
+        "no scores"
+        if drifted is None
+        else (
+            f"{drifted['share_below_5_percent']:.1%} of p-values below 0.05; "
+            f"distance from calibration {drifted['ks_statistic']:.3f} (p = {drifted['ks_p_value']:.2g})"
+        )
+    )
     print(
         f"scored    {counts['scored_in_this_run']} images, {counts['anomalous_in_this_run']} anomalous "
         f"({skipped} were scored before)\n"
         f"errors    {codes}\n"
         f"rate      {record['images_per_second']:.1f} images/s\n"
+        f"drift     {drift_line}\n"
         f"output    {output.folder('scores')}"
     )
     if counts["missing"]:
         print(f"INCOMPLETE: {counts['missing']} images are missing; the same command continues")
-    elif record["exit_status"]:
+    elif record["exit_status"] == ExitStatus.INCOMPLETE:
         print(f"INCOMPLETE: {counts['permanent_errors']} of {counts['listed']} images have a permanent error")
 
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from csflow import device
 from csflow.calibration import p_values
 from csflow.cluster import WorkerResources
+from csflow.device import peak_memory_bytes
 from csflow.errors import ImageError
 from csflow.images import DecodedImage
+from csflow.inputs.isolation import IsolatedLoader
 from csflow.inputs.loading import ImageLoader, LoadedImage, batches
 from csflow.inputs.reading import ImageReader
 from csflow.model import Scores
@@ -40,6 +42,9 @@ RESULT = pa.schema(
         pa.field("error_codes", pa.map_(pa.string(), pa.int64())),
         pa.field("is_published", pa.bool_()),  # false if another attempt was first
         pa.field("seconds", pa.map_(pa.string(), pa.float64())),  # by stage, summed over threads
+        pa.field("anomaly_scores", pa.list_(pa.float64())),
+        pa.field("p_values_below_5_percent", pa.int64()),
+        pa.field("peak_memory_bytes", pa.int64()),  # of the worker process so far
         pa.field("failure", pa.string()),  # why the whole shard failed, if it did
     ]
 )
@@ -55,15 +60,16 @@ class ScoringSettings:
     keep_maps: bool
     false_positive_rate: float
     batch_size: int | None
-    resources: WorkerResources
+    is_isolated: bool = False
+    """Read and decode each image in a child process, since the shards' workers died before."""
 
 
 class ShardScorer:
     """Actor of the scoring pass."""
 
-    def __init__(self, settings: ScoringSettings) -> None:
+    def __init__(self, settings: ScoringSettings, resources: WorkerResources) -> None:
         self._settings = settings
-        self._device = device.set_up(settings.resources.cpus, settings.resources.gpus)
+        self._device = device.set_up(resources.cpus, resources.gpus)
         model = load_model(settings.model)
         if model.model_id != settings.output.model_id:
             raise RuntimeError(
@@ -72,11 +78,14 @@ class ShardScorer:
             )
         self._detector = model.detector.to(self._device)
         self._calibration_scores = model.calibration_scores
-        self._batch_size = settings.batch_size or (
-            GPU_BATCH_SIZE if settings.resources.gpus else CPU_BATCH_SIZE
-        )
-        reader = ImageReader(settings.output.location.storage_options)
-        self._loader = ImageLoader(reader, model.detector.architecture.image_size, READ_THREADS)
+        self._batch_size = settings.batch_size or (GPU_BATCH_SIZE if resources.gpus else CPU_BATCH_SIZE)
+        storage_options = settings.output.location.storage_options
+        image_size = model.detector.architecture.image_size
+        self._loader: ImageLoader | IsolatedLoader
+        if settings.is_isolated:
+            self._loader = IsolatedLoader(storage_options, image_size)
+        else:
+            self._loader = ImageLoader(ImageReader(storage_options), image_size, READ_THREADS)
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         """Scores the one shard in the batch; returns a row in the `RESULT` schema."""
@@ -113,6 +122,9 @@ class ShardScorer:
             "error_codes": list(Counter(row["error_code"] for row in errors).items()),
             "is_published": is_published,
             "seconds": list(seconds.items()),
+            "anomaly_scores": [row["anomaly_score"] for row in rows],
+            "p_values_below_5_percent": sum(row["p_value"] < 0.05 for row in rows),
+            "peak_memory_bytes": peak_memory_bytes(),
         }
 
     def _score(

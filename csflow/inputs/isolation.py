@@ -1,0 +1,51 @@
+"""Reading and decoding in a child process: for shards whose worker died, where an image may be the reason."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any
+
+from csflow.errors import ErrorCode, ImageError
+from csflow.inputs.loading import LoadedImage, load_one
+from csflow.inputs.reading import ImageReader
+
+ATTEMPTS = 2
+"""A child may die for a reason that is not the image's: what takes two of them is."""
+
+_child_reader: ImageReader
+
+
+class IsolatedLoader:
+    """Loads one image after another in a child process that an image may take down."""
+
+    def __init__(self, storage_options: Mapping[str, Any], image_size: tuple[int, int]) -> None:
+        self._storage_options = storage_options
+        self._image_size = image_size
+        self._pool: ProcessPoolExecutor | None = None
+
+    def load(self, image_uris: Sequence[str], image_versions: Sequence[str]) -> Iterator[LoadedImage]:
+        """Yields the images in order; one that kills its process is yielded with the error CRASHED."""
+        for image in zip(image_uris, image_versions, strict=True):
+            yield self._load_one(*image)
+
+    def _load_one(self, image_uri: str, image_version: str) -> LoadedImage:
+        for _ in range(ATTEMPTS):
+            if self._pool is None:
+                # A fork of this process would share the locks of its threads.
+                self._pool = ProcessPoolExecutor(1, get_context("spawn"), _start, (self._storage_options,))
+            try:
+                return self._pool.submit(_load, image_uri, image_version, self._image_size).result()
+            except BrokenProcessPool:
+                self._pool = None
+        error = ImageError(ErrorCode.CRASHED, f"the process that read and decoded it died, {ATTEMPTS} times")
+        return LoadedImage(image_uri, image_version, error, 0.0, 0.0)
+
+
+def _start(storage_options: Mapping[str, Any]) -> None:
+    global _child_reader
+    _child_reader = ImageReader(storage_options)
+
+
+def _load(image_uri: str, image_version: str, image_size: tuple[int, int]) -> LoadedImage:
+    return load_one(_child_reader, image_uri, image_version, image_size)

@@ -1,0 +1,91 @@
+"""What has happened in a run so far: counts, seconds, memory and a sample of the scores."""
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.util import metrics
+
+SAMPLE_SIZE = 100_000
+ERROR_RATE_MINIMUM_IMAGES = 100
+"""A run is not stopped for its error rate before so many images are through."""
+
+
+@dataclass
+class Tally:
+    """Adds up the result rows of shards (`csflow.scoring.shard.RESULT`)."""
+
+    shards: set[str] = field(default_factory=set)
+    """Names of the shards that came back."""
+    images: int = 0
+    scored: int = 0
+    anomalous: int = 0
+    p_values_below_5_percent: int = 0
+    failed_shards: int = 0
+    """Shards that failed as a whole, for no fault of an image."""
+    error_codes: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """By stage, summed over workers; read and decode over their threads, too."""
+    peak_worker_bytes: int = 0
+    sample: list[float] = field(default_factory=list)
+    """Anomaly scores, chosen at random if there are more than `SAMPLE_SIZE`."""
+    generator: random.Random = field(default_factory=lambda: random.Random(0), repr=False)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.shards.add(row["shard"])
+        self.failed_shards += bool(row["failure"])
+        if not row["is_published"]:
+            return
+        self._add_to_sample(row["anomaly_scores"])
+        self.images += row["images"]
+        self.scored += row["scored"]
+        self.anomalous += row["anomalous"]
+        self.p_values_below_5_percent += row["p_values_below_5_percent"]
+        self.error_codes.update(dict(row["error_codes"]))
+        self.peak_worker_bytes = max(self.peak_worker_bytes, row["peak_memory_bytes"])
+        for stage, seconds in row["seconds"]:
+            self.seconds[stage] += seconds
+
+    @property
+    def errors(self) -> int:
+        return self.error_codes.total()
+
+    def fails_everywhere(self, max_error_rate: float) -> bool:
+        """Whether going on is useless: more than this share failed of enough images."""
+        return self.images >= ERROR_RATE_MINIMUM_IMAGES and self.errors > max_error_rate * self.images
+
+    def _add_to_sample(self, scores: Sequence[float]) -> None:
+        """Reservoir sampling: every score so far is in the sample with the same probability."""
+        for seen, value in enumerate(scores, start=self.scored + 1):
+            if len(self.sample) < SAMPLE_SIZE:
+                self.sample.append(value)
+            elif (place := self.generator.randrange(seen)) < SAMPLE_SIZE:
+                self.sample[place] = value
+
+
+class LiveMetrics:
+    """The same figures as Ray metrics, which Ray's agents offer to Prometheus while the job runs."""
+
+    def __init__(self, model_id: str) -> None:
+        tags = {"model_id": model_id}
+
+        def counter(name: str, description: str, tag: str) -> metrics.Counter:
+            new = metrics.Counter(f"csflow_{name}", description, tag_keys=("model_id", tag))
+            new.set_default_tags(tags)
+            return new
+
+        self._images = counter("images", "Images by outcome: scored, or the error code.", "outcome")
+        self._seconds = counter("stage_seconds", "Seconds of workers by stage.", "stage")
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        if not row["is_published"]:
+            return
+        outcomes = {"scored": row["scored"]} | dict(row["error_codes"])
+        for outcome, images in outcomes.items():
+            if images:
+                self._images.inc(images, {"outcome": outcome})
+        for stage, seconds in row["seconds"]:
+            if seconds > 0:
+                self._seconds.inc(seconds, {"stage": stage})
