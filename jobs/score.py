@@ -11,7 +11,8 @@ scored. Exit status 3 says that images are missing for a reason that may pass.
 """
 
 from csflow.config import run_job
-from csflow.scoring.job import ScoreConfig, score
+from csflow.scoring.config import ScoreConfig
+from csflow.scoring.job import score
 
 if __name__ == "__main__":
     run_job(ScoreConfig, score, __doc__)

@@ -37,10 +37,11 @@ from csflow.inputs.listing import list_images
 from csflow.model_directory import load_model
 from csflow.scores import ERRORS, SCORES
 from csflow.scoring import plan
-from csflow.scoring.job import ScoreConfig, score
+from csflow.scoring.config import ScoreConfig
+from csflow.scoring.job import score
 from csflow.scoring.listing import Listing
 from csflow.scoring.output import Output, keys
-from csflow.scoring.plan import account, make_plan, read_log
+from csflow.scoring.plan import Account, account, make_plan, read_log
 from csflow.scoring.shard import ScoringSettings, ShardScorer, peak
 from csflow.scoring.tally import Tally
 from csflow.storage import Location, to_parquet
@@ -377,13 +378,13 @@ def test_doubled_rows_are_found_by_the_final_account(scored, archive, tmp_path):
     file = next((copy / "scores").rglob("*.parquet"))
     listing = listing_of(archive, tmp_path / "listing")
     output = Output(Location(str(copy)), file.parent.parent.name.removeprefix("model_id="))
-    assert account(listing, output) == (40, 3, 0)
+    assert account(listing, output) == Account(43, 40, 3, 0)
     shutil.copy(file, file.with_name("part-999999-0000000.parquet"))
     with pytest.raises(RuntimeError, match="more than once"):
         account(listing, output)
     for path in (copy / "scores").rglob("*.parquet"):
         path.unlink()
-    assert account(listing, output) == (0, 3, 40)
+    assert account(listing, output) == Account(43, 0, 3, 40)
 
 
 def test_keys_tell_image_versions_apart():

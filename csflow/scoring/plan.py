@@ -105,20 +105,37 @@ def make_plan(listing: Listing, output: Output, run_id: str, retry_errors: bool)
         return adopted + list(plan.planned_shards(plans))
 
 
-def account(listing: Listing, output: Output) -> tuple[int, int, int]:
-    """Listed images that are scored, that only have a permanent error, and that have neither."""
+@dataclass(frozen=True)
+class Account:
+    """Where the images of a listing are."""
+
+    listed: int
+    scored: int
+    permanent_errors: int
+    """Without a score, and with an error that stays."""
+    missing: int
+    """With neither: their errors may pass, or something went wrong."""
+
+
+def account(listing: Listing, output: Output) -> Account:
+    """Looks up every listed image in the output.
+
+    Raises:
+        RuntimeError: an image version is in the scores twice.
+    """
     scored = scored_keys(output.finished_shards().values())
     failed = output.permanent_error_keys()
     duplicates = len(scored) - len(np.unique(scored))
     if duplicates:
         raise RuntimeError(f"{duplicates} image versions are in {output.folder('scores')} more than once")
-    counts = np.zeros(3, dtype=np.int64)
+    scored_images = failed_images = 0
     for batch in listing.batches():
         batch_keys = keys(batch)
         is_scored = contained(batch_keys, scored)
-        is_failed = contained(batch_keys, failed) & ~is_scored
-        counts += [is_scored.sum(), is_failed.sum(), (~is_scored & ~is_failed).sum()]
-    return int(counts[0]), int(counts[1]), int(counts[2])
+        scored_images += int(is_scored.sum())
+        failed_images += int((contained(batch_keys, failed) & ~is_scored).sum())
+    missing = listing.images - scored_images - failed_images
+    return Account(listing.images, scored_images, failed_images, missing)
 
 
 def read_log(plans: Location) -> list[Plan]:

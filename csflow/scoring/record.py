@@ -1,0 +1,112 @@
+"""How a run ends: its exit status, its record in `run.json`, and its summary in the terminal."""
+
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from csflow.calibration import Drift
+from csflow.device import peak_memory_bytes
+from csflow.errors import ExitStatus
+from csflow.scoring.config import ScoreConfig
+from csflow.scoring.output import Output
+from csflow.scoring.plan import Account
+from csflow.scoring.tally import Tally
+
+LIBRARIES = ("csflow", "ray", "torch", "timm", "pyarrow", "pillow", "fsspec", "s3fs")
+DRIFT_P_VALUE = 0.001
+"""With --exit_on_drift, scores have drifted if the two-sample test's p-value is below this."""
+
+
+@dataclass
+class Clock:
+    """When the run began, and seconds by step."""
+
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    seconds: dict[str, float] = field(default_factory=dict)
+    last: float = field(default_factory=time.monotonic)
+
+    def lap(self, step: str) -> None:
+        """Ends a step."""
+        now = time.monotonic()
+        self.seconds[step] = now - self.last
+        self.last = now
+
+
+def exit_status(account: Account, drift: Drift | None, config: ScoreConfig) -> ExitStatus:
+    """What the run ends with, given what its output holds."""
+    # Judged on the whole listing: one bad image may be all that is new tonight.
+    failed = account.permanent_errors + account.missing
+    if account.missing or failed > config.max_error_rate * account.listed:
+        return ExitStatus.INCOMPLETE
+    if config.exit_on_drift and drift and drift.ks_p_value < DRIFT_P_VALUE:
+        return ExitStatus.DRIFT
+    return ExitStatus.DONE
+
+
+def run_record(
+    run_id: str,
+    status: ExitStatus,
+    config: ScoreConfig,
+    output: Output,
+    account: Account,
+    tally: Tally,
+    drift: Drift | None,
+    clock: Clock,
+) -> dict[str, Any]:
+    """The content of `run.json`. Storage options are left out: they may hold secrets."""
+    return {
+        "run_id": run_id,
+        "status": status.name.lower(),
+        "exit_status": int(status),
+        "started_at": clock.started_at.isoformat(),
+        "ended_at": datetime.now(UTC).isoformat(),
+        "model": {"location": config.model, "model_id": output.model_id},
+        "configuration": config.model_dump(mode="json", exclude={"storage_options"}),
+        "counts": {
+            **asdict(account),
+            "scored_in_this_run": tally.scored,
+            "anomalous_in_this_run": tally.anomalous,
+            "errors_in_this_run": dict(tally.error_codes),
+            "failed_shards_in_this_run": tally.failed_shards,
+        },
+        "drift": asdict(drift) if drift else None,
+        "peak_memory_bytes": {"driver": peak_memory_bytes(), "worker": tally.peak_worker_bytes},
+        "images_per_second": round(tally.images / clock.seconds["score"], 3),
+        "seconds": _rounded(clock.seconds),
+        "seconds_in_workers": _rounded(tally.seconds),
+        "libraries": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+    }
+
+
+def summary(record: Mapping[str, Any], output: Output) -> str:
+    """A few lines for the terminal."""
+    counts = record["counts"]
+    before = counts["scored"] - counts["scored_in_this_run"]
+    codes = ", ".join(f"{code} {n}" for code, n in sorted(counts["errors_in_this_run"].items()))
+    lines = [
+        f"scored    {counts['scored_in_this_run']} images, {counts['anomalous_in_this_run']} anomalous "
+        f"({before} were scored before)",
+        f"errors    {codes or 'none'}",
+        f"rate      {record['images_per_second']:.1f} images/s",
+    ]
+    if drift := record["drift"]:
+        lines.append(
+            f"drift     {drift['share_below_5_percent']:.1%} of p-values below 0.05; distance from "
+            f"calibration {drift['ks_statistic']:.3f} (p = {drift['ks_p_value']:.2g})"
+        )
+    lines.append(f"output    {output.folder('scores')}")
+    if counts["missing"]:
+        lines.append(f"INCOMPLETE: {counts['missing']} images are missing; the same command continues")
+    elif record["exit_status"] == ExitStatus.INCOMPLETE:
+        lines.append(
+            f"INCOMPLETE: {counts['permanent_errors']} of {counts['listed']} images have a permanent error"
+        )
+    return "\n".join(lines)
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in seconds.items()}
