@@ -96,15 +96,16 @@ def _build_parser(config_type: type[JobConfig], doc: str | None) -> argparse.Arg
     own_first = sorted(config_type.model_fields, key=lambda name: name in JobConfig.model_fields)
     for name in own_first:
         field = config_type.model_fields[name]
-        default = "required" if field.is_required() else f"default: {_shown(field.get_default())}"
         text = " ".join((field.description or "").split())
-        parser.add_argument(
-            f"--{name}", help=f"{text} [{default}]".replace("%", "%%"), **_argument(name, field.annotation)
-        )
+        if field.is_required():
+            text += " [required]"
+        elif "[default: " not in text:
+            text += f" [default: {_shown(field.get_default())}]"
+        parser.add_argument(f"--{name}", help=text.replace("%", "%%"), **_argument(field.annotation))
     return parser
 
 
-def _argument(name: str, annotation: Any) -> dict[str, Any]:
+def _argument(annotation: Any) -> dict[str, Any]:
     """How argparse takes a field: pydantic converts and checks the value, so words stay words here."""
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
@@ -113,10 +114,10 @@ def _argument(name: str, annotation: Any) -> dict[str, Any]:
     if annotation is bool:
         return {"action": argparse.BooleanOptionalAction}
     if origin in (list, tuple):
-        return {"nargs": "+", "metavar": name.upper()}
+        return _argument(get_args(annotation)[0]) | {"nargs": "+"}
     if origin is Literal:
         return {"choices": get_args(annotation)}
-    return {"metavar": name.upper()}
+    return {"metavar": {int: "N", float: "X"}.get(annotation, "TEXT")}
 
 
 def _shown(default: object) -> str:

@@ -40,6 +40,9 @@ class EvaluateConfig(JobConfig):
 
 def evaluate(config: EvaluateConfig) -> ExitStatus:
     """Compares scores with labels, prints the metrics and writes them to `--output`."""
+    result = Location(config.output, config.storage_options) if config.output else None
+    if result:
+        result.parent.check_writable()
     output = open_scores(Location(config.scores, config.storage_options), config.model_id)
     labels, scores = _labels_and_scores(config, output.scores)
     scored_labels = {uri: label for uri, label in labels.items() if uri in scores}
@@ -58,9 +61,8 @@ def evaluate(config: EvaluateConfig) -> ExitStatus:
         "metrics": image_metrics(list(scored_labels.values()), [scores[uri] for uri in scored_labels]),
     }
     _print(evaluation)
-    if config.output is not None:
-        text = json.dumps(evaluation, indent=2) + "\n"
-        Location(config.output, config.storage_options).write(text.encode())
+    if result:
+        result.write((json.dumps(evaluation, indent=2) + "\n").encode())
     return ExitStatus.DONE
 
 

@@ -98,6 +98,8 @@ class Histogram:
 
 def report(config: ReportConfig) -> ExitStatus:
     """Writes the report to `--output`."""
+    page = Location(config.output, config.storage_options)
+    page.parent.check_writable()
     output = open_scores(Location(config.scores, config.storage_options), config.model_id)
     # Maps are most of the data: everything but the gallery is made without them.
     columns = ["image_uri", "date", "scored_at", "anomaly_score", "is_anomalous"]
@@ -116,7 +118,7 @@ def report(config: ReportConfig) -> ExitStatus:
         colours=colours,
         anchors=maps.ANCHORS,
     )
-    Location(config.output, config.storage_options).write(html.encode())
+    page.write(html.encode())
     print(f"{config.output}: {len(scored):,} images scored, the {len(gallery)} most anomalous shown")
     return ExitStatus.DONE
 

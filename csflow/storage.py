@@ -57,6 +57,10 @@ class Location:
         return Location(f"{self.url.rstrip('/')}/{name}", self.storage_options)
 
     @property
+    def parent(self) -> "Location":
+        return Location(self.url.rstrip("/").rsplit("/", 1)[0] or "/", self.storage_options)
+
+    @property
     def name(self) -> str:
         """The last part of the path."""
         return self.url.rstrip("/").rsplit("/", 1)[-1]
@@ -119,22 +123,25 @@ class Location:
                 # S3 answers 409 while another conditional PUT of the same key is under way.
                 time.sleep(0.1 * 2**attempt)
 
+    def _refuses_a_second_create(self) -> bool:
+        try:
+            self.create(b"")
+        except FileExistsError:
+            return True
+        return False
+
     def find(self, suffix: str) -> list["Location"]:
         """All files below this folder whose names end so, sorted; none if the folder does not exist."""
         found = _find_local(self.path) if self.is_local else self.fs.find(self.path)
         paths = sorted(path for path in found if path.endswith(suffix))
         return [self / path[len(self.path.rstrip("/")) + 1 :] for path in paths if not _is_temporary(path)]
 
-    def check_writable(self) -> None:
-        """Raises WrongUse if no file can be created in this folder, or one twice."""
+    def check_writable(self, exclusively: bool = False) -> None:
+        """Raises WrongUse if no file can be written in this folder, or if asked, `create` does not hold."""
         probe = self / f"_writable-{uuid.uuid4().hex}"
-        is_exclusive = False
         try:
-            probe.create(b"")
-            try:
-                probe.create(b"")
-            except FileExistsError:
-                is_exclusive = True
+            probe.write(b"")
+            is_exclusive = not exclusively or probe._refuses_a_second_create()
             probe.fs.rm_file(probe.path)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"

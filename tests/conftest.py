@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,10 +18,16 @@ from pathlib import Path
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 import boto3
+import pandas as pd
+import pyarrow.dataset as ds
 import pytest
 import ray
 
+from csflow.config import parse
 from csflow.demo import write_cells
+from csflow.errors import ExitStatus
+from csflow.scoring.config import ScoreConfig
+from csflow.scoring.job import score
 
 ROOT = Path(__file__).parent.parent
 S3_ENVIRONMENT = {
@@ -112,6 +120,32 @@ def run_job(verb: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """`python jobs/<verb>.py …` as a user runs it."""
     command = [sys.executable, str(ROOT / "jobs" / f"{verb}.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Polls while the process runs; fails if it ends first."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, "the job ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def run_score(*arguments: object) -> ExitStatus:
+    """The scoring job in this process, on the session's cluster."""
+    return score(parse(ScoreConfig, None, list(map(str, arguments))))
+
+
+def read_scores(output: Path) -> pd.DataFrame:
+    return ds.dataset(output / "scores", partitioning="hive").to_table().to_pandas()
+
+
+def read_errors(output: Path) -> pd.DataFrame:
+    return ds.dataset(output / "errors", partitioning="hive").to_table().to_pandas()
+
+
+def names(frame: pd.DataFrame) -> Counter[str]:
+    return Counter(Path(uri).name for uri in frame.image_uri)
 
 
 SMALL_MODEL = ["--image_size", "128", "--hidden_channels", "16", "--epochs", "2", "--learning_rate", "1e-3"]

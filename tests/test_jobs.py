@@ -72,6 +72,10 @@ def test_outputs_that_cannot_be_written_are_named(wrong_use, good_cells, model, 
     for output in (inside_a_file, "s3://no-such-bucket-anywhere/output"):
         line = wrong_use("score", "--model", model, "--input", good_cells, "--output", output)
         assert f"{output} cannot be written to" in line
+    for verb in ("evaluate", "report"):
+        labels = ["--labels", "labels.csv"] if verb == "evaluate" else []
+        line = wrong_use(verb, "--scores", tmp_path, "--output", inside_a_file, *labels)
+        assert f"{inside_a_file.parent} cannot be written to" in line
     assert "nosuchscheme://x" in wrong_use(
         "score", "--model", model, "--input", good_cells, "--output", "nosuchscheme://x"
     )

@@ -20,48 +20,37 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from conftest import ROOT, SMALL_MODEL, copy_some, run_job
+from conftest import (
+    ROOT,
+    SMALL_MODEL,
+    copy_some,
+    names,
+    read_errors,
+    read_scores,
+    run_job,
+    run_score,
+    wait_for,
+)
 from PIL import Image
 
 from csflow.calibration import p_values
 from csflow.cluster import WorkerResources, with_timeout
-from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
 from csflow.images import decode
 from csflow.inputs.listing import list_images
 from csflow.model_directory import load_model
 from csflow.scores import ERRORS, SCORES
 from csflow.scoring import plan
-from csflow.scoring.config import ScoreConfig
-from csflow.scoring.job import score
 from csflow.scoring.listing import Listing
 from csflow.scoring.output import Output, keys
 from csflow.scoring.plan import Account, account, make_plan, read_log
 from csflow.scoring.shard import ScoringSettings, ShardScorer, peak
 from csflow.scoring.tally import Tally
 from csflow.storage import Location, to_parquet
-
-
-def run(*arguments: object) -> ExitStatus:
-    """The job in this process, on the session's cluster."""
-    return score(parse(ScoreConfig, None, list(map(str, arguments))))
-
-
-def read_scores(output: Path) -> pd.DataFrame:
-    return ds.dataset(output / "scores", partitioning="hive").to_table().to_pandas()
-
-
-def read_errors(output: Path) -> pd.DataFrame:
-    return ds.dataset(output / "errors", partitioning="hive").to_table().to_pandas()
-
-
-def names(frame: pd.DataFrame) -> Counter[str]:
-    return Counter(Path(uri).name for uri in frame.image_uri)
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +69,7 @@ def archive(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def scored(model: Path, archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("scored") / "output"
-    assert run("--model", model, "--input", archive, "--output", output) == ExitStatus.DONE
+    assert run_score("--model", model, "--input", archive, "--output", output) == ExitStatus.DONE
     return output
 
 
@@ -182,11 +171,11 @@ def test_running_again_scores_what_is_new_or_changed_and_nothing_else(model, arc
     images = shutil.copytree(archive, tmp_path / "images")
     output = tmp_path / "output"
     arguments = ["--model", model, "--input", images, "--output", output, "--maps", "none"]
-    assert run(*arguments) == ExitStatus.DONE
+    assert run_score(*arguments) == ExitStatus.DONE
     first = read_scores(output)
     assert first.anomaly_map.isna().all()
 
-    assert run(*arguments) == ExitStatus.DONE
+    assert run_score(*arguments) == ExitStatus.DONE
     assert run_record(output)["counts"]["scored_in_this_run"] == 0
     assert "read" not in run_record(output)["seconds_in_workers"]
     pd.testing.assert_frame_equal(read_scores(output), first)
@@ -194,14 +183,14 @@ def test_running_again_scores_what_is_new_or_changed_and_nothing_else(model, arc
     added, changed = images / "functional" / "added.png", sorted((images / "defective").iterdir())[0]
     shutil.copy2(changed, added)
     shutil.copy(sorted((images / "functional").iterdir())[3], changed)
-    assert run(*arguments) == ExitStatus.DONE
+    assert run_score(*arguments) == ExitStatus.DONE
     assert run_record(output)["counts"]["scored_in_this_run"] == 2
     second = read_scores(output)
     assert names(second) == names(first) + Counter([added.name, changed.name])
     assert not second.duplicated(["image_uri", "image_version"]).any()
     # Permanent errors were not tried again, until asked for.
     assert len(read_errors(output)) == 3
-    assert run(*arguments, "--retry_errors") == ExitStatus.DONE
+    assert run_score(*arguments, "--retry_errors") == ExitStatus.DONE
     assert len(read_errors(output)) == 6
     pd.testing.assert_frame_equal(read_scores(output), second)
 
@@ -213,7 +202,7 @@ def test_scores_do_not_depend_on_actors_batch_size_or_store(
     remote = fsspec.filesystem("s3", use_listings_cache=False)
     remote.put(f"{archive}/", f"{s3_bucket}/images/", recursive=True)
     arguments = ["--model", model, "--input", f"{s3_bucket}/images", "--output", tmp_path / "output"]
-    assert run(*arguments, "--workers", workers, "--batch_size", batch_size) == ExitStatus.DONE
+    assert run_score(*arguments, "--workers", workers, "--batch_size", batch_size) == ExitStatus.DONE
     here, there = (
         frame.assign(name=frame.image_uri.str.split("/").str[-1]).set_index("name").sort_index()
         for frame in (read_scores(scored), read_scores(tmp_path / "output"))
@@ -254,7 +243,7 @@ def test_archives_rows_and_manifests_are_scored_like_files(model, scored, archiv
     pq.write_table(table, tmp_path / "rows.parquet")
     (tmp_path / "manifest.csv").write_text(f"image_uri\n{photographs[3]}\n")
     inputs = [tmp_path / name for name in ("pack.zip", "pack.tar", "rows.parquet", "manifest.csv")]
-    assert run("--model", model, "--output", tmp_path / "output", "--input", *inputs) == ExitStatus.DONE
+    assert run_score("--model", model, "--output", tmp_path / "output", "--input", *inputs) == ExitStatus.DONE
     frame = read_scores(tmp_path / "output").set_index("image_uri")
     expected = read_scores(scored).set_index("image_uri")
     for uri, photograph in {
@@ -271,9 +260,12 @@ def test_a_run_that_fails_everywhere_ends_with_status_3(model, tmp_path):
     images.mkdir()
     for i in range(5):
         (images / f"{i}.png").write_bytes(b"no photograph")
-    assert run("--model", model, "--input", images, "--output", tmp_path / "output") == ExitStatus.INCOMPLETE
+    assert (
+        run_score("--model", model, "--input", images, "--output", tmp_path / "output")
+        == ExitStatus.INCOMPLETE
+    )
     lenient = ["--model", model, "--input", images, "--output", tmp_path / "lenient", "--max_error_rate", 1]
-    assert run(*lenient) == ExitStatus.DONE
+    assert run_score(*lenient) == ExitStatus.DONE
 
 
 def test_an_image_that_cannot_be_read_for_now_is_missing_and_the_next_run_scores_it(
@@ -286,19 +278,11 @@ def test_an_image_that_cannot_be_read_for_now_is_missing_and_the_next_run_scores
     shutil.copy2(next(images.iterdir()), late)
     arguments = ["--model", model, "--output", tmp_path / "output", "--max_error_rate", 1]
     # The manifest names another version of the file than the one that is there.
-    assert run(*arguments, "--input", manifest) == ExitStatus.INCOMPLETE
+    assert run_score(*arguments, "--input", manifest) == ExitStatus.INCOMPLETE
     assert run_record(tmp_path / "output")["counts"]["missing"] == 1
     assert read_errors(tmp_path / "output").error_code.tolist() == ["changed"]
-    assert run(*arguments, "--input", images) == ExitStatus.DONE
+    assert run_score(*arguments, "--input", images) == ExitStatus.DONE
     assert names(read_scores(tmp_path / "output"))["late.png"] == 1
-
-
-def wait_for(condition, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, "the job ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_resume_after_kill_scores_each_image_once(model, cells, tmp_path):
@@ -311,7 +295,7 @@ def test_resume_after_kill_scores_each_image_once(model, cells, tmp_path):
     process.wait()
     before = names(read_scores(output))
     assert 0 < len(before) < 508
-    assert run(*arguments) == ExitStatus.DONE
+    assert run_score(*arguments) == ExitStatus.DONE
     assert names(read_scores(output)) == Counter(
         path.name for path in (cells / "functional" / "test").iterdir()
     )
@@ -464,7 +448,7 @@ def test_a_log_that_lost_an_entry_is_refused(archive, tmp_path):
 def test_a_store_without_conditional_writes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Location, "create", Location.write)
     with pytest.raises(WrongUse, match="store without conditional writes"):
-        Location(str(tmp_path)).check_writable()
+        Location(str(tmp_path)).check_writable(exclusively=True)
 
 
 ONE_CPU = WorkerResources(workers=1, cpus=1, gpus=0)
@@ -486,9 +470,9 @@ def test_refused_writes_stop_the_run_and_the_next_one_completes(model, archive, 
     in_the_way = scores / f"date={datetime.now(UTC).date()}"
     in_the_way.write_text("a file where a folder is needed")
     with pytest.raises(RuntimeError, match="shards failed"):
-        run(*arguments)
+        run_score(*arguments)
     in_the_way.unlink()
-    assert run(*arguments) == ExitStatus.DONE
+    assert run_score(*arguments) == ExitStatus.DONE
     assert len(read_scores(tmp_path / "output")) == 40
 
 
@@ -564,12 +548,12 @@ def test_drift_is_stated_and_ends_the_run_with_a_status_of_its_own_when_asked(mo
         pixels = noise.integers(0, 256, (128, 128, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(images / f"{i}.png")
     arguments = ["--model", model, "--input", images]
-    assert run(*arguments, "--output", tmp_path / "a", "--exit_on_drift") == ExitStatus.DRIFT
+    assert run_score(*arguments, "--output", tmp_path / "a", "--exit_on_drift") == ExitStatus.DRIFT
     drift = run_record(tmp_path / "a")["drift"]
     assert drift["ks_statistic"] > 0.9
     assert drift["ks_p_value"] < 0.001
     assert drift["sample"] == 20
-    assert run(*arguments, "--output", tmp_path / "b") == ExitStatus.DONE
+    assert run_score(*arguments, "--output", tmp_path / "b") == ExitStatus.DONE
 
 
 def test_figures_of_a_run_are_offered_to_prometheus(scored):

@@ -1,6 +1,11 @@
 """The training job: on real photographs and weights, under Ray Train."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SMALL_MODEL, copy_some
+from conftest import ROOT, SMALL_MODEL, copy_some, wait_for
 
 from csflow.config import parse
 from csflow.errors import ExitStatus
@@ -108,3 +113,29 @@ def test_every_epoch_sees_every_image_once_in_an_order_of_its_own():
     assert all(sorted(order.tolist()) == list(range(50)) for order in orders)
     assert orders[0].tolist() != orders[1].tolist()
     assert torch.equal(orders[0], torch.cat(list(epoch_batches(50, 16, seed=0, epoch=1))))
+
+
+def test_a_killed_training_resumes_to_the_weights_of_an_unbroken_one(model, good_cells, tmp_path, capfd):
+    arguments = ["--input", good_cells, *SMALL_MODEL, "--epochs", 30, "--checkpoint_epochs", 1]
+    arguments += ["--work_dir", tmp_path / "work"]
+    broken = [*map(str, arguments), "--output", str(tmp_path / "broken")]
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), *broken]
+    process = subprocess.Popen(command, start_new_session=True, cwd=ROOT, text=True)
+    wait_for(lambda: len(list((tmp_path / "work").glob("training/*/checkpoint_*"))) >= 2, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "broken" / "config.json").exists()
+    capfd.readouterr()
+
+    assert train(parse(TrainConfig, None, [*broken, "--resume"])) == ExitStatus.DONE
+    first = re.search(r"epoch (\d+)/30", capfd.readouterr().out)
+    assert first is not None
+    assert int(first[1]) > 1
+    whole = [*map(str, arguments), "--output", str(tmp_path / "whole"), "--work_dir", str(tmp_path / "work2")]
+    assert train(parse(TrainConfig, None, whole)) == ExitStatus.DONE
+    broken_flow, whole_flow = (
+        load_model(Location(str(tmp_path / name))).detector.flow.state_dict() for name in ("broken", "whole")
+    )
+    for name, value in whole_flow.items():
+        torch.testing.assert_close(broken_flow[name], value, rtol=1e-5, atol=1e-6)
+    assert len(history(tmp_path / "broken")) == 30

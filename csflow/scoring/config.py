@@ -27,9 +27,9 @@ class ScoreConfig(JobConfig):
     max_error_rate: float = Field(0.5, gt=0, le=1)
     """Stop, or end, with exit status 3 when more than this share of the images fails."""
     batch_size: int | None = Field(None, ge=1)
-    """Images per forward pass [default: 8 on CPUs, 32 on GPUs]."""
+    """Images per forward pass. [default: 8 on CPUs, 32 on GPUs]"""
     workers: int | None = Field(None, ge=1)
-    """Scoring actors [default: one per GPU, or one per CPU]."""
+    """Scoring actors. [default: one per GPU, or one per CPU]"""
     stall_timeout: float = Field(1800.0, gt=0)
     """Seconds without a finished shard after which the run ends with exit status 3 instead of hanging."""
     exit_on_drift: bool = False

