@@ -12,7 +12,8 @@ The paper's settings:
 """
 
 from csflow.config import run_job
-from csflow.training.job import TrainConfig, train
+from csflow.training.config import TrainConfig
+from csflow.training.job import train
 
 if __name__ == "__main__":
     run_job(TrainConfig, train, __doc__)

