@@ -37,7 +37,9 @@ class FaultyS3:
             "endpoint_url": f"http://127.0.0.1:{self._front.server_address[1]}",
         }
         self.fs = s3fs.S3FileSystem(**self.options, use_listings_cache=False)
-        self.fs.mkdir(BUCKET)
+        # moto keeps its buckets per process, not per server.
+        self.fs.makedirs(BUCKET, exist_ok=True)
+        self.empty()
 
     def put(self, key: str, data: bytes) -> str:
         """Stores an object and returns its URI; the request is not counted."""

@@ -29,6 +29,7 @@ def start_job(*arguments: object, **environment: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.soak
 def test_two_runs_over_one_output_score_each_image_once(model, cells, ray_cluster, tmp_path):
     images, output = copy_some(cells / "functional" / "test", tmp_path / "images", 120), tmp_path / "output"
     arguments = ["--model", model, "--input", images, "--output", output]

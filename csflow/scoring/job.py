@@ -29,7 +29,7 @@ FAILED_SHARDS_TO_STOP = 4
 def score(config: ScoreConfig) -> ExitStatus:
     """Runs the job. Raises WrongUse before any cluster work starts if a setting or input is wrong."""
     clock = Clock()
-    run_id = f"{clock.started_at:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+    run_id = f"{clock.started_at:%Y%m%dT%H%M%S%fZ}-{secrets.token_hex(4)}"
     model = load_model(Location(config.model, config.storage_options))
     output = Output(Location(config.output, config.storage_options), model.model_id)
     output.location.check_writable(exclusively=True)
