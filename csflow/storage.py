@@ -132,9 +132,10 @@ class Location:
 
     def find(self, suffix: str) -> list["Location"]:
         """All files below this folder whose names end so, sorted; none if the folder does not exist."""
-        found = _find_local(self.path) if self.is_local else self.fs.find(self.path)
+        fs, root = filesystem(self.url, self.storage_options)
+        found = _find_local(root) if isinstance(fs, LocalFileSystem) else fs.find(root)
         paths = sorted(path for path in found if path.endswith(suffix))
-        return [self / path[len(self.path.rstrip("/")) + 1 :] for path in paths if not _is_temporary(path)]
+        return [self / path[len(root.rstrip("/")) + 1 :] for path in paths if not _is_temporary(path)]
 
     def check_writable(self, exclusively: bool = False) -> None:
         """Raises WrongUse if no file can be written in this folder, or if asked, `create` does not hold."""

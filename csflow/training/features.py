@@ -52,7 +52,6 @@ class FeatureSet(NamedTuple):
 
 def cache_folder(cache: Location, detector: Detector) -> Location:
     """The cache folder of this backbone, these weights, this image size and decoding."""
-    state = {k: v for k, v in detector.state_dict().items() if not k.startswith("flow.")}
     architecture = detector.architecture
     decides = {
         "backbone": architecture.backbone,
@@ -62,37 +61,34 @@ def cache_folder(cache: Location, detector: Detector) -> Location:
         "decoding_version": DECODING_VERSION,
     }
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
-    digest.update(safetensors.torch.save({name: value.contiguous() for name, value in sorted(state.items())}))
+    digest.update(_backbone_bytes(detector))
     return cache / digest.hexdigest()[:16]
+
+
+def uncached(shards: Sequence[Shard], folder: Location) -> list[Shard]:
+    """The shards whose features the cache lacks."""
+    cached = {location.name for location in folder.find(SUFFIX)}
+    return [shard for shard in shards if shard.name + SUFFIX not in cached]
 
 
 def extract(
     shards: Sequence[Shard], detector: Detector, folder: Location, resources: WorkerResources
 ) -> Iterator[dict[str, Any]]:
     """Fills the cache with the shards it lacks; yields a row in the `RESULT` schema per finished shard."""
-    cached = {location.url.rsplit("/", 1)[-1] for location in folder.find(SUFFIX)}
     work = [
         {
             "name": shard.name,
             "image_uris": list(shard.image_uris),
             "image_versions": list(shard.image_versions),
         }
-        for shard in shards
-        if file_name(shard) not in cached
+        for shard in uncached(shards, folder)
     ]
     if not work:
         return
     # Through the store and not as an argument, so that an actor can start anew on any node.
-    backbone_state = {
-        k: v.contiguous() for k, v in detector.state_dict().items() if not k.startswith("flow.")
-    }
-    (folder / BACKBONE_FILE).write(safetensors.torch.save(backbone_state))
+    (folder / BACKBONE_FILE).write(_backbone_bytes(detector))
     constructor_args = (detector.architecture, folder, resources)
     yield from map_shards(work, FeatureExtractor, constructor_args, resources)
-
-
-def file_name(shard: Shard) -> str:
-    return shard.name + SUFFIX
 
 
 class FeatureExtractor:
@@ -148,12 +144,18 @@ class FeatureExtractor:
 
 def load_features(folder: Location, shards: Sequence[Shard]) -> FeatureSet:
     """Reads the cached features of these shards into memory; images that had an error are absent."""
-    sets = [_from_bytes((folder / file_name(shard)).read()) for shard in shards]
+    sets = [_from_bytes((folder / (shard.name + SUFFIX)).read()) for shard in shards]
     return FeatureSet(
         [uri for part in sets for uri in part.image_uris],
         [version for part in sets for version in part.image_versions],
         [torch.cat(tensors) for tensors in zip(*(part.features for part in sets), strict=True)],
     )
+
+
+def _backbone_bytes(detector: Detector) -> bytes:
+    """Everything but the flow, as a safetensors file; the same weights give the same bytes."""
+    state = sorted(detector.state_dict().items())
+    return safetensors.torch.save({k: v.contiguous() for k, v in state if not k.startswith("flow.")})
 
 
 def _to_bytes(feature_set: FeatureSet) -> bytes:

@@ -24,7 +24,7 @@ from csflow.model_directory import CALIBRATION, holds_model, save_model, worker_
 from csflow.storage import Location
 from csflow.training.card import CARD, curves_svg
 from csflow.training.config import TrainConfig
-from csflow.training.features import cache_folder, extract, file_name, load_features
+from csflow.training.features import cache_folder, extract, load_features, uncached
 from csflow.training.loop import LoopSettings, read_checkpoint, train_worker, with_prefix
 from csflow.training.shards import Shard, cut, fingerprint
 from csflow.weights import find_weights
@@ -113,8 +113,7 @@ def _extract_features(split: Split, detector: Detector, folder: Location) -> boo
     print(f"features: {images} images extracted in {seconds:.0f} s, {cached} in the cache")
     for error in unreadable:
         print(f"left out: {error}")
-    missing = [shard for shard in shards if not (folder / file_name(shard)).exists()]
-    if missing or not is_complete:
+    if uncached(shards, folder) or not is_complete:
         print("INCOMPLETE: some images could not be read this time; the same command tries them again")
         return False
     return True
