@@ -3,14 +3,16 @@
 import argparse
 import json
 import os
+import re
 import sys
 import types
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from csflow.errors import ExitStatus, WrongUse
 
@@ -23,7 +25,20 @@ def _json_object(value: object) -> object:
     return json.loads(value) if isinstance(value, str) else value
 
 
+def _moment(value: object) -> object:
+    """A time of day is one in UTC unless it says otherwise; `36h` is 36 hours before now."""
+    if isinstance(value, str) and (ago := re.fullmatch(r"(\d+)([hd])", value)):
+        return datetime.now(UTC) - int(ago[1]) * {"h": timedelta(hours=1), "d": timedelta(days=1)}[ago[2]]
+    return value
+
+
+def _in_utc(value: datetime) -> datetime:
+    return value if value.tzinfo else value.replace(tzinfo=UTC)
+
+
 Locations = Annotated[list[str], BeforeValidator(_one_or_more)]
+Patterns = Annotated[list[str], BeforeValidator(_one_or_more)]
+Moment = Annotated[datetime, BeforeValidator(_moment), AfterValidator(_in_utc)]
 StorageOptions = Annotated[dict[str, Any], BeforeValidator(_json_object)]
 
 

@@ -1,6 +1,8 @@
 """Listing and reading of inputs: every kind and store, and what is damaged, changed, hostile or refused."""
 
+import gzip
 import io
+import json
 import os
 import struct
 import tarfile
@@ -8,8 +10,10 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_plus
 
 import faulty_s3
 import fsspec
@@ -17,11 +21,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pyarrow import csv, orc
 
 from csflow.errors import ErrorCode, ImageError, WrongUse
-from csflow.inputs import folders, objects
-from csflow.inputs.listing import LISTING, list_images
+from csflow.inputs import folders, inventories, objects
+from csflow.inputs.listing import LISTING, list_images, list_table
 from csflow.inputs.reading import ImageReader
+from csflow.inputs.selection import EVERYTHING, Selection
+from csflow.scoring.listing import Listing
+from csflow.storage import Location
 
 
 def png(shade: int) -> bytes:
@@ -30,9 +38,11 @@ def png(shade: int) -> bytes:
     return buffer.getvalue()
 
 
-def listing(*uris: object, options: dict[str, Any] | None = None) -> dict[str, str]:
+def listing(
+    *uris: object, options: dict[str, Any] | None = None, selection: Selection = EVERYTHING
+) -> dict[str, str]:
     """Image URI → version, in the order of the listing; each URI must come once."""
-    batches = list(list_images([str(uri) for uri in uris], options or {}))
+    batches = list(list_images([str(uri) for uri in uris], options or {}, selection))
     assert all(batch.schema == LISTING for batch in batches)
     table = pa.Table.from_batches(batches, LISTING)
     found = dict(zip(table["image_uri"].to_pylist(), table["image_version"].to_pylist(), strict=True))
@@ -229,8 +239,98 @@ def test_overlapping_inputs_give_each_image_once(tmp_path: Path, monkeypatch: py
     image = write(tmp_path / "a" / "1.png", png(1))
     write(tmp_path / "a" / "2.png", png(2))
     monkeypatch.chdir(tmp_path)
-    found = listing(image, "a", "./a/../a/", f"file://{image}", tmp_path / "*" / "*.png", "a")
-    assert list(found) == [str(image), str(tmp_path / "a" / "2.png")]
+    inputs = [str(image), "a", "./a/../a/", f"file://{image}", str(tmp_path / "*" / "*.png"), "a"]
+    once = [str(image), str(tmp_path / "a" / "2.png")]
+    assert list_table(inputs, {})["image_uri"].to_pylist() == once
+    listing = Listing.freeze(Location(str(tmp_path / "frozen")), list_images(inputs, {}), None)
+    assert (listing.images, listing.first_uri, listing.last_uri) == (2, *once)
+    assert [uri for batch in listing.batches() for uri in batch["image_uri"].to_pylist()] == once
+
+
+def test_only_names_that_are_included_and_not_excluded_are_listed(tmp_path: Path) -> None:
+    for name in ("line-1/a.png", "line-1/b.jpg", "line-1/calib/c.png", "line-2/d.png"):
+        write(tmp_path / name, png(1))
+    with tarfile.open(tmp_path / "line-1" / "night.tar", "w") as tar:
+        tar.add(tmp_path / "line-2" / "d.png", "calib/e.png")
+        tar.add(tmp_path / "line-2" / "d.png", "f.png")
+    selection = Selection(include=["*/line-1/*.png"], exclude=["*/calib/*", "*!/calib/*"])
+    found = listing(tmp_path, selection=selection)
+    assert list(found) == [f"{tmp_path}/line-1/a.png", f"{tmp_path}/line-1/night.tar!/f.png"]
+
+
+def test_only_files_changed_since_are_listed_and_old_archives_are_not_opened(
+    tmp_path: Path, bucket: faulty_s3.FaultyS3
+) -> None:
+    since = datetime(2026, 11, 22, 18, tzinfo=UTC)
+    for name, age_s in (("old.png", 1), ("new.png", 0), ("old.tar", 1)):
+        path = write(tmp_path / name, b"no archive" if name.endswith("tar") else png(1))
+        os.utime(path, (since.timestamp() - age_s,) * 2)
+        bucket.put(name, path.read_bytes())
+    assert list(listing(tmp_path, selection=Selection(since=since))) == [f"{tmp_path}/new.png"]
+    manifest = write(tmp_path / "list.csv", b"image_uri\nold.png\nnew.png\nold.tar\n")
+    assert list(listing(manifest, selection=Selection(since=since))) == [f"{tmp_path}/new.png"]
+    past, future = (datetime.now(UTC) + timedelta(days=days) for days in (-1, 1))
+    recent = listing("s3://inputs", options=bucket.options, selection=Selection(since=past))
+    assert len(recent) == 3
+    # Nothing new is no mistake, as nothing at all would be.
+    assert not listing("s3://inputs", options=bucket.options, selection=Selection(since=future))
+
+
+INVENTORY = {
+    "Bucket": ["inputs"] * 6,
+    "Key": ["a b/1+1.png", "old.png", "gone.png", "notes.txt", "_runs/x.png", "c.tar"],
+    "IsLatest": [True, False, True, True, True, True],
+    "IsDeleteMarker": [False, False, True, False, False, False],
+    "Size": [1, 2, None, 3, 4, 5],
+    "LastModifiedDate": [datetime(2026, 11, day, tzinfo=UTC) for day in (22, 20, 21, 22, 22, 20)],
+    "ETag": ["e1", "e2", "", "e3", "e4", "e5"],
+}
+
+
+@pytest.mark.parametrize("file_format", ["CSV", "Parquet", "ORC"])
+def test_an_s3_inventory_stands_for_a_listing(
+    bucket: faulty_s3.FaultyS3, file_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with io.BytesIO() as archive:
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            info = tarfile.TarInfo("member.png")
+            info.size = len(png(1))
+            tar.addfile(info, io.BytesIO(png(1)))
+        etag = bucket.fs.info(bucket.put("c.tar", archive.getvalue()))["ETag"]
+    columns = INVENTORY | {"ETag": [*INVENTORY["ETag"][:5], etag], "Size": [*INVENTORY["Size"][:5], 10_240]}
+    sink = io.BytesIO()
+    if file_format == "CSV":
+        encoded = columns | {"Key": [quote_plus(str(key)) for key in columns["Key"]]}
+        encoded["LastModifiedDate"] = [
+            f"{time:%Y-%m-%dT%H:%M:%S}.000Z" for time in columns["LastModifiedDate"]
+        ]
+        options = csv.WriteOptions(include_header=False, quoting_style="all_valid")
+        csv.write_csv(pa.table(encoded), sink, options)
+        data, schema = gzip.compress(sink.getvalue()), ", ".join(columns)
+    else:
+        table = pa.table(columns).rename_columns(list(inventories.COLUMNS.values()))
+        (pq.write_table if file_format == "Parquet" else orc.write_table)(table, sink)
+        data, schema = sink.getvalue(), f"struct<{','.join(f'{name}:string' for name in table.column_names)}>"
+    bucket.put("inventory/data/1", data)
+    manifest = {"destinationBucket": "arn:aws:s3:::inputs", "fileFormat": file_format, "fileSchema": schema}
+    manifest["files"] = [{"key": "inventory/data/1", "size": len(data)}]
+    bucket.put("inventory/manifest.json", json.dumps(manifest).encode())
+    found = listing("s3://inputs/inventory/manifest.json", options=bucket.options)
+    assert list(found) == ["s3://inputs/a b/1+1.png", "s3://inputs/c.tar!/member.png"]
+    assert found["s3://inputs/a b/1+1.png"] == "e1"
+    selection = Selection(since=datetime(2026, 11, 21, tzinfo=UTC))
+    recent = listing("s3://inputs/inventory/manifest.json", options=bucket.options, selection=selection)
+    assert list(recent) == ["s3://inputs/a b/1+1.png"]
+
+
+def test_an_inventory_without_etags_is_refused_with_the_remedy(bucket: faulty_s3.FaultyS3) -> None:
+    manifest = {"destinationBucket": "arn:aws:s3:::inputs", "fileFormat": "CSV", "fileSchema": "Bucket, Key"}
+    bucket.put("manifest.json", json.dumps(manifest | {"files": []}).encode())
+    with pytest.raises(WrongUse, match=r"manifest\.json lacks ETag; add these fields to the inventory"):
+        listing("s3://inputs/manifest.json", options=bucket.options)
+    bucket.put("manifest.json", b"{}")
+    with pytest.raises(WrongUse, match="is no manifest of an S3 Inventory"):
+        listing("s3://inputs/manifest.json", options=bucket.options)
 
 
 def test_patterns_match_files_and_folders(tmp_path: Path, bucket: faulty_s3.FaultyS3) -> None:

@@ -45,8 +45,9 @@ from csflow.inputs.listing import list_images
 from csflow.model_directory import load_model
 from csflow.scores import ERRORS, SCORES
 from csflow.scoring import plan
+from csflow.scoring.keys import keys
 from csflow.scoring.listing import Listing
-from csflow.scoring.output import Output, keys
+from csflow.scoring.output import Output
 from csflow.scoring.plan import Account, account, make_plan, read_log
 from csflow.scoring.shard import ScoringSettings, ShardScorer, peak
 from csflow.scoring.tally import Tally
@@ -354,7 +355,7 @@ def test_a_shard_file_is_created_once_whoever_comes_second(empty_output):
     with pytest.raises(FileExistsError):
         target.create(b"second")
     assert target.read() == b"first"
-    assert list(empty_output.finished_shards()) == ["000001-0000000"]
+    assert list(empty_output.finished_shards(["2026-01-01"])) == ["000001-0000000"]
 
 
 def test_doubled_rows_are_found_by_the_final_account(scored, archive, tmp_path):
@@ -428,9 +429,9 @@ def test_a_late_listing_of_the_scores_plans_no_image_twice(archive, empty_output
         columns = {"scale_scores": [], "anomaly_map": None, "run_id": "first", "is_anomalous": False}
         table = pa.Table.from_pylist([row | columns for row in rows], schema=SCORES)
         empty_output.scores_file(shard.name, shard.date).create(to_parquet(table))
-    finished = empty_output.finished_shards()
+    finished = empty_output.finished_shards([shard.date])
     late = dict(list(finished.items())[:1])
-    monkeypatch.setattr(Output, "finished_shards", lambda self: late)
+    monkeypatch.setattr(Output, "finished_shards", lambda self, dates: late)
     again = make_plan(listing, empty_output, "second", retry_errors=False)
     # They are taken over under their own names, where creating them anew changes nothing.
     assert {shard.name for shard in again} == set(finished) - set(late)

@@ -18,6 +18,7 @@ from csflow.inputs.objects import (
     is_s3,
     local_path,
     local_version,
+    modified_at,
     split_s3,
     version_of,
 )
@@ -122,7 +123,7 @@ def _examine(path: str) -> StoredObject:
         status = Path(path).stat()
     except FileNotFoundError:
         return StoredObject(as_text(path), UNKNOWN_VERSION, 0)
-    return StoredObject(as_text(path), local_version(status), status.st_size)
+    return StoredObject(as_text(path), local_version(status), status.st_size, status.st_mtime)
 
 
 def _walk_other(store: ObjectStore, uri: str, is_wanted: Wanted) -> Iterator[StoredObject]:
@@ -144,7 +145,8 @@ def _walk_s3(
         for entry in page.get("Contents", ()):
             key = entry["Key"]
             if is_wanted(key) and not is_hidden(key[len(root) :]):
-                yield StoredObject(f"s3://{bucket}/{key}", entry["ETag"].strip('"'), entry["Size"])
+                etag, modified_at = entry["ETag"].strip('"'), entry["LastModified"].timestamp()
+                yield StoredObject(f"s3://{bucket}/{key}", etag, entry["Size"], modified_at)
 
 
 def _split_up(store: ObjectStore, bucket: str, root: str) -> tuple[list[Page], list[str]]:
@@ -202,7 +204,7 @@ def _local_type(path: str) -> str:
 
 
 def _described(uri: str, info: Page) -> StoredObject:
-    return StoredObject(uri, version_of(info), info["size"] or 0)
+    return StoredObject(uri, version_of(info), info["size"] or 0, modified_at(info))
 
 
 def _split_prefix(uri: str) -> tuple[str, str]:

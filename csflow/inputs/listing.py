@@ -1,6 +1,5 @@
 """Listing the images behind the locations that a job was given: its work, before any of it is done."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -8,11 +7,14 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from csflow.errors import ErrorCode, ImageError, WrongUse
-from csflow.inputs import archives, folders, manifests, rows
+from csflow.inputs import archives, folders, inventories, manifests, rows
+from csflow.inputs.folders import is_hidden
 from csflow.inputs.objects import UNKNOWN_VERSION, ObjectStore, StoredObject, image_error, is_s3, split_s3
+from csflow.inputs.selection import EVERYTHING, Selection
 
 LISTING = pa.schema(
     [
@@ -32,29 +34,43 @@ INDEXES_KEPT = 4
 DEADLINE_S = 60.0
 
 
-def list_images(inputs: Sequence[str], storage_options: Mapping[str, Any]) -> Iterator[pa.RecordBatch]:
-    """Every image behind the inputs once, in batches of schema `LISTING`, in the same order each time.
+def list_images(
+    inputs: Sequence[str], storage_options: Mapping[str, Any], selection: Selection = EVERYTHING
+) -> Iterator[pa.RecordBatch]:
+    """Every selected image behind the inputs, in batches of schema `LISTING`, in the same order each time.
+
+    Where inputs overlap, or a manifest repeats itself, an image comes as often as it is found.
 
     An archive or Parquet file that cannot be listed is one row under its own URI, and reading that says why.
     All inputs are looked up before the first image is listed.
 
     Raises:
-        WrongUse: an input does not exist, is refused, is not understood or holds no image.
+        WrongUse: an input does not exist, is refused, is not understood or holds no image (an input of
+            which `since` leaves nothing is fine).
         ConnectionError: the store failed for longer than the listing tries again.
     """
     store = ObjectStore(storage_options, DEADLINE_S)
     with ThreadPoolExecutor(THREADS, thread_name_prefix="listing") as pool:
-        listing = _Listing(store, pool)
+        listing = _Listing(store, pool, selection)
         found = [(uri, listing.find(uri)) for uri in inputs]
-        yield from _batches(_unique(image for uri, images in found for image in _some(uri, images)))
+        images = (image for uri, images in found for image in _some(uri, images, selection))
+        yield from _batches(image for image in images if selection.takes_name(image.uri))
+
+
+def list_table(inputs: Sequence[str], storage_options: Mapping[str, Any]) -> pa.Table:
+    """The same as one table in memory, each URI once where it is first found; raises as `list_images`."""
+    table = pa.Table.from_batches(list_images(inputs, storage_options), LISTING)
+    _, first = np.unique(table["image_uri"].to_pylist(), return_index=True)
+    return table.take(np.sort(first))
 
 
 class _Listing:
     """From locations to images: what a location is, and what the archives and tables there hold."""
 
-    def __init__(self, store: ObjectStore, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, store: ObjectStore, pool: ThreadPoolExecutor, selection: Selection) -> None:
         self._store = store
         self._pool = pool
+        self._is_recent = selection.is_recent
         self._index = lru_cache(INDEXES_KEPT)(self._read_index)
         self._unindexed: set[str] = set()
 
@@ -86,6 +102,9 @@ class _Listing:
         name = file.uri.lower()
         if name.endswith((*IMAGE_SUFFIXES, *archives.SUFFIXES)):
             return self._expand([file])
+        if name.endswith(f"/{inventories.NAME}"):
+            objects = inventories.read_inventory(self._store, file)
+            return self._expand(item for item in objects if _is_found(item.uri) and not is_hidden(item.uri))
         if name.endswith(manifests.SUFFIX):
             return self._expand(self._look_up(manifests.read_csv(self._store, file)), in_manifest=True)
         if name.endswith(rows.SUFFIX):
@@ -124,7 +143,8 @@ class _Listing:
 
     def _expand(self, files: Iterable[StoredObject], in_manifest: bool = False) -> Iterator[StoredObject]:
         """Images as they are, archives and Parquet files as their images; several are opened at once."""
-        files = iter(files)
+        # Before anything is opened: an old archive costs nothing.
+        files = filter(self._is_recent, files)
         while chunk := list(islice(files, CONTAINERS_AT_ONCE)):
             opened: list[StoredObject | Future[list[StoredObject]]] = [
                 self._pool.submit(self._open, file, in_manifest) if _needs_look(file) else file
@@ -140,6 +160,8 @@ class _Listing:
         try:
             if in_manifest:
                 file = self._store.stat(file.uri)
+                if not self._is_recent(file):
+                    return []
             images = self._read_container(file, _is_image_member)
         except ImageError:
             return [file]
@@ -194,14 +216,14 @@ def _needs_look(file: StoredObject) -> bool:
     return file.version == UNKNOWN_VERSION or file.uri.lower().endswith(CONTAINER_SUFFIXES)
 
 
-def _some(uri: str, images: Iterable[StoredObject]) -> Iterator[StoredObject]:
-    """The images of an input; raises WrongUse if there are none."""
+def _some(uri: str, images: Iterable[StoredObject], selection: Selection) -> Iterator[StoredObject]:
+    """The images of an input; raises WrongUse if there are none, of whatever time."""
     is_empty = True
     with _explaining(uri):
         for image in images:
             is_empty = False
             yield image
-        if is_empty:
+        if is_empty and selection.since is None:
             known = " ".join((*IMAGE_SUFFIXES, *CONTAINER_SUFFIXES))
             raise WrongUse(f"{uri} holds no images ({known}); hidden files and folders do not count")
 
@@ -229,18 +251,8 @@ def _explained(uri: str, failure: ImageError) -> Exception:
     return ConnectionError(f"{uri} cannot be listed: {failure.message}")
 
 
-def _unique(images: Iterable[StoredObject]) -> Iterator[StoredObject]:
-    seen: set[bytes] = set()
-    for image in images:
-        # 128 bits a URI, so that the URIs of a whole archive need not be kept.
-        key = hashlib.blake2b(image.uri.encode(), digest_size=16).digest()
-        if key not in seen:
-            seen.add(key)
-            yield image
-
-
 def _batches(images: Iterable[StoredObject]) -> Iterator[pa.RecordBatch]:
     images = iter(images)
     while chunk := list(islice(images, BATCH_ROWS)):
-        columns = [pa.array(values) for values in zip(*chunk, strict=True)]
+        columns = [pa.array(values) for values in zip(*(image[:3] for image in chunk), strict=True)]
         yield pa.RecordBatch.from_arrays(columns, schema=LISTING)

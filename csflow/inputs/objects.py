@@ -4,13 +4,15 @@ import errno
 import io
 import itertools
 import logging
+import math
 import os
 import random
 import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
@@ -45,6 +47,10 @@ NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.Pr
 UNUSABLE_NAME = frozenset({errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTDIR, errno.EISDIR})
 
 
+MODIFIED = ("LastModified", "mtime", "updated", "created")
+"""Names under which fsspec's drivers give a time of change."""
+
+
 class StoredObject(NamedTuple):
     """One version of an object: a file, an archive member or a Parquet row."""
 
@@ -52,6 +58,8 @@ class StoredObject(NamedTuple):
     version: str
     size: int
     """Bytes; 0 where a manifest does not say."""
+    modified_at: float = math.nan
+    """Time of the last change in seconds since 1970; NaN where it is not known."""
 
 
 class ObjectStore:
@@ -91,7 +99,8 @@ class ObjectStore:
         if is_s3(uri):
             bucket, key = split_s3(uri)
             head = self.call_s3("head_object", Bucket=bucket, Key=key)
-            return StoredObject(uri, head["ETag"].strip('"'), head["ContentLength"])
+            modified_at = head["LastModified"].timestamp()
+            return StoredObject(uri, head["ETag"].strip('"'), head["ContentLength"], modified_at)
         return self.retried(lambda _: self._stat_other(uri))
 
     def open(self, stored: StoredObject, read_ahead: int = 0) -> BinaryIO:
@@ -169,7 +178,7 @@ class ObjectStore:
         info = fs.info(fs._strip_protocol(uri))
         if info["type"] != "file":
             raise ImageError(ErrorCode.NOT_FOUND, "not an object")
-        return StoredObject(uri, version_of(info), info["size"] or 0)
+        return StoredObject(uri, version_of(info), info["size"] or 0, modified_at(info))
 
 
 class _RangeFile(io.RawIOBase):
@@ -242,8 +251,22 @@ def version_of(info: Mapping[str, Any]) -> str:
     etag = info.get("ETag") or info.get("etag")
     if etag:
         return str(etag).strip('"')
-    changed = next((info[key] for key in ("LastModified", "mtime", "updated", "created") if key in info), "")
+    changed = next((info[key] for key in MODIFIED if key in info), "")
     return f"{info['size']}-{changed}".replace(" ", "T")
+
+
+def modified_at(info: Mapping[str, Any]) -> float:
+    """Time of change of a remote object from the description that fsspec gives of it; NaN if it has none."""
+    for key in MODIFIED:
+        value = info.get(key)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+        if isinstance(value, str):
+            with suppress(ValueError):
+                return datetime.fromisoformat(value).timestamp()
+    return math.nan
 
 
 def local_version(status: os.stat_result) -> str:
@@ -385,4 +408,4 @@ def _stat_local(uri: str, path: str) -> StoredObject:
     status = Path(path).stat()
     if not stat.S_ISREG(status.st_mode):
         raise ImageError(ErrorCode.NOT_FOUND, "not a file")
-    return StoredObject(uri, local_version(status), status.st_size)
+    return StoredObject(uri, local_version(status), status.st_size, status.st_mtime)

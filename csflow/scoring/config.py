@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from csflow.config import JobConfig, Locations
+from csflow.config import JobConfig, Locations, Moment, Patterns
 
 
 class ScoreConfig(JobConfig):
@@ -20,6 +20,12 @@ class ScoreConfig(JobConfig):
     """Keep anomaly maps in their native resolution, or not at all."""
     false_positive_rate: float = Field(0.01, gt=0, lt=1)
     """Share of normal images that may be flagged: an image is anomalous if its p-value is at most this."""
+    include: Patterns = Field([])
+    """Take only images whose URI matches one of these patterns; `*` stands for any text, slashes too."""
+    exclude: Patterns = Field([])
+    """Leave out images whose URI matches one of these patterns."""
+    since: Moment | None = None
+    """Take only files changed since: a time such as 2026-11-22T18:00Z, or so long ago, such as 36h or 7d."""
     limit: int | None = Field(None, ge=1)
     """Take only the first so many images of the listing."""
     retry_errors: bool = False

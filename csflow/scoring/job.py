@@ -11,6 +11,7 @@ from csflow.calibration import drift
 from csflow.cluster import WorkerResources, connect, map_shards, share_out, with_timeout
 from csflow.errors import ExitStatus
 from csflow.inputs.listing import list_images
+from csflow.inputs.selection import Selection
 from csflow.model_directory import Model, load_model, worker_bytes
 from csflow.scoring.config import ScoreConfig
 from csflow.scoring.listing import Listing
@@ -35,7 +36,8 @@ def score(config: ScoreConfig) -> ExitStatus:
     output.location.check_writable(exclusively=True)
     run_folder = output.location / "_runs" / run_id
     clock.lap("start")
-    found = list_images(config.input, config.storage_options)
+    selection = Selection(config.include, config.exclude, config.since)
+    found = list_images(config.input, config.storage_options, selection)
     listing = Listing.freeze(run_folder / "listing", found, config.limit)
     clock.lap("list")
     shards = make_plan(listing, output, run_id, config.retry_errors)

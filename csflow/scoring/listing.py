@@ -1,37 +1,86 @@
 """The frozen listing: what a run found in its input, written down before any work starts."""
 
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.ipc
 
 from csflow.inputs.listing import LISTING
+from csflow.scoring.keys import KeySet, Omitted, keys, repeated
 from csflow.storage import Location, read_parquet, to_parquet
 
-PART_ROWS = 500_000
+PART_ROWS = 250_000
 
 
 @dataclass(frozen=True)
 class Listing:
-    """A frozen listing in the `LISTING` schema, in parts of `PART_ROWS` images."""
+    """A frozen listing in the `LISTING` schema, each URI once, in parts of `PART_ROWS` images."""
 
     folder: Location
     images: int
+    first_uri: str
+    """The least of its URIs; empty if there is none."""
+    last_uri: str
+    """The greatest."""
 
     @classmethod
     def freeze(cls, folder: Location, batches: Iterable[pa.RecordBatch], limit: int | None) -> "Listing":
-        """Writes the first `limit` images of a listing, or all, part by part."""
-        images = 0
-        for number, part in enumerate(_parts(_first(batches, limit))):
-            (folder / f"part-{number:05d}.parquet").write(to_parquet(part))
-            images += part.num_rows
-        return cls(folder, images)
+        """Writes the first `limit` images of a listing, or all, but those whose URI came before.
+
+        What is found waits on local disk, since which URIs come twice is only known at its end.
+        """
+        images, first_uri, last_uri = 0, "", ""
+        with tempfile.TemporaryDirectory(prefix="csflow-") as temporary:
+            spool = Path(temporary) / "listing.arrow"
+            repeats = _spool(spool, _first(batches, limit))
+            for number, part in enumerate(rebatched(repeats.drop_from(_read(spool)), PART_ROWS)):
+                (folder / f"part-{number:05d}.parquet").write(to_parquet(part))
+                least, greatest = pc.min_max(part["image_uri"]).as_py().values()
+                first_uri, last_uri = min(first_uri or least, least), max(last_uri, greatest)
+                images += part.num_rows
+        return cls(folder, images, first_uri, last_uri)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The listing in its order; a part at a time is in memory."""
         for part in self.folder.find(".parquet"):
             yield from read_parquet(part, LISTING).to_batches(max_chunksize=65_536)
+
+
+def rebatched(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of `rows`; the last may have fewer, and none is empty."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(part.num_rows for part in waiting) >= rows:
+            table = pa.Table.from_batches(waiting)
+            full = table.num_rows // rows * rows
+            for start in range(0, full, rows):
+                yield table.slice(start, rows)
+            waiting = table.slice(full).to_batches()
+    if sum(part.num_rows for part in waiting):
+        yield pa.Table.from_batches(waiting)
+
+
+def _spool(file: Path, batches: Iterable[pa.RecordBatch]) -> Omitted:
+    """Writes batches to a local file; returns the rows whose URI came before."""
+    found = KeySet()
+    rows = 0
+    with pa.ipc.new_file(file, LISTING, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        for batch in batches:
+            writer.write(batch)
+            found.add(keys(batch, ["image_uri"]), np.arange(rows, rows + batch.num_rows))
+            rows += batch.num_rows
+    return Omitted(repeated(part)["number"] for part in found.parts())
+
+
+def _read(file: Path) -> Iterator[pa.RecordBatch]:
+    with pa.OSFile(str(file)) as source, pa.ipc.open_file(source) as reader:
+        yield from map(reader.get_batch, range(reader.num_record_batches))
 
 
 def _first(batches: Iterable[pa.RecordBatch], limit: int | None) -> Iterator[pa.RecordBatch]:
@@ -42,14 +91,3 @@ def _first(batches: Iterable[pa.RecordBatch], limit: int | None) -> Iterator[pa.
             left -= batch.num_rows
             if left <= 0:
                 return
-
-
-def _parts(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """Groups batches into tables of about `PART_ROWS` rows."""
-    iterator = iter(batches)
-    for first in iterator:
-        part, rows = [first], first.num_rows
-        while rows < PART_ROWS and (following := list(islice(iterator, 1))):
-            part += following
-            rows += following[0].num_rows
-        yield pa.Table.from_batches(part, LISTING)

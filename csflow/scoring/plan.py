@@ -12,21 +12,26 @@ import io
 import json
 import random
 import secrets
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from csflow.errors import WrongUse
-from csflow.scoring.listing import Listing
-from csflow.scoring.output import KEY_COLUMNS, Keys, Output, contained, keys, scored_keys, sorted_keys
+from csflow.scoring.keys import KEY_COLUMNS, KeySet, Omitted, keys
+from csflow.scoring.listing import Listing, rebatched
+from csflow.scoring.output import Output, scored_images
 from csflow.storage import Location
 
 MIN_SHARD_SIZE, MAX_SHARD_SIZE = 16, 256
+LAST = "\U0010ffff"
+"""No URI is greater: what an entry is taken to hold that does not say."""
+
 SHARDS_PER_PART = 64
 """A worker reads the part of a plan for each of its shards, so parts are small."""
 
@@ -66,6 +71,14 @@ class Plan:
     shards: int
     folder: str
     """Of the plan's images; used by no other plan nor by another try at this one."""
+    first_uri: str = ""
+    """The least of its images' URIs."""
+    last_uri: str = LAST
+    """The greatest."""
+
+    def concerns(self, listing: Listing) -> bool:
+        """Whether it may hold a listed image."""
+        return self.first_uri <= listing.last_uri and listing.first_uri <= self.last_uri
 
     def planned_shards(self, plans: Location) -> Iterator[PlannedShard]:
         for i in range(self.shards):
@@ -81,25 +94,33 @@ def make_plan(listing: Listing, output: Output, run_id: str, retry_errors: bool)
     plan for the images that have no place yet, if there are any.
     """
     plans = output.folder("_plans")
-    listed = sorted_keys(map(keys, listing.batches()))
+    listed = _listed_keys(listing)
     while True:
         log = read_log(plans)
+        concerned = [plan for plan in log if plan.concerns(listing)]
+        dates = sorted({plan.date for plan in concerned})
         # The scored images are those in the very files that make shards finished: no shard can be finished
         # whose images are not seen, however late or incomplete a listing is.
-        finished = output.finished_shards()
-        unfinished = [s for plan in log for s in plan.planned_shards(plans) if s.name not in finished]
-        adopted, planned = _adopt(unfinished, listed)
-        settled = [scored_keys(finished.values()), planned]
+        finished = output.finished_shards(dates)
+        unfinished = [s for plan in concerned for s in plan.planned_shards(plans) if s.name not in finished]
+        settled = KeySet()
+        adopted = _adopt(unfinished, listed, settled)
+        _add(scored_images(list(finished.values())), settled)
         if not retry_errors:
-            settled.append(output.permanent_error_keys())
-        left = list(_images_left(listing, sorted_keys(settled)))
+            _add(output.permanent_errors(dates), settled)
         # Two runs over one output then begin at different ends, in place of doing everything twice.
         random.Random(run_id).shuffle(adopted)
-        if not sum(part.num_rows for part in left):
+        settled_rows = Omitted(
+            part["number"][np.isin(part["key"], settled_part["key"])]
+            for part, settled_part in zip(listed.parts(), settled.parts(), strict=True)
+        )
+        left = listing.images - len(settled_rows)
+        if not left:
             return adopted
+        images = settled_rows.drop_from(batch.select(KEY_COLUMNS) for batch in listing.batches())
         number = log[-1].number + 1 if log else 1
         try:
-            plan = _append(plans, number, run_id, pa.Table.from_batches(left))
+            plan = _append(plans, number, run_id, images, left)
         except FileExistsError:
             continue
         return adopted + list(plan.planned_shards(plans))
@@ -123,19 +144,23 @@ def account(listing: Listing, output: Output) -> Account:
     Raises:
         RuntimeError: an image version is in the scores twice.
     """
-    scored = scored_keys(output.finished_shards().values())
-    failed = output.permanent_error_keys()
-    duplicates = len(scored) - len(np.unique(scored))
+    dates = sorted({plan.date for plan in read_log(output.folder("_plans")) if plan.concerns(listing)})
+    scored, failed = KeySet(), KeySet()
+    _add(scored_images(list(output.finished_shards(dates).values())), scored)
+    _add(output.permanent_errors(dates), failed)
+    scored_count = failed_count = duplicates = 0
+    for listed_part, *others in zip(
+        _listed_keys(listing).parts(), scored.parts(), failed.parts(), strict=True
+    ):
+        scored_keys, failed_keys = (part["key"] for part in others)
+        is_scored = np.isin(listed_part["key"], scored_keys)
+        scored_count += int(is_scored.sum())
+        failed_count += int((np.isin(listed_part["key"], failed_keys) & ~is_scored).sum())
+        duplicates += len(scored_keys) - len(np.unique(scored_keys))
     if duplicates:
         raise RuntimeError(f"{duplicates} image versions are in {output.folder('scores')} more than once")
-    scored_images = failed_images = 0
-    for batch in listing.batches():
-        batch_keys = keys(batch)
-        is_scored = contained(batch_keys, scored)
-        scored_images += int(is_scored.sum())
-        failed_images += int((contained(batch_keys, failed) & ~is_scored).sum())
-    missing = listing.images - scored_images - failed_images
-    return Account(listing.images, scored_images, failed_images, missing)
+    missing = listing.images - scored_count - failed_count
+    return Account(listing.images, scored_count, failed_count, missing)
 
 
 def read_log(plans: Location) -> list[Plan]:
@@ -153,44 +178,54 @@ def read_log(plans: Location) -> list[Plan]:
     return log
 
 
-def _adopt(unfinished: list[PlannedShard], listed: Keys) -> tuple[list[PlannedShard], Keys]:
-    """Of the unfinished shards those with a listed image, and the keys of all images of these."""
-    adopted: list[PlannedShard] = []
-    planned: list[Keys] = []
+def _listed_keys(listing: Listing) -> KeySet:
+    """Keys of the listed images, with their positions."""
+    listed = KeySet()
+    for batch in listing.batches():
+        listed.add(keys(batch), np.arange(len(listed), len(listed) + batch.num_rows))
+    return listed
+
+
+def _add(images: Iterable[pa.RecordBatch], to: KeySet) -> None:
+    for batch in images:
+        to.add(keys(batch))
+
+
+def _adopt(unfinished: Sequence[PlannedShard], listed: KeySet, settled: KeySet) -> list[PlannedShard]:
+    """Of the unfinished shards those with a listed image; all images of these are settled."""
+    planned = KeySet()
     part, file = None, None
-    for shard in unfinished:
+    for number, shard in enumerate(unfinished):
         if shard.part != part:
             part, file = shard.part, pq.ParquetFile(io.BytesIO(shard.part.read()))
         assert file is not None
-        shard_keys = keys(file.read_row_group(shard.row_group))
-        if contained(shard_keys, listed).any():
-            adopted.append(shard)
-            planned.append(shard_keys)
-    return adopted, sorted_keys(planned)
+        planned.add(keys(file.read_row_group(shard.row_group)), number)
+    adopted: set[int] = set()
+    for planned_part, listed_part in zip(planned.parts(), listed.parts(), strict=True):
+        adopted.update(planned_part["number"][np.isin(planned_part["key"], listed_part["key"])].tolist())
+    for planned_part in planned.parts():
+        settled.add(planned_part["key"][np.isin(planned_part["number"], list(adopted))])
+    return [unfinished[number] for number in sorted(adopted)]
 
 
-def _images_left(listing: Listing, settled: Keys) -> Iterator[pa.RecordBatch]:
-    for batch in listing.batches():
-        is_left = ~contained(keys(batch), settled)
-        yield batch.select(KEY_COLUMNS).filter(pa.array(is_left))
-
-
-def _append(plans: Location, number: int, run_id: str, images: pa.Table) -> Plan:
-    """Writes a plan's images, then its entry.
+def _append(plans: Location, number: int, run_id: str, images: Iterable[pa.RecordBatch], count: int) -> Plan:
+    """Writes a plan's images, `count` of them, then its entry.
 
     Raises:
         FileExistsError: the log has an entry of that number, maybe this one: a store may fail to tell that
             it took what it took. Either way the log says what is planned.
     """
     folder = f"{number:06d}-{secrets.token_hex(4)}"
-    shard_size = min(max(images.num_rows // 64, MIN_SHARD_SIZE), MAX_SHARD_SIZE)
-    starts = range(0, images.num_rows, shard_size)
-    for part, first in enumerate(range(0, len(starts), SHARDS_PER_PART)):
+    shard_size = min(max(count // 64, MIN_SHARD_SIZE), MAX_SHARD_SIZE)
+    first_uri, last_uri = LAST, ""
+    for part, table in enumerate(rebatched(images, shard_size * SHARDS_PER_PART)):
         buffer = io.BytesIO()
-        with pq.ParquetWriter(buffer, images.schema, compression="zstd") as writer:
-            for start in starts[first : first + SHARDS_PER_PART]:
-                writer.write_table(images.slice(start, shard_size), row_group_size=shard_size)
+        pq.write_table(table, buffer, row_group_size=shard_size, compression="zstd")
         (plans / folder / f"part-{part:06d}.parquet").write(buffer.getvalue())
-    plan = Plan(number, run_id, datetime.now(UTC).date().isoformat(), len(starts), folder)
-    (plans / f"{number:06d}.json").create(json.dumps(plan.__dict__).encode())
+        least, greatest = pc.min_max(table["image_uri"]).as_py().values()
+        first_uri, last_uri = min(first_uri, least), max(last_uri, greatest)
+    shards = -(-count // shard_size)
+    date = datetime.now(UTC).date().isoformat()
+    plan = Plan(number, run_id, date, shards, folder, first_uri, last_uri)
+    (plans / f"{number:06d}.json").create(json.dumps(asdict(plan)).encode())
     return plan

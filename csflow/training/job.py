@@ -18,7 +18,7 @@ from ray.util.queue import Queue
 import csflow
 from csflow.cluster import WorkerResources, connect, share_out
 from csflow.errors import ExitStatus, WrongUse
-from csflow.inputs.listing import list_images
+from csflow.inputs.listing import list_table
 from csflow.model import BackboneError, Detector, load_weights
 from csflow.model_directory import CALIBRATION, holds_model, save_model, worker_bytes
 from csflow.storage import Location
@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> ExitStatus:
         raise WrongUse(f"--output {output} already holds a model; choose another, or pass --overwrite")
     output.check_writable()
     detector = _build_detector(config)
-    images = pa.Table.from_batches(list_images(config.input, config.storage_options))
+    images = list_table(config.input, config.storage_options)
     split = split_images(images, config.holdout, config.seed)
     print(f"{images.num_rows} images listed, {sum(map(len, split.heldout))} of them held out for calibration")
 
