@@ -37,6 +37,15 @@ def write_corpus(folder: Path) -> tuple[dict[str, bytes], dict[str, ErrorCode]]:
     return images, broken
 
 
+def write_all_damage(folder: Path) -> dict[str, bytes]:
+    """Every file of the decoder's corpus, also those whose headers claim 65 million pixels; by URI."""
+    images = {}
+    for index, (_, data) in enumerate(test_images.BAD):
+        suffix = IMAGE_SUFFIXES[index % len(IMAGE_SUFFIXES)]
+        images[str(test_inputs.write(folder / f"{index:04d}{suffix}", data))] = data
+    return images
+
+
 def cut_short() -> Iterable[tuple[str, bytes]]:
     """Each format up to every tenth byte."""
     whole = test_images.truncations()
@@ -61,7 +70,14 @@ Members = list[tuple[str, str, bytes]]
 def hostile_containers() -> dict[str, tuple[bytes, Members]]:
     """Whole archives whose members have names that must not be taken for paths, and what is in them."""
     some = list(test_images.SMALL.values())
-    names = ["../../escape.png", "/etc/absolute.png", "C:\\drive.png", "a/../b.png", "n\nl.png", "é\u202e.png"]
+    names = [
+        "../../escape.png",
+        "/etc/absolute.png",
+        "C:\\drive.png",
+        "a/../b.png",
+        "n\nl.png",
+        "é\u202e.png",
+    ]
     members = dict(zip(names, some, strict=False)) | {"x/" * 200 + "deep.png": some[0], " .png": some[1]}
     reached: Members = [("!/", name, data) for name, data in members.items()]
     rows = [*some, b"", some[0][:100], b"no photograph"]
@@ -142,5 +158,3 @@ def damaged_containers() -> dict[str, bytes]:
         for tenth in range(1, 10):
             damaged[f"{tenth} tenths.{suffix}"] = whole[: len(whole) * tenth // 10 - 7]
     return damaged
-
-

@@ -23,6 +23,7 @@ import pandas as pd
 import pyarrow.dataset as ds
 import pytest
 import ray
+from plain_loop import PlainLoop
 
 from csflow.config import parse
 from csflow.demo import write_cells
@@ -179,6 +180,12 @@ def model(trained: tuple[Path, subprocess.CompletedProcess[str]]) -> Path:
     folder, job = trained
     assert job.returncode == 0, job.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def plain_loop(model: Path) -> PlainLoop:
+    """Scores image by image what runs have scored in shards."""
+    return PlainLoop(model)
 
 
 @pytest.fixture

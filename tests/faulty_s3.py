@@ -116,9 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         with server.lock:
             server.before(self.command, self.path)
-            fault = (
-                server.faults.popleft() if server.faults else server.weather(self.command, self.path)
-            )
+            fault = server.faults.popleft() if server.faults else server.weather(self.command, self.path)
         if fault in ANSWERS:
             status, code, message = ANSWERS[fault]
             xml = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()

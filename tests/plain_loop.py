@@ -15,7 +15,7 @@ from csflow.model_directory import load_model
 from csflow.storage import Location
 
 SCORE_TOLERANCE = 1e-3
-"""Relative. Batches and precision of the job are its own; scores of different photographs lie further apart."""
+"""Relative: batches and precision of the job are its own."""
 
 
 class PlainLoop:
