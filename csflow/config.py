@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from csflow.errors import ExitStatus, WrongUse
+from csflow.errors import ExitStatus, Failed, StorageFailed, WrongUse
 
 
 def _one_or_more(value: object) -> object:
@@ -59,15 +59,22 @@ Config = TypeVar("Config", bound=JobConfig)
 def run_job(config_type: type[Config], main: Callable[[Config], ExitStatus], doc: str | None) -> None:
     """Parses the command line, runs `main` and leaves the process with its exit status.
 
-    A `WrongUse` raised anywhere becomes exit status 2 and its one line on standard error.
+    What a user can act on becomes one line on standard error and a status: 2 for a `WrongUse`, 1 for a
+    `Failed`, 3 for files that are out of reach for now. Anything else keeps its traceback.
     """
     try:
         status = main(parse(config_type, doc))
-    except WrongUse as error:
+    except (WrongUse, Failed, StorageFailed, ConnectionError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = ExitStatus.WRONG_USE
+        status = _status_of(error)
     sys.stdout.flush()
     sys.exit(int(status))
+
+
+def _status_of(error: Exception) -> ExitStatus:
+    if isinstance(error, WrongUse):
+        return ExitStatus.WRONG_USE
+    return ExitStatus.FAILED if isinstance(error, Failed) else ExitStatus.INCOMPLETE
 
 
 def parse(config_type: type[Config], doc: str | None, argv: Sequence[str] | None = None) -> Config:

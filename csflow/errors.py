@@ -22,6 +22,17 @@ class WrongUse(Exception):
     """A setting, a URI or an input file is wrong: one line that names it and the remedy (exit status 2)."""
 
 
+class Failed(RuntimeError):
+    """The job cannot go on for a reason that lies outside of it: one line that says which (exit status 1)."""
+
+
+class StorageFailed(OSError):
+    """A file of the job's own cannot be read or written: the disk is full, the store refuses or is away.
+
+    One line that names the file; what is written stays, and the same command continues (exit status 3).
+    """
+
+
 class ErrorCode(StrEnum):
     """Why an image has no score: the closed list behind `errors.error_code`."""
 

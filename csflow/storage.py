@@ -5,6 +5,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from csflow.errors import WrongUse
+from csflow.errors import StorageFailed, WrongUse
 
 CONFLICT_RETRIES = 5
 
@@ -79,34 +80,41 @@ class Location:
         return isinstance(self.fs, LocalFileSystem)
 
     def exists(self) -> bool:
-        return bool(self.fs.exists(self.path))
+        with _naming(self.url, "looked up"):
+            return bool(self.fs.exists(self.path))
 
     def read(self) -> bytes:
-        """Raises FileNotFoundError if there is no such file."""
-        return bytes(self.fs.cat_file(self.path))
+        """Raises FileNotFoundError if there is no such file, StorageFailed if it cannot be read."""
+        with _naming(self.url, "read"):
+            return bytes(self.fs.cat_file(self.path))
 
     def write(self, data: bytes) -> None:
-        """Puts a file in place at once, replacing what is there."""
-        if self.is_local:
-            temporary = _write_temporary(self.path, data)
-            temporary.replace(self.path)
-        else:
-            self.fs.pipe_file(self.path, data)
+        """Puts a file in place at once, replacing what is there. Raises StorageFailed if it cannot."""
+        with _naming(self.url, "written"):
+            if self.is_local:
+                temporary = _write_temporary(self.path, data)
+                temporary.replace(self.path)
+            else:
+                self.fs.pipe_file(self.path, data)
 
     def create(self, data: bytes) -> None:
         """Puts a file in place at once, or raises FileExistsError if there is one already.
 
         Of several writers exactly one succeeds, on one machine or many: a hard link on local disks, a
         conditional PUT (If-None-Match) on S3.
+
+        Raises:
+            FileExistsError, StorageFailed.
         """
-        if self.is_local:
-            temporary = _write_temporary(self.path, data)
-            try:
-                os.link(temporary, self.path)
-            finally:
-                temporary.unlink()
-        else:
-            self._create_remote(data)
+        with _naming(self.url, "written"):
+            if self.is_local:
+                temporary = _write_temporary(self.path, data)
+                try:
+                    os.link(temporary, self.path)
+                finally:
+                    temporary.unlink()
+            else:
+                self._create_remote(data)
 
     def _create_remote(self, data: bytes) -> None:
         for attempt in range(CONFLICT_RETRIES + 1):
@@ -133,8 +141,9 @@ class Location:
     def find(self, suffix: str) -> list["Location"]:
         """All files below this folder whose names end so, sorted; none if the folder does not exist."""
         fs, root = filesystem(self.url, self.storage_options)
-        found = _find_local(root) if isinstance(fs, LocalFileSystem) else fs.find(root)
-        paths = sorted(path for path in found if path.endswith(suffix))
+        with _naming(self.url, "listed"):
+            found = _find_local(root) if isinstance(fs, LocalFileSystem) else fs.find(root)
+            paths = sorted(path for path in found if path.endswith(suffix))
         return [self / path[len(root.rstrip("/")) + 1 :] for path in paths if not _is_temporary(path)]
 
     def check_writable(self, exclusively: bool = False) -> None:
@@ -145,9 +154,9 @@ class Location:
             is_exclusive = not exclusively or probe._refuses_a_second_create()
             probe.fs.rm_file(probe.path)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
             raise WrongUse(
-                f"{self.url} cannot be written to ({reason}); create it or grant write permission"
+                f"{self.url} cannot be written to ({_reason(error.__cause__ or error)}); create it or grant "
+                "write permission"
             ) from None
         if not is_exclusive:
             raise WrongUse(
@@ -177,6 +186,24 @@ def _find_local(folder: str) -> Iterator[str]:
 
     for parent, _, names in os.walk(folder, onerror=fail):
         yield from (f"{parent}/{name}" for name in names)
+
+
+@contextmanager
+def _naming(url: str, done: str) -> Iterator[None]:
+    """Gives an error that the name of a file would explain that name. Stores raise whatever their client
+    raises, not only OSError."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, WrongUse):
+        raise
+    except Exception as error:
+        raise StorageFailed(
+            f"{url} cannot be {done} ({_reason(error)}); the same command continues"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _http_status(error: OSError) -> int | None:

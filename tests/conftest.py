@@ -18,10 +18,12 @@ from pathlib import Path
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 import boto3
+import fsspec
 import pandas as pd
 import pyarrow.dataset as ds
 import pytest
 import ray
+from plain_loop import PlainLoop
 
 from csflow.config import parse
 from csflow.demo import write_cells
@@ -136,12 +138,18 @@ def run_score(*arguments: object) -> ExitStatus:
     return score(parse(ScoreConfig, None, list(map(str, arguments))))
 
 
-def read_scores(output: Path) -> pd.DataFrame:
-    return ds.dataset(output / "scores", partitioning="hive").to_table().to_pandas()
+def read_scores(output: Path | str, **storage_options: object) -> pd.DataFrame:
+    return _read_table(f"{output}/scores", storage_options)
 
 
-def read_errors(output: Path) -> pd.DataFrame:
-    return ds.dataset(output / "errors", partitioning="hive").to_table().to_pandas()
+def read_errors(output: Path | str, **storage_options: object) -> pd.DataFrame:
+    return _read_table(f"{output}/errors", storage_options)
+
+
+def _read_table(url: str, storage_options: dict[str, object]) -> pd.DataFrame:
+    remote = storage_options | {"use_listings_cache": False} if "://" in url else {}
+    fs, path = fsspec.core.url_to_fs(url, **remote)
+    return ds.dataset(path, filesystem=fs, partitioning="hive").to_table().to_pandas()
 
 
 def names(frame: pd.DataFrame) -> Counter[str]:
@@ -172,6 +180,12 @@ def model(trained: tuple[Path, subprocess.CompletedProcess[str]]) -> Path:
     folder, job = trained
     assert job.returncode == 0, job.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def plain_loop(model: Path) -> PlainLoop:
+    """Scores image by image what runs have scored in shards."""
+    return PlainLoop(model)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 from csflow.calibration import drift
 from csflow.cluster import WorkerResources, connect, map_shards, share_out, with_timeout
-from csflow.errors import ExitStatus
+from csflow.errors import ExitStatus, Failed
 from csflow.inputs.listing import list_images
 from csflow.inputs.selection import Selection
 from csflow.model_directory import Model, load_model, worker_bytes
@@ -25,6 +25,8 @@ from csflow.storage import Location
 PROGRESS_SECONDS = 10.0
 FAILED_SHARDS_TO_STOP = 4
 """A run whose first shards all fail as a whole is stopped."""
+FAILED_SHARDS_IN_A_ROW = 16
+"""So is one in which so many come back that failed, and none in between that did not: the disk is full."""
 
 
 def score(config: ScoreConfig) -> ExitStatus:
@@ -109,19 +111,26 @@ def _follow(
     """Counts the results as they come, with a line of progress now and then; returns whether all came.
 
     Raises:
-        RuntimeError: the first shards all failed as a whole; the rest would too.
+        Failed: the first shards all failed as a whole; the rest would too.
     """
     metrics = LiveMetrics(model_id)
+    in_a_row = 0
     started = last_line = time.monotonic()
     try:
         for row in with_timeout(rows, config.stall_timeout):
             tally.add(row)
             metrics.add(row)
             done = len(tally.shards)
+            in_a_row = in_a_row + 1 if row["failure"] else 0
             if row["failure"]:
                 print(f"shard {row['shard']} failed: {row['failure']}", flush=True)
             if tally.failed_shards == done == min(shards, FAILED_SHARDS_TO_STOP):
-                raise RuntimeError(f"the first {done} shards failed, see above; nothing of them was written")
+                raise Failed(
+                    f"the first {done} shards failed, nothing of them was written; the last: {row['failure']}"
+                )
+            if in_a_row == FAILED_SHARDS_IN_A_ROW:
+                print(f"stopped: the last {in_a_row} shards failed, see above", flush=True)
+                return False
             now = time.monotonic()
             if now - last_line >= PROGRESS_SECONDS:
                 last_line = now

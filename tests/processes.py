@@ -1,0 +1,54 @@
+"""Jobs as processes of their own, and the processes of Ray behind them, so that tests can kill both."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from conftest import ROOT
+
+
+def start_job(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """`python jobs/score.py …`, started; its standard output and error come together."""
+    command = [sys.executable, str(ROOT / "jobs" / "score.py"), *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def score_in_a_process(*arguments: object, **environment: str) -> tuple[int, str]:
+    """Exit status and output of a whole job."""
+    job = start_job(*arguments, **environment)
+    printed = job.communicate(timeout=400)[0]
+    return job.returncode, printed
+
+
+def scoring_workers() -> list[int]:
+    """Process ids of the actors that score, in the clusters of this test session."""
+    return list(_ray_processes(rb"ray::.*ShardScorer"))
+
+
+def workers() -> list[int]:
+    """Process ids of Ray's workers in the clusters of this test session: actors, tasks and idle ones."""
+    return list(_ray_processes(rb"ray::(?!.*Agent)"))
+
+
+def _ray_processes(title: bytes) -> Iterator[int]:
+    # Every process of this session's clusters has inherited its token.
+    token = f"RAY_AUTH_TOKEN={os.environ['RAY_AUTH_TOKEN']}".encode()
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                if re.match(title, (folder / "cmdline").read_bytes()):
+                    environment = (folder / "environ").read_bytes()
+                    if token in environment.split(b"\0"):
+                        yield int(folder.name)
+            except OSError:
+                continue  # it has just ended
