@@ -35,11 +35,12 @@ def table(run: plant.Run, record: dict) -> str:
     ]:
         lines.append(f"| {name} | {seconds:.1f} | {seconds / total:.1%} | {1000 * seconds / images:.2f} |")
     lines.append(f"| not counted: the S3 server | {run.cpu_seconds['S3 server']:.1f} | | |")
+    steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in record["seconds"].items())
     lines += [
         "",
-        f"{images} images, {record['images_per_second']:.1f} images/s in the scoring step, {run.seconds:.0f} s "
-        f"for the command, {record['seconds_to_first_image']:.1f} s from the command to the first scored image. "
-        f"Steps on the clock: {', '.join(f'{k} {v:.1f} s' for k, v in record['seconds'].items())}.",
+        f"{images} images, {record['images_per_second']:.1f} images/s while scoring, {run.seconds:.0f} s "
+        f"for the command, of which {record['seconds_to_first_image']:.1f} s to the first scored image. "
+        f"Steps on the clock: {steps}.",
     ]
     return "\n".join(lines)
 
