@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import ks_2samp
 
 
 def p_values(scores: ArrayLike, calibration_scores: ArrayLike) -> NDArray[np.float64]:
@@ -37,6 +36,8 @@ class Drift:
 
 def drift(scores: ArrayLike, share_below_5_percent: float, calibration_scores: ArrayLike) -> Drift | None:
     """Compares a run's scores with the calibration; None if there are no scores."""
+    from scipy.stats import ks_2samp  # takes a second to import, which no scoring actor is to wait for
+
     sample = np.asarray(scores, dtype=np.float64)
     if not len(sample):
         return None

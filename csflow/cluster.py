@@ -83,6 +83,7 @@ def map_shards(
     shard_worker: type,
     constructor_args: Sequence[Any],
     resources: WorkerResources,
+    calls_per_worker: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """Runs every shard through a pool of actors and yields a result row per shard, as they finish.
 
@@ -91,6 +92,7 @@ def map_shards(
     Args:
         shards: a small row per shard.
         shard_worker: class whose instances map a batch of one shard row to a batch of one result row.
+        calls_per_worker: how many threads call an instance at once.
     """
     blocks = min(len(shards), MAX_BLOCKS)
     dataset = ray.data.from_items([dict(shard) for shard in shards], override_num_blocks=blocks)
@@ -98,7 +100,13 @@ def map_shards(
         shard_worker,
         fn_constructor_args=tuple(constructor_args),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(resources.workers, blocks)),
+        compute=ray.data.ActorPoolStrategy(
+            size=min(resources.workers, blocks),
+            # A shard that waits for its actor could have gone to a faster one, and would die with this one.
+            max_tasks_in_flight_per_actor=max(2, calls_per_worker),
+            max_concurrent_calls_per_actor=calls_per_worker,
+            enable_true_multi_threading=calls_per_worker > 1,
+        ),
         num_cpus=resources.cpus,
         num_gpus=resources.gpus,
         max_restarts=-1,

@@ -87,7 +87,8 @@ def test_scores_are_what_the_detector_gives_for_each_photograph(scored, model, a
         )
         assert (row.map_height, row.map_width) == (4, 4)
         assert (row.image_height, row.image_width) == (300, 300)
-        assert (row.peak_y, row.peak_x) == peak(row.anomaly_map.reshape(4, 4), 300, 300)
+        (peak_y,), (peak_x,) = peak(row.anomaly_map.reshape(1, 4, 4), np.array([300]), np.array([300]))
+        assert (row.peak_y, row.peak_x) == (peak_y, peak_x)
     expected_p = p_values(frame.anomaly_score, loaded.calibration_scores)
     np.testing.assert_array_equal(frame.p_value, expected_p)
     np.testing.assert_array_equal(frame.is_anomalous, expected_p <= 0.01)
@@ -395,9 +396,10 @@ def test_p_values_of_exchangeable_normals_hold_their_rate():
 
 
 def test_the_peak_is_the_centre_of_the_hottest_cell_in_pixels_of_the_original():
-    anomaly_map = np.zeros((2, 4), dtype=np.float32)
-    anomaly_map[1, 2] = 1
-    assert peak(anomaly_map, image_height=100, image_width=400) == (75.0, 250.0)
+    anomaly_map_BHW = np.zeros((2, 2, 4), dtype=np.float32)
+    anomaly_map_BHW[0, 1, 2] = anomaly_map_BHW[1, 0, 3] = 1
+    peak_y_B, peak_x_B = peak(anomaly_map_BHW, np.array([100, 20]), np.array([400, 8]))
+    assert (peak_y_B.tolist(), peak_x_B.tolist()) == ([75.0, 5.0], [250.0, 7.0])
 
 
 def test_reading_back_with_polars_keeps_types(scored):
@@ -584,6 +586,8 @@ def test_a_large_run_keeps_a_fair_sample_of_its_scores(monkeypatch):
         "error_codes": [],
         "peak_memory_bytes": 0,
         "seconds": [],
+        "cpu_seconds": [],
+        "first_scored_at": None,
     }
     for shard in range(200):
         tally.add(row | {"shard": str(shard), "anomaly_scores": [float(shard)] * 50})

@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing import get_context
 from typing import Any
 
 from csflow.errors import ErrorCode, ImageError
 from csflow.inputs.loading import LoadedImage, load_one
 from csflow.inputs.reading import ImageReader
+from csflow.stages import Spent
 
 ATTEMPTS = 2
 """A child may die for a reason that is not the image's: what takes two of them is."""
@@ -17,17 +19,27 @@ _child_reader: ImageReader
 
 
 class IsolatedLoader:
-    """Loads one image after another in a child process that an image may take down."""
+    """Loads one image after another in a child process that an image may take down. For one thread."""
 
     def __init__(self, storage_options: Mapping[str, Any], image_size: tuple[int, int]) -> None:
         self._storage_options = storage_options
         self._image_size = image_size
         self._pool: ProcessPoolExecutor | None = None
 
-    def load(self, image_uris: Sequence[str], image_versions: Sequence[str]) -> Iterator[LoadedImage]:
-        """Yields the images in order; one that kills its process is yielded with the error CRASHED."""
+    def load(
+        self,
+        image_uris: Sequence[str],
+        image_versions: Sequence[str],
+        while_waiting: AbstractContextManager[object] = nullcontext(),  # noqa: B008  # it has no state
+    ) -> Iterator[LoadedImage]:
+        """Yields the images in order, as `ImageLoader` does, and none before it is asked for.
+
+        One that kills its process is yielded with the error CRASHED.
+        """
         for image in zip(image_uris, image_versions, strict=True):
-            yield self._load_one(*image)
+            with while_waiting:
+                loaded = self._load_one(*image)
+            yield loaded
 
     def _load_one(self, image_uri: str, image_version: str) -> LoadedImage:
         for _ in range(ATTEMPTS):
@@ -39,7 +51,7 @@ class IsolatedLoader:
             except BrokenProcessPool:
                 self._pool = None
         error = ImageError(ErrorCode.CRASHED, f"the process that read and decoded it died, {ATTEMPTS} times")
-        return LoadedImage(image_uri, image_version, error, 0.0, 0.0)
+        return LoadedImage(image_uri, image_version, error, Spent(0, 0), Spent(0, 0))
 
 
 def _start(storage_options: Mapping[str, Any]) -> None:

@@ -1,15 +1,19 @@
 """From image URIs to batches of pixels: reads and decodes in threads, ahead of the model."""
 
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 from csflow.errors import ErrorCode, ImageError
 from csflow.images import DecodedImage, decode
 from csflow.inputs.reading import ImageReader
+from csflow.stages import Spent
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -19,12 +23,12 @@ class LoadedImage:
     image_uri: str
     image_version: str
     content: DecodedImage | ImageError
-    read_seconds: float
-    decode_seconds: float
+    read: Spent
+    decode: Spent
 
 
 class ImageLoader:
-    """Reads and decodes images in threads; at most `2 · threads` of them wait in memory."""
+    """Reads and decodes images in threads, ahead of whoever takes them. Threads may share it."""
 
     def __init__(self, reader: ImageReader, image_size: tuple[int, int], threads: int) -> None:
         self._reader = reader
@@ -32,16 +36,36 @@ class ImageLoader:
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="image-loader")
 
-    def load(self, image_uris: Sequence[str], image_versions: Sequence[str]) -> Iterator[LoadedImage]:
-        """Yields the images in order; an image that fails is yielded with its error."""
+    def load(
+        self,
+        image_uris: Sequence[str],
+        image_versions: Sequence[str],
+        while_waiting: AbstractContextManager[object] = nullcontext(),  # noqa: B008  # it has no state
+    ) -> Iterator[LoadedImage]:
+        """Begins to load, and returns the images in order; one that fails is returned with its error.
+
+        At most `2 · threads` images of a call are in memory before they are taken.
+
+        Args:
+            while_waiting: entered whenever the next image is not there yet.
+        """
         images = zip(image_uris, image_versions, strict=True)
-        waiting: deque[Future[LoadedImage]] = deque()
-        for image in islice(images, 2 * self._threads):
-            waiting.append(self._submit(*image))
+        waiting = deque(self._submit(*image) for image in islice(images, 2 * self._threads))
+        return self._loaded(waiting, images, while_waiting)
+
+    def _loaded(
+        self,
+        waiting: deque[Future[LoadedImage]],
+        images: Iterator[tuple[str, str]],
+        while_waiting: AbstractContextManager[object],
+    ) -> Iterator[LoadedImage]:
         while waiting:
-            yield waiting.popleft().result()
-            for image in islice(images, 1):
-                waiting.append(self._submit(*image))
+            future = waiting.popleft()
+            if not future.done():
+                with while_waiting:
+                    wait([future])
+            yield future.result()
+            waiting.extend(self._submit(*image) for image in islice(images, 1))
 
     def _submit(self, image_uri: str, image_version: str) -> Future[LoadedImage]:
         return self._pool.submit(load_one, self._reader, image_uri, image_version, self._image_size)
@@ -51,23 +75,25 @@ def load_one(
     reader: ImageReader, image_uri: str, image_version: str, image_size: tuple[int, int]
 ) -> LoadedImage:
     """Reads and decodes one image; whatever goes wrong is in the result."""
-    started = read_done = time.perf_counter()
+    started = read_done = Spent.so_far()
     content: DecodedImage | ImageError
     try:
         data = reader.read(image_uri, image_version)
-        read_done = time.perf_counter()
+        read_done = Spent.so_far()
         content = decode(data, image_size)
     except ImageError as error:
         content = error
     except Exception as error:
         # One image must never take its neighbours down.
         content = ImageError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}")
-    done = time.perf_counter()
-    return LoadedImage(image_uri, image_version, content, read_done - started, done - read_done)
+    decode_done = Spent.so_far()
+    return LoadedImage(
+        image_uri, image_version, content, read_done.since(started), decode_done.since(read_done)
+    )
 
 
-def batches(images: Iterable[LoadedImage], batch_size: int) -> Iterator[list[LoadedImage]]:
-    """Groups images; only the last group may be smaller."""
-    iterator = iter(images)
+def batches(items: Iterable[T], batch_size: int) -> Iterator[list[T]]:
+    """Groups items; only the last group may be smaller."""
+    iterator = iter(items)
     while batch := list(islice(iterator, batch_size)):
         yield batch

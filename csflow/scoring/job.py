@@ -18,7 +18,7 @@ from csflow.scoring.listing import Listing
 from csflow.scoring.output import Output
 from csflow.scoring.plan import PlannedShard, account, make_plan
 from csflow.scoring.record import Clock, exit_status, run_record, summary
-from csflow.scoring.shard import ScoringSettings, ShardScorer
+from csflow.scoring.shard import CALLS_PER_SCORER, ScoringSettings, ShardScorer
 from csflow.scoring.tally import LiveMetrics, Tally
 from csflow.storage import Location
 
@@ -92,7 +92,8 @@ def _score_shards(
     tally: Tally,
 ) -> None:
     """Scores the shards; then those again that took their workers down, image by image in a child process."""
-    rows = map_shards([shard.to_row() for shard in shards], ShardScorer, [settings, resources], resources)
+    work = [shard.to_row() for shard in shards]
+    rows = map_shards(work, ShardScorer, [settings, resources], resources, CALLS_PER_SCORER)
     if not _follow(rows, len(shards), tally, settings.output.model_id, config):
         return
     lost = [shard.to_row() for shard in shards if shard.name not in tally.shards]

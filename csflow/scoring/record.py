@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from csflow.calibration import Drift
-from csflow.device import peak_memory_bytes
+from csflow.device import peak_memory_bytes, process_started_at
 from csflow.errors import ExitStatus
 from csflow.scoring.config import ScoreConfig
 from csflow.scoring.output import Output
@@ -77,7 +77,9 @@ def run_record(
         "peak_memory_bytes": {"driver": peak_memory_bytes(), "worker": tally.peak_worker_bytes},
         "images_per_second": round(tally.images / clock.seconds["score"], 3),
         "seconds": _rounded(clock.seconds),
+        "seconds_to_first_image": _seconds_to_first_image(tally),
         "seconds_in_workers": _rounded(tally.seconds),
+        "cpu_seconds_in_workers": _rounded(tally.cpu_seconds),
         "libraries": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
     }
 
@@ -106,6 +108,13 @@ def summary(record: Mapping[str, Any], output: Output) -> str:
             f"INCOMPLETE: {counts['permanent_errors']} of {counts['listed']} images have a permanent error"
         )
     return "\n".join(lines)
+
+
+def _seconds_to_first_image(tally: Tally) -> float | None:
+    """From the start of the driver's process to the first batch of scores in a worker."""
+    if tally.first_scored_at is None:
+        return None
+    return round(tally.first_scored_at.timestamp() - process_started_at(), 3)
 
 
 def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:

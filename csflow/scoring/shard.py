@@ -1,14 +1,15 @@
 """The scoring actor: reads, decodes and scores one shard of images, and publishes its rows."""
 
-import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -24,14 +25,17 @@ from csflow.inputs.loading import ImageLoader, LoadedImage, batches
 from csflow.inputs.reading import ImageReader
 from csflow.model import Scores
 from csflow.model_directory import load_model
-from csflow.scores import ERRORS, SCORES
+from csflow.scores import ERRORS, FLOATS, SCORES
 from csflow.scoring.output import Output
 from csflow.scoring.plan import PlannedShard
+from csflow.stages import ProcessCpu, Stages
 from csflow.storage import Location, to_parquet
 
 READ_THREADS = 8
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 8, 32
 """Default images per forward pass. More is slower on CPUs: early activations leave the cache."""
+CALLS_PER_SCORER = 2
+"""Shards in an actor at once: while the model scores one, the other is read ahead, or written."""
 
 RESULT = pa.schema(
     [
@@ -42,6 +46,9 @@ RESULT = pa.schema(
         pa.field("error_codes", pa.map_(pa.string(), pa.int64())),
         pa.field("is_published", pa.bool_()),  # false if another attempt was first
         pa.field("seconds", pa.map_(pa.string(), pa.float64())),  # by stage, summed over threads
+        # Of the threads of each stage; `start` and `other` are the rest, so that all rows add up.
+        pa.field("cpu_seconds", pa.map_(pa.string(), pa.float64())),
+        pa.field("first_scored_at", pa.timestamp("us", tz="UTC")),
         pa.field("anomaly_scores", pa.list_(pa.float64())),
         pa.field("p_values_below_5_percent", pa.int64()),
         pa.field("peak_memory_bytes", pa.int64()),  # of the worker process so far
@@ -64,8 +71,18 @@ class ScoringSettings:
     """Read and decode each image in a child process, since the shards' workers died before."""
 
 
+class ScorableImage(NamedTuple):
+    image_uri: str
+    image_version: str
+    decoded: DecodedImage
+
+
 class ShardScorer:
-    """Actor of the scoring pass."""
+    """Actor of the scoring pass. `CALLS_PER_SCORER` threads call it at once.
+
+    The shard that came first has the model to itself; only while it has to wait for input does the other
+    go on. So the two are never at their ends at the same time, where neither would have work for the model.
+    """
 
     def __init__(self, settings: ScoringSettings, resources: WorkerResources) -> None:
         self._settings = settings
@@ -86,6 +103,9 @@ class ShardScorer:
             self._loader = IsolatedLoader(storage_options, image_size)
         else:
             self._loader = ImageLoader(ImageReader(storage_options), image_size, READ_THREADS)
+        self._model_lock = threading.Lock()
+        self._process_cpu = ProcessCpu()
+        self._start_cpu_seconds = self._process_cpu.take()[0]
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         """Scores the one shard in the batch; returns a row in the `RESULT` schema."""
@@ -103,61 +123,75 @@ class ShardScorer:
 
     def _score_shard(self, shard: PlannedShard, target: Location) -> dict[str, Any]:
         images = shard.images()
-        seconds: dict[str, float] = defaultdict(float)
-        rows: list[dict[str, Any]] = []
+        stages = Stages()
         errors: list[dict[str, Any]] = []
-        loaded = self._loader.load(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
-        for group in batches(_timed(loaded, seconds), self._batch_size):
-            errors += [self._error_row(image) for image in group if isinstance(image.content, ImageError)]
-            good = [(image, image.content) for image in group if isinstance(image.content, DecodedImage)]
-            if good:
-                rows += self._score(good, seconds)
-        started = time.perf_counter()
-        is_published = self._publish(shard, target, rows, errors)
-        seconds["write"] += time.perf_counter() - started
+        loaded = self._loader.load(
+            images["image_uri"].to_pylist(),
+            images["image_version"].to_pylist(),
+            while_waiting=_Released(self._model_lock),
+        )
+        with self._model_lock:
+            good = self._without_errors(loaded, errors, stages)
+            scored = [self._score(group, stages) for group in batches(good, self._batch_size)]
+        with stages.measured("write"):
+            scores = pa.Table.from_batches(scored, SCORES)
+            is_published = self._publish(shard, target, scores, errors)
         return {
             "images": images.num_rows,
-            "scored": len(rows),
-            "anomalous": sum(row["is_anomalous"] for row in rows),
+            "scored": scores.num_rows,
+            "anomalous": pc.sum(scores["is_anomalous"]).as_py() or 0,
             "error_codes": list(Counter(row["error_code"] for row in errors).items()),
             "is_published": is_published,
-            "seconds": list(seconds.items()),
-            "anomaly_scores": [row["anomaly_score"] for row in rows],
-            "p_values_below_5_percent": sum(row["p_value"] < 0.05 for row in rows),
+            "seconds": list(stages.seconds.items()),
+            "cpu_seconds": list(self._cpu_seconds(stages).items()),
+            "first_scored_at": scores["scored_at"][0] if scores else None,
+            "anomaly_scores": scores["anomaly_score"].to_pylist(),
+            "p_values_below_5_percent": pc.sum(pc.less(scores["p_value"], 0.05)).as_py() or 0,
             "peak_memory_bytes": peak_memory_bytes(),
         }
 
-    def _score(
-        self, images: list[tuple[LoadedImage, DecodedImage]], seconds: dict[str, float]
-    ) -> Iterator[dict[str, Any]]:
-        pixels_BHWC = torch.from_numpy(np.stack([decoded.pixels_HWC for _, decoded in images]))
-        started = time.perf_counter()
-        scores = self._forward(pixels_BHWC)
-        seconds["score"] += time.perf_counter() - started
-        anomaly_scores = scores.anomaly_score_B.double().numpy()
-        scale_scores, anomaly_maps = scores.scale_scores_BS.numpy(), scores.anomaly_map_BHW.numpy()
-        p = p_values(anomaly_scores, self._calibration_scores)
-        scored_at = datetime.now(UTC)
-        for i, (image, decoded) in enumerate(images):
-            map_height, map_width = anomaly_maps[i].shape
-            peak_y, peak_x = peak(anomaly_maps[i], decoded.height, decoded.width)
-            yield {
-                "image_uri": image.image_uri,
-                "image_version": image.image_version,
-                "image_height": decoded.height,
-                "image_width": decoded.width,
-                "anomaly_score": anomaly_scores[i],
-                "scale_scores": scale_scores[i],
-                "p_value": p[i],
-                "is_anomalous": bool(p[i] <= self._settings.false_positive_rate),
-                "anomaly_map": anomaly_maps[i].ravel() if self._settings.keep_maps else None,
-                "map_height": map_height,
-                "map_width": map_width,
-                "peak_y": peak_y,
-                "peak_x": peak_x,
-                "run_id": self._settings.run_id,
-                "scored_at": scored_at,
-            }
+    def _without_errors(
+        self, images: Iterator[LoadedImage], errors: list[dict[str, Any]], stages: Stages
+    ) -> Iterator[ScorableImage]:
+        """The images that can be scored; the others are appended to `errors`."""
+        for image in images:
+            stages.add("read", image.read)
+            stages.add("decode", image.decode)
+            if isinstance(image.content, ImageError):
+                errors.append(self._error_row(image, image.content))
+            else:
+                yield ScorableImage(image.image_uri, image.image_version, image.content)
+
+    def _score(self, images: Sequence[ScorableImage], stages: Stages) -> pa.RecordBatch:
+        """Rows in the `SCORES` schema."""
+        with stages.measured("score"):
+            pixels_BHWC = torch.from_numpy(np.stack([image.decoded.pixels_HWC for image in images]))
+            scores = self._forward(pixels_BHWC)
+        anomaly_score_B = scores.anomaly_score_B.double().numpy()
+        anomaly_map_BHW = scores.anomaly_map_BHW.float().numpy()
+        height_B = np.array([image.decoded.height for image in images], dtype=np.int32)
+        width_B = np.array([image.decoded.width for image in images], dtype=np.int32)
+        peak_y_B, peak_x_B = peak(anomaly_map_BHW, height_B, width_B)
+        p_value_B = p_values(anomaly_score_B, self._calibration_scores)
+        keeps_maps = self._settings.keep_maps
+        columns = {
+            "image_uri": [image.image_uri for image in images],
+            "image_version": [image.image_version for image in images],
+            "image_height": height_B,
+            "image_width": width_B,
+            "anomaly_score": anomaly_score_B,
+            "scale_scores": _float_lists(scores.scale_scores_BS.float().numpy()),
+            "p_value": p_value_B,
+            "is_anomalous": p_value_B <= self._settings.false_positive_rate,
+            "anomaly_map": _float_lists(anomaly_map_BHW) if keeps_maps else pa.nulls(len(images), FLOATS),
+            "map_height": np.full(len(images), anomaly_map_BHW.shape[1], dtype=np.int32),
+            "map_width": np.full(len(images), anomaly_map_BHW.shape[2], dtype=np.int32),
+            "peak_y": peak_y_B.astype(np.float32),
+            "peak_x": peak_x_B.astype(np.float32),
+            "run_id": [self._settings.run_id] * len(images),
+            "scored_at": [datetime.now(UTC)] * len(images),
+        }
+        return pa.RecordBatch.from_pydict(columns, schema=SCORES)
 
     @torch.inference_mode()
     def _forward(self, pixels_BHWC: Tensor) -> Scores:
@@ -170,20 +204,19 @@ class ShardScorer:
         halves = [self._forward(half) for half in pixels_BHWC.chunk(2)]
         return Scores(*(torch.cat(parts) for parts in zip(*halves, strict=True)))
 
-    def _error_row(self, image: LoadedImage) -> dict[str, Any]:
-        assert isinstance(image.content, ImageError)
+    def _error_row(self, image: LoadedImage, error: ImageError) -> dict[str, Any]:
         return {
             "image_uri": image.image_uri,
             "image_version": image.image_version,
-            "error_code": str(image.content.code),
-            "error_message": image.content.message,
-            "is_transient": image.content.is_transient,
+            "error_code": str(error.code),
+            "error_message": error.message,
+            "is_transient": error.is_transient,
             "run_id": self._settings.run_id,
             "failed_at": datetime.now(UTC),
         }
 
     def _publish(
-        self, shard: PlannedShard, target: Location, rows: list[dict[str, Any]], errors: list[dict[str, Any]]
+        self, shard: PlannedShard, target: Location, scores: pa.Table, errors: list[dict[str, Any]]
     ) -> bool:
         """Writes the errors, then creates the scores file, which finishes the shard, also without rows.
 
@@ -194,21 +227,46 @@ class ShardScorer:
             table = pa.Table.from_pylist(errors, schema=ERRORS)
             output.errors_file(shard.name, shard.date, table).write(to_parquet(table))
         try:
-            target.create(to_parquet(pa.Table.from_pylist(rows, schema=SCORES)))
+            target.create(to_parquet(scores))
         except FileExistsError:
             return False
         return True
 
+    def _cpu_seconds(self, stages: Stages) -> dict[str, float]:
+        """By stage, with what else this process has used since the last shard, whichever shard it was for."""
+        total, store_client = self._process_cpu.take()
+        seconds = dict(stages.cpu_seconds)
+        # Shards that are written go through the same client, but they are few and their images are many.
+        seconds["read"] = seconds.get("read", 0.0) + store_client
+        seconds["other"] = total - sum(seconds.values())
+        seconds["start"], self._start_cpu_seconds = self._start_cpu_seconds, 0.0
+        return seconds
 
-def peak(anomaly_map_HW: NDArray[np.float32], image_height: int, image_width: int) -> tuple[float, float]:
-    """Centre (y, x) of the map's hottest cell, in pixels of the original image."""
-    row, column = np.unravel_index(anomaly_map_HW.argmax(), anomaly_map_HW.shape)
-    map_height, map_width = anomaly_map_HW.shape
-    return (float(row) + 0.5) * image_height / map_height, (float(column) + 0.5) * image_width / map_width
+
+class _Released:
+    """Lets another thread have a lock inside a `with`, as often as it is entered."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        self._lock.release()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.acquire()
 
 
-def _timed(images: Iterator[LoadedImage], seconds: dict[str, float]) -> Iterator[LoadedImage]:
-    for image in images:
-        seconds["read"] += image.read_seconds
-        seconds["decode"] += image.decode_seconds
-        yield image
+def _float_lists(values_BX: NDArray[np.float32]) -> pa.Array:
+    """A row of numbers per image, flattened row-major, as a `FLOATS` column."""
+    flat_BN = values_BX.reshape(len(values_BX), -1)
+    offsets = np.arange(len(flat_BN) + 1, dtype=np.int32) * flat_BN.shape[1]
+    return pa.ListArray.from_arrays(offsets, flat_BN.ravel(), type=FLOATS)
+
+
+def peak(
+    anomaly_map_BHW: NDArray[np.float32], image_height_B: NDArray[np.int32], image_width_B: NDArray[np.int32]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Centres (y, x) of the maps' hottest cells, in pixels of the original images."""
+    map_height, map_width = anomaly_map_BHW.shape[1:]
+    row_B, column_B = np.divmod(anomaly_map_BHW.reshape(len(anomaly_map_BHW), -1).argmax(1), map_width)
+    return (row_B + 0.5) * image_height_B / map_height, (column_B + 0.5) * image_width_B / map_width

@@ -4,6 +4,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from ray.util import metrics
@@ -28,6 +29,10 @@ class Tally:
     error_codes: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """By stage, summed over workers; read and decode over their threads, too."""
+    cpu_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """By stage, with the rest of each worker process as `start` and `other`."""
+    first_scored_at: datetime | None = None
+    """When the first images of the run had their scores."""
     peak_worker_bytes: int = 0
     sample: list[float] = field(default_factory=list)
     """Anomaly scores, chosen at random if there are more than `SAMPLE_SIZE`."""
@@ -47,6 +52,10 @@ class Tally:
         self.peak_worker_bytes = max(self.peak_worker_bytes, row["peak_memory_bytes"])
         for stage, seconds in row["seconds"]:
             self.seconds[stage] += seconds
+        for stage, seconds in row["cpu_seconds"]:
+            self.cpu_seconds[stage] += seconds
+        if row["first_scored_at"]:
+            self.first_scored_at = min(self.first_scored_at or row["first_scored_at"], row["first_scored_at"])
 
     @property
     def errors(self) -> int:

@@ -1,0 +1,71 @@
+"""Where a worker's time goes: seconds by stage, on the clock and of CPU."""
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import fsspec.asyn
+
+
+class Spent(NamedTuple):
+    """What a stage took, or, as an instant, what had been spent until then."""
+
+    seconds: float
+    """On the clock."""
+    cpu_seconds: float
+    """Of the calling thread."""
+
+    @classmethod
+    def so_far(cls) -> "Spent":
+        return cls(time.perf_counter(), time.thread_time())
+
+    def since(self, before: "Spent") -> "Spent":
+        return Spent(self.seconds - before.seconds, self.cpu_seconds - before.cpu_seconds)
+
+
+class Stages:
+    """Adds up what stages took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.cpu_seconds: dict[str, float] = defaultdict(float)
+
+    def add(self, stage: str, spent: Spent) -> None:
+        self.seconds[stage] += spent.seconds
+        self.cpu_seconds[stage] += spent.cpu_seconds
+
+    @contextmanager
+    def measured(self, stage: str) -> Iterator[None]:
+        """Adds what happens inside."""
+        before = Spent.so_far()
+        try:
+            yield
+        finally:
+            self.add(stage, Spent.so_far().since(before))
+
+
+class ProcessCpu:
+    """CPU seconds of this process, handed out so that the parts add up to all. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken = self._client_taken = 0.0
+
+    def take(self) -> tuple[float, float]:
+        """CPU seconds since the last call, or since the process began: of all threads, and of the one in
+        which fsspec's clients of object stores run, on behalf of the threads that wait for them."""
+        with self._lock:
+            total, client = time.process_time(), _client_seconds()
+            new = total - self._taken, client - self._client_taken
+            self._taken, self._client_taken = total, client
+        return new
+
+
+def _client_seconds() -> float:
+    thread = fsspec.asyn.iothread[0]
+    if thread is None or not hasattr(time, "pthread_getcpuclockid"):
+        return 0.0
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
