@@ -21,9 +21,10 @@ from PIL import Image
 from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
 from csflow.inputs.listing import list_images
+from csflow.maps import colour_range
 from csflow.report import ReportConfig, report
 from csflow.report.charts import folders, heat_map, histogram, time_line
-from csflow.report.gallery import LARGEST_SIDE, PictureMaker, colour_range, picture_side
+from csflow.report.gallery import LARGEST_SIDE, PictureMaker, picture_side
 from csflow.scores import ERRORS, SCORES, open_scores
 from csflow.storage import Location, to_parquet
 
@@ -277,20 +278,6 @@ def test_scores_without_a_row_make_an_empty_report(tmp_path: Path) -> None:
     _, page = make_report(tmp_path)
     assert "Images scored 0" in page.text
     assert page.cards == []
-
-
-def test_all_maps_share_a_range_from_common_values_to_the_hottest() -> None:
-    quiet = np.full((10, 10), 0.5, dtype=np.float32)
-    hot = quiet.copy()
-    hot[:3] = 20.0
-    hot[9, 9] = np.nan
-    shared = colour_range([quiet, hot])
-    assert shared is not None
-    assert (shared.vmin, shared.vmax) == (0.5, 20.0)
-    assert colour_range([]) is None
-    flat = colour_range([quiet])
-    assert flat is not None
-    assert flat.vmin < flat.vmax
 
 
 def test_the_histogram_counts_every_image_and_marks_the_lowest_flagged_score() -> None:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 HISTOGRAM_BINS = 60
 TIMES_SHOWN = 90
 """Days, or runs, of the time line: about a quarter of a year of nights."""
-FOLDERS_SHOWN = 10
+FOLDERS_SHOWN = 8
 MAPS_READ = 50_000
 """Rows that the heat map is made of: the latest days of a large archive."""
 REFERENCE_MAPS = 4_000

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from csflow import maps
-from csflow.images import decode
 from csflow.inputs.reading import ImageReader
+from csflow.maps import READ_DEADLINE_S, READ_THREADS, ColourRange, colour_range, map_of
 from csflow.report.archive import Archive
 from csflow.scores import latest_per_image
 from csflow.storage import to_parquet
@@ -29,17 +29,6 @@ LARGE_PICTURES = 120
 RAY_FROM = 600
 """With so many images, their pictures are made on all machines of the cluster. Joining it takes seconds."""
 SHARD_IMAGES = 50
-READ_THREADS = 8
-READ_DEADLINE_S = 10.0
-"""Per image: a store that is down should cost a report minutes, not hours."""
-
-
-@dataclass(frozen=True)
-class ColourRange:
-    """Map values at the ends of the colour scale, the same for all images of a report."""
-
-    vmin: float
-    vmax: float
 
 
 @dataclass(frozen=True)
@@ -109,23 +98,6 @@ def _full_rows(scores: ds.Dataset, chosen: pa.Table) -> pa.Table:
     return found.take(pc.index_in(chosen["image_uri"], found["image_uri"].combine_chunks()))
 
 
-def map_of(row: Mapping[str, Any]) -> NDArray[np.float32] | None:
-    """The anomaly map of a row of `scores`, shape (map_height, map_width); None if it was not kept."""
-    if row["anomaly_map"] is None:
-        return None
-    return np.array(row["anomaly_map"], dtype=np.float32).reshape(row["map_height"], row["map_width"])
-
-
-def colour_range(anomaly_maps: Sequence[NDArray[np.float32]]) -> ColourRange | None:
-    """A range from what most cells of these maps hold up to the hottest few; None without maps."""
-    if not anomaly_maps:
-        return None
-    values = np.concatenate([anomaly_map.ravel() for anomaly_map in anomaly_maps])
-    finite = values[np.isfinite(values)]
-    vmin, vmax = np.percentile(finite, [50, 99.5]) if len(finite) else (0.0, 1.0)
-    return ColourRange(float(vmin), float(vmax) if vmin < vmax else float(vmin) + 1)
-
-
 def picture_side(images: int) -> int:
     """Longest side of a picture in pixels, so that a page of many images can still be sent by mail."""
     side = LARGEST_SIDE * math.sqrt(LARGE_PICTURES / max(1, images))
@@ -154,7 +126,7 @@ class PictureMaker:
 
     def _make_one(self, row: Mapping[str, Any]) -> Pictures:
         try:
-            image = self._small(row)
+            image = maps.read_image(row, self._reader, self._side)
         except Exception as error:  # a page with a gap is better than none
             return Pictures(problem=str(error) or type(error).__name__)
         anomaly_map = map_of(row)
@@ -163,13 +135,6 @@ class PictureMaker:
             drawn = maps.overlay(image, anomaly_map, vmin=self._colours.vmin, vmax=self._colours.vmax)
             overlay = _webp(drawn)
         return Pictures(image.width, image.height, _webp(image), overlay)
-
-    def _small(self, row: Mapping[str, Any]) -> Image.Image:
-        """The image version that was scored. Raises ImageError if it can no longer be read."""
-        sides = np.array([row["image_height"], row["image_width"]])
-        height, width = np.maximum(1, sides * min(1.0, self._side / sides.max())).round().astype(int).tolist()
-        data = self._reader.read(row["image_uri"], row["image_version"])
-        return Image.fromarray(decode(data, (height, width)).pixels_HWC)
 
 
 def _with_ray(rows: pa.Table, maker: PictureMaker) -> list[Pictures]:

@@ -16,10 +16,11 @@ from PIL import Image
 
 import csflow
 from csflow import calibration, maps
+from csflow.maps import ColourRange
 from csflow.report.archive import Archive
 from csflow.report.charts import Folder, HeatMap, Histogram, TimeLine
 from csflow.report.defects import DefectList
-from csflow.report.gallery import Card, ColourRange
+from csflow.report.gallery import Card
 
 FOLDER = Path(__file__).parent
 
