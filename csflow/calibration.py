@@ -1,5 +1,6 @@
-"""Anomaly scores against those of held-out normal images: p-values, and the drift of a whole run."""
+"""Scores against those of held-out normal images: p-values, defect lists, the drift of a whole run."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,38 @@ def p_values(scores: ArrayLike, calibration_scores: ArrayLike) -> NDArray[np.flo
     p: NDArray[np.float64] = (1 + at_least) / (len(reference) + 1)
     # A score that is no number is the most anomalous there is, not the least.
     return np.where(np.isnan(scores), 1 / (len(reference) + 1), p)
+
+
+def choose_defects(p_values: ArrayLike, false_discovery_rate: float) -> NDArray[np.bool_]:
+    """Which images to put on a defect list of which at most this share are normal, on average.
+
+    Benjamini and Hochberg (1995): the k images of the smallest p-values, for the largest k whose k-th
+    p-value is at most k · rate / m. Conformal p-values that share one calibration depend on each other only
+    in a way that keeps the promise (PRDS; Bates, Candès, Lei, Romano, Sesia, Annals of Statistics 51, 2023).
+
+    Args:
+        p_values: of the m images that are decided on together.
+
+    Raises:
+        ValueError: the rate is not between 0 and 1.
+    """
+    if not 0 < false_discovery_rate < 1:
+        raise ValueError(f"false discovery rate {false_discovery_rate} must be between 0 and 1")
+    p = np.asarray(p_values, dtype=np.float64)
+    ordered = np.sort(p)
+    allowed = np.arange(1, len(p) + 1) * (false_discovery_rate / max(1, len(p)))
+    # A p-value of exactly k · rate / m counts, however the two fractions were rounded.
+    (passing,) = np.nonzero(ordered <= allowed * (1 + 1e-9))
+    return p <= ordered[passing[-1]] if len(passing) else np.zeros(len(p), dtype=np.bool_)
+
+
+def heldout_needed(images: int, above_all: int, false_discovery_rate: float) -> int:
+    """Fewest held-out images with which a list can hold `above_all` of `images`, 1 or more.
+
+    That many images score above every held-out one. They share the smallest p-value there is, 1 / (n + 1),
+    which must be at most above_all · rate / images.
+    """
+    return math.ceil(images / (false_discovery_rate * above_all) * (1 - 1e-9)) - 1
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ class ScoringOutput:
     """What one model has written below the `--output` of scoring jobs, with a `date` column (date32) each."""
 
     model_id: str
+    root: Location
+    """The `--output` itself."""
     scores: ds.Dataset
     errors: ds.Dataset | None
     """None if no image ever failed."""
@@ -75,6 +77,7 @@ def open_scores(location: Location, model_id: str | None = None) -> ScoringOutpu
     failed = _files_by_model(root / "errors").get(model_id)
     return ScoringOutput(
         model_id,
+        root,
         scores=_open_dataset(root, models[model_id], SCORES),
         errors=_open_dataset(root, failed, ERRORS) if failed else None,
     )

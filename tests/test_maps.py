@@ -1,10 +1,18 @@
 """Anomaly maps over images."""
 
+import re
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from PIL import Image
 
-from csflow.maps import ANCHORS, COLOUR_TABLE, overlay
+from csflow.inputs.listing import list_images
+from csflow.maps import ANCHORS, COLOUR_TABLE, colour_range, overlay, overlay_row, write_overlays
 
 GREY = Image.new("RGB", (90, 60), (120, 120, 120))
 
@@ -70,3 +78,87 @@ def test_the_colour_scale_gets_brighter_at_every_step() -> None:
 def test_an_empty_range_is_refused() -> None:
     with pytest.raises(ValueError, match="must be below"):
         overlay(GREY, _map(), vmin=1, vmax=1)
+
+
+def test_all_maps_share_a_range_from_common_values_to_the_hottest() -> None:
+    quiet = np.full((10, 10), 0.5, dtype=np.float32)
+    hot = quiet.copy()
+    hot[:3] = 20.0
+    hot[9, 9] = np.nan
+    shared = colour_range([quiet, hot])
+    assert shared is not None
+    assert (shared.vmin, shared.vmax) == (0.5, 20.0)
+    assert colour_range([]) is None
+    flat = colour_range([quiet])
+    assert flat is not None
+    assert flat.vmin < flat.vmax
+
+
+@pytest.fixture
+def scores(tmp_path: Path) -> pa.Table:
+    """Rows of `scores` and their images: flat grey, 64 by 48, with a map whose last cell is hottest."""
+    for name in ("a.png", "b c.png"):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (64, 48), (120, 120, 120)).save(tmp_path / "images" / name)
+    listed = pa.Table.from_batches(list_images([str(tmp_path / "images")], {})).to_pylist()
+    rows = [
+        {
+            "image_uri": image["image_uri"],
+            "image_version": image["image_version"],
+            "image_height": 48,
+            "image_width": 64,
+            "anomaly_score": float(number),
+            "anomaly_map": [0.0, 0.0, 0.0, 0.0, 0.0, 4.0 * (number + 1)],
+            "map_height": 2,
+            "map_width": 3,
+        }
+        for number, image in enumerate(sorted(listed, key=lambda image: image["image_uri"]))
+    ]
+    return pa.Table.from_pylist(rows)
+
+
+def test_a_row_of_scores_becomes_its_image_with_its_map(scores: pa.Table) -> None:
+    drawn = np.asarray(overlay_row(scores.to_pylist()[0]), dtype=int)
+    assert drawn.shape == (48, 64, 3)
+    assert np.array_equal(drawn[:10, :10], np.full((10, 10, 3), 120))
+    assert np.abs(drawn[40, 60] - 120).sum() > 100
+    assert overlay_row(scores.to_pylist()[0], side=32).size == (32, 24)
+
+
+def test_a_row_without_a_map_is_refused(scores: pa.Table) -> None:
+    with pytest.raises(ValueError, match="--maps none"):
+        overlay_row(scores.to_pylist()[0] | {"anomaly_map": None})
+
+
+def test_pngs_in_bulk_share_one_scale_and_are_numbered_as_the_rows(scores: pa.Table, tmp_path: Path) -> None:
+    written = write_overlays(scores, str(tmp_path / "pngs"))
+    first, second = scores["image_uri"].to_pylist()
+    assert [Path(written[uri]).name for uri in (first, second)] == ["00000-a.png", "00001-b_c.png"]
+    drawn = [np.asarray(Image.open(written[uri]), dtype=int)[40, 60].sum() for uri in (first, second)]
+    assert drawn[0] < drawn[1]
+    alone = np.asarray(overlay_row(scores.to_pylist()[0]), dtype=int)[40, 60].sum()
+    assert alone == drawn[1]
+
+
+def test_an_image_that_is_gone_is_warned_about_and_the_others_are_written(
+    scores: pa.Table, tmp_path: Path
+) -> None:
+    first, second = scores["image_uri"].to_pylist()
+    Path(first).unlink()
+    with pytest.warns(UserWarning, match="not_found"):
+        assert list(write_overlays(scores, str(tmp_path / "pngs"))) == [second]
+
+
+def test_the_examples_of_the_documentation_run_as_they_stand(
+    scores: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "demo" / "scores" / "scores" / "model_id=m" / "date=2026-11-23"
+    folder.mkdir(parents=True)
+    pq.write_table(scores, folder / "part-0.parquet")
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "explore.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    for example in examples:
+        exec(example, names)
+    assert names["picture"].size == (64, 48)
+    assert len(list((tmp_path / "worst").glob("*.png"))) == 2

@@ -1,8 +1,11 @@
 """The report job, on Parquet files in the schema of a scoring job and images on a disk."""
 
 import base64
+import hashlib
 import io
+import json
 import re
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -17,8 +21,12 @@ from PIL import Image
 from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
 from csflow.inputs.listing import list_images
-from csflow.report import ReportConfig, colour_range, histogram, report
-from csflow.scores import ERRORS, SCORES
+from csflow.maps import colour_range
+from csflow.report import ReportConfig, report
+from csflow.report.charts import folders, heat_map, histogram, time_line
+from csflow.report.gallery import LARGEST_SIDE, PictureMaker, picture_side
+from csflow.scores import ERRORS, SCORES, open_scores
+from csflow.storage import Location, to_parquet
 
 NIGHT = datetime(2026, 9, 28, 2, tzinfo=UTC)
 
@@ -86,7 +94,7 @@ def write_scored_images(tmp_path: Path, scores: list[float], **other: Any) -> li
 class Page(HTMLParser):
     """What the tests ask a page: its text, the attributes of its elements, and whether all are closed."""
 
-    VOID = frozenset({"meta", "img"})
+    VOID = frozenset({"meta", "img", "link", "input", "br"})
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -114,6 +122,17 @@ class Page(HTMLParser):
     def text(self) -> str:
         return " ".join(" ".join(self.texts).split())
 
+    @property
+    def cards(self) -> list[dict[str, str | None]]:
+        return [item for item in self.all("li") if "data-rank" in item]
+
+    @property
+    def pictures(self) -> list[dict[str, str | None]]:
+        """The images of the gallery."""
+        return [
+            picture for picture in self.all("img") if (picture["src"] or "").startswith("data:image/webp")
+        ]
+
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
 
@@ -133,20 +152,30 @@ def test_the_page_is_one_file_that_asks_nothing_of_the_network(tmp_path: Path) -
     html, page = make_report(tmp_path)
     assert "default-src 'none'" in html
     assert not re.search(r"https?://|url\(|@import", html)
-    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.elements}
+    assert not {"iframe", "object"} & {tag for tag, _ in page.elements}
     for _, attributes in page.elements:
         for name in ("src", "href", "srcset", "xlink:href"):
-            assert (attributes.get(name) or "data:").startswith("data:")
+            assert (attributes.get(name) or "data:").startswith(("data:", "#"))
+
+
+def test_browsers_are_told_to_run_the_page_s_own_script_and_no_other(tmp_path: Path) -> None:
+    write_scored_images(tmp_path, [3.0])
+    html, _ = make_report(tmp_path)
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'\"" in html
 
 
 def test_the_highest_scores_are_shown_highest_first_each_with_its_map(tmp_path: Path) -> None:
     uris = write_scored_images(tmp_path, [1.0, 5.0, 3.0, 4.0])
     _, page = make_report(tmp_path, top=3)
-    shown = [uri for text in page.texts for uri in uris if text.endswith(uri)]
-    assert shown == [uris[1], uris[3], uris[2]]
+    assert [card["data-uri"] for card in page.cards] == [uris[1], uris[3], uris[2]]
     assert "p = 0.025" in page.text
-    assert [image["alt"] for image in page.all("img")][:2] == ["01.png", "Anomaly map over 01.png"]
-    assert len(page.all("img")) == 6
+    assert [picture["alt"] for picture in page.pictures][:2] == [
+        "01.png",
+        "Anomaly map over 01.png, hottest 50 % from the left and 75 % from the top",
+    ]
+    assert len(page.pictures) == 6
     assert "left: 50.00%; top: 75.00%" in [span.get("style") for span in page.all("span")]
 
 
@@ -156,7 +185,7 @@ def test_pictures_are_small_whatever_the_size_of_the_image(tmp_path: Path) -> No
     row = scored(image["image_uri"], image["image_version"], 3.0, image_height=1000, image_width=3000)
     write_rows(tmp_path / "out", [row])
     _, page = make_report(tmp_path)
-    for picture in page.all("img"):
+    for picture in page.pictures:
         data = base64.b64decode((picture["src"] or "").partition("base64,")[2])
         assert Image.open(io.BytesIO(data)).size == (384, 128)
 
@@ -187,9 +216,10 @@ def test_the_summary_counts_images_flags_and_open_errors(tmp_path: Path) -> None
     _, page = make_report(tmp_path)
     assert "Images scored 4" in page.text
     assert "Flagged as anomalous 2 50 % of the images" in page.text
-    assert "Not scored, by error 4 2 truncated 1" in page.text
-    assert "corrupt" in page.text
-    assert "not_found" in page.text
+    assert "Not scored 4 most often truncated" in page.text
+    assert "truncated 2 no 2026-09-28 02:00 /d/" in page.text
+    assert "corrupt 1 no" in page.text
+    assert "not_found 1 no" in page.text
     assert "timeout" not in page.text
     assert "Model m1" in page.text
 
@@ -201,8 +231,9 @@ def test_only_the_latest_score_of_an_image_is_reported(tmp_path: Path) -> None:
     )
     _, page = make_report(tmp_path)
     assert "Images scored 2" in page.text
-    assert len(page.all("li")) == 2
-    assert not {"9", "2026-09-27"} & set(page.texts)
+    assert len(page.cards) == 2
+    assert "2026-09-27" not in page.text
+    assert "9" not in page.texts
 
 
 def test_an_image_that_can_no_longer_be_read_gets_a_placeholder_with_the_reason(tmp_path: Path) -> None:
@@ -215,23 +246,24 @@ def test_an_image_that_can_no_longer_be_read_gets_a_placeholder_with_the_reason(
     assert page.text.count("The image can no longer be read") == 3
     assert "not_found:" in page.text
     assert "changed:" in page.text
-    assert len(page.all("img")) == 2
+    assert len(page.pictures) == 2
     assert all(any(text.endswith(uri) for text in page.texts) for uri in uris)
 
 
 def test_uris_are_shown_as_text_and_never_as_markup(tmp_path: Path) -> None:
     write_rows(tmp_path / "out", [scored("/d/<script>alert(1)</script>\"'.png", "v1", 3.0)])
     html, page = make_report(tmp_path)
-    assert "<script>" not in html
+    assert "<script>alert" not in html
     assert "/d/<script>alert(1)</script>\"'.png" in page.text
 
 
 def test_scores_without_maps_are_reported_with_the_originals_and_their_peaks(tmp_path: Path) -> None:
     write_scored_images(tmp_path, [3.0, 4.0], anomaly_map=None)
     _, page = make_report(tmp_path)
-    assert len(page.all("img")) == 2
+    assert len(page.pictures) == 2
     assert sum(span.get("class") == "peak" for span in page.all("span")) == 2
-    assert "same scale for every image" not in page.text
+    assert "one scale for all images" not in page.text
+    assert "Where anomalies occur" not in page.text
 
 
 def test_a_score_that_is_no_number_is_shown_first(tmp_path: Path) -> None:
@@ -245,21 +277,7 @@ def test_scores_without_a_row_make_an_empty_report(tmp_path: Path) -> None:
     write_rows(tmp_path / "out", [])
     _, page = make_report(tmp_path)
     assert "Images scored 0" in page.text
-    assert page.all("li") == []
-
-
-def test_all_maps_share_a_range_from_common_values_to_the_hottest() -> None:
-    quiet = np.full((10, 10), 0.5, dtype=np.float32)
-    hot = quiet.copy()
-    hot[:3] = 20.0
-    hot[9, 9] = np.nan
-    shared = colour_range([quiet, hot])
-    assert shared is not None
-    assert (shared.vmin, shared.vmax) == (0.5, 20.0)
-    assert colour_range([]) is None
-    flat = colour_range([quiet])
-    assert flat is not None
-    assert flat.vmin < flat.vmax
+    assert page.cards == []
 
 
 def test_the_histogram_counts_every_image_and_marks_the_lowest_flagged_score() -> None:
@@ -289,3 +307,171 @@ def test_wrong_use_is_said_in_one_line(tmp_path: Path) -> None:
         make_report(tmp_path)
     with pytest.raises(WrongUse, match=r"--top: .* greater than or equal to 1"):
         parse(ReportConfig, None, ["--scores", "out", "--top", "0"])
+
+
+def write_model(tmp_path: Path, heldout_scores: list[float], model_id: str = "m1") -> Path:
+    """The two files of a model directory that a report reads."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_id": model_id}))
+    pq.write_table(pa.table({"anomaly_score": heldout_scores}), model / "calibration.parquet")
+    return model
+
+
+def write_record(output: Path, run_id: str, model: Path, **counts: Any) -> None:
+    record = {
+        "run_id": run_id,
+        "status": "done",
+        "model": {"location": str(model), "model_id": "m1"},
+        "configuration": {"false_positive_rate": 0.05},
+        "counts": {"scored_in_this_run": 3, "anomalous_in_this_run": 1, "errors_in_this_run": {}} | counts,
+        "drift": {"ks_statistic": 0.25, "ks_p_value": 1e-5, "share_below_5_percent": 0.125, "sample": 3},
+        "images_per_second": 12.5,
+    }
+    (output / "_runs" / run_id).mkdir(parents=True)
+    (output / "_runs" / run_id / "run.json").write_text(json.dumps(record))
+
+
+def rows_of(count: int, p_value: float, score: float, **other: Any) -> list[dict[str, Any]]:
+    return [
+        scored(f"/d/{score}-{number:03}.png", "v1", score + number / 1000, p_value=p_value, **other)
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_the_defect_list_is_written_with_the_worst_image_first(tmp_path: Path, suffix: str) -> None:
+    # At 0.1, 20 images of p = 0.01 may be listed among 100: 0.01 is below 0.1 · 20 / 100.
+    write_rows(tmp_path / "out", rows_of(20, 0.01, 5.0) + rows_of(80, 0.6, 1.0))
+    target = tmp_path / f"defects{suffix}"
+    _, page = make_report(tmp_path, defects=str(target))
+    rows = (pyarrow.csv.read_csv if suffix == ".csv" else pq.read_table)(target)
+    assert rows["image_uri"].to_pylist() == [f"/d/5.0-{number:03}.png" for number in reversed(range(20))]
+    assert {"image_version", "anomaly_score", "p_value", "peak_y", "run_id", "date"} <= set(rows.column_names)
+    assert "On the defect list 20 of which at most 10 % are normal, on average" in page.text
+    assert sum("data-listed" in card for card in page.cards) == 20
+
+
+def test_the_list_says_how_many_held_out_images_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_model(tmp_path, [0.5] * 99)
+    write_rows(tmp_path / "out", rows_of(5, 0.01, 5.0) + rows_of(95, 0.6, 0.4))
+    target = tmp_path / "defects.csv"
+    _, page = make_report(tmp_path, model=str(model), defects=str(target))
+    assert len(pyarrow.csv.read_csv(target)) == 0
+    assert "it takes 199 held-out images to list so few" in capsys.readouterr().out
+    assert "It takes 199 held-out images, not 99, to list the 5 above all of them" in page.text
+
+
+def test_a_report_of_one_run_decides_on_its_images_alone(tmp_path: Path) -> None:
+    # With the old run's hundred normal images beside them, 0.02 would not be small enough.
+    write_rows(tmp_path / "out", rows_of(100, 0.6, 1.0, run_id="20260927T0000Z-a"), night=-1)
+    write_rows(tmp_path / "out", rows_of(2, 0.02, 5.0, run_id="20260928T0000Z-b"))
+    _, page = make_report(tmp_path)
+    assert "On the defect list 0" in page.text
+    for run_id in ("latest", "20260928T0000Z-b"):
+        _, page = make_report(tmp_path, run_id=run_id)
+        assert "Images scored 2" in page.text
+        assert "On the defect list 2" in page.text
+    with pytest.raises(WrongUse, match="--run_id other scored no image of model m1"):
+        make_report(tmp_path, run_id="other")
+
+
+def test_the_model_is_found_where_the_last_run_had_it(tmp_path: Path) -> None:
+    write_rows(tmp_path / "out", rows_of(3, 0.5, 1.0))
+    model = write_model(tmp_path, [0.9, 1.0, 1.1])
+    write_record(tmp_path / "out", "20260927T0000Z-a", model)
+    write_record(tmp_path / "out", "20260928T0000Z-b", model, errors_in_this_run={"corrupt": 4})
+    (tmp_path / "out" / "_runs" / "20260929T0000Z-cut-off").mkdir()
+    _, page = make_report(tmp_path)
+    assert "beside what 3 held-out normal images let expect" in page.text
+    assert "The last 2 runs" in page.text
+    assert "20260928T0000Z-b done 3 1 4 12.5 12.5 % 0.250 (p = 1e-05) 20260927T0000Z-a" in page.text
+    assert "Of normal images, 5 % would be" in page.text
+
+
+def test_another_model_s_held_out_scores_are_not_taken(tmp_path: Path) -> None:
+    write_rows(tmp_path / "out", rows_of(3, 0.5, 1.0))
+    model = write_model(tmp_path, [1.0], model_id="m2")
+    write_record(tmp_path / "out", "20260928T0000Z-b", model)
+    _, page = make_report(tmp_path)
+    assert "held-out normal images let expect" not in page.text
+    with pytest.raises(WrongUse, match="does not hold model m1"):
+        make_report(tmp_path, model=str(model))
+
+
+def test_the_list_goes_to_a_table_or_nowhere(tmp_path: Path) -> None:
+    write_rows(tmp_path / "out", rows_of(1, 0.5, 1.0))
+    with pytest.raises(WrongUse, match=r"must end with \.csv or \.parquet"):
+        make_report(tmp_path, defects=str(tmp_path / "defects.txt"))
+    assert not (tmp_path / "result").exists() or not list((tmp_path / "result").iterdir())
+
+
+def image_table(rows: list[dict[str, Any]]) -> pa.Table:
+    rows = [{"date": NIGHT.date()} | row for row in rows]
+    return pa.Table.from_pylist(rows, schema=pa.schema([*SCORES, pa.field("date", pa.date32())]))
+
+
+def test_the_time_line_goes_by_day_or_by_run_if_there_is_one_day() -> None:
+    first, second = NIGHT.date(), (NIGHT + timedelta(days=1)).date()
+    rows = [scored("a", "v", 1.0, date=first), scored("b", "v", 3.0, date=second)]
+    line = time_line(image_table([*rows, scored("c", "v", 1.0, date=second)]))
+    assert line is not None
+    assert line.by == "day"
+    assert [(moment.images, moment.flagged) for moment in line.moments] == [(1, 0), (2, 1)]
+    assert line.highest_share >= 0.5
+    by_run = time_line(image_table([scored("a", "v", 1.0), scored("b", "v", 3.0, run_id="r2")]))
+    assert by_run is not None
+    assert (by_run.by, [moment.name for moment in by_run.moments]) == ("run", ["r1", "r2"])
+    assert time_line(image_table([scored("a", "v", 1.0)])) is None
+    assert time_line(image_table([])) is None
+
+
+def test_folders_are_named_without_what_they_have_in_common() -> None:
+    uris = ["s3://p/line1/a/1.png", "s3://p/line1/b.tar!/x/2.png", "s3://p/line2/c.parquet#7", "s3://p/3.png"]
+    table = image_table([scored(uri, "v", 3.0 if "line2" in uri else 1.0) for uri in uris])
+    shown, count = folders(table, np.array([False, False, True, False]))
+    assert {folder.name for folder in shown} == {"line1/a", "line1/b.tar!/x", "line2/c.parquet", "."}
+    assert (shown[0].name, shown[0].flagged, shown[0].listed, count) == ("line2/c.parquet", 1, 1, 4)
+    assert folders(table.slice(0, 1), np.array([False])) == ([], 1)
+
+
+def test_the_heat_map_tells_in_what_share_of_flagged_images_a_place_is_hot(tmp_path: Path) -> None:
+    hot_corner, hot_centre = [9.0, 0.5, 0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5, np.nan, 0.5]
+    unflagged = [
+        scored(f"/d/{i}.png", "v", 1.0, anomaly_map=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6]) for i in range(9)
+    ]
+    flagged = [scored(f"/d/hot{i}.png", "v", 3.0, anomaly_map=hot_corner) for i in range(3)]
+    write_rows(tmp_path / "out", [*unflagged, *flagged, scored("/d/n.png", "v", 4.0, anomaly_map=hot_centre)])
+    drawn = heat_map(open_scores(Location(str(tmp_path / "out"))).scores)
+    assert drawn is not None
+    assert drawn.flagged == 4
+    assert drawn.hot_share_HW.tolist() == [[0.75, 0.0, 0.0], [0.0, 0.25, 0.0]]
+    assert drawn.hottest == (0.25, pytest.approx(1 / 6), 0.75)
+
+
+def test_the_held_out_scores_are_drawn_as_what_so_many_normal_images_would_be() -> None:
+    drawn = histogram(np.array([1.0, 2.0, 2.0, 4.0]), np.zeros(4, dtype=bool), [0.5, 1.0])
+    assert drawn is not None
+    assert sum(bar.expected for bar in drawn.bars) == pytest.approx(4)
+    assert drawn.bars[0].expected == 2
+
+
+def test_pictures_get_smaller_when_there_are_many() -> None:
+    assert picture_side(1) == picture_side(60) == LARGEST_SIDE
+    assert 2000 * picture_side(2000) ** 2 <= 1.3 * 120 * LARGEST_SIDE**2
+
+
+def test_an_actor_makes_the_same_pictures_as_this_process(tmp_path: Path) -> None:
+    write_scored_images(tmp_path, [3.0, 4.0])
+    (tmp_path / "images" / "01.png").unlink()
+    rows = open_scores(Location(str(tmp_path / "out"))).scores.to_table()
+    maker = PictureMaker({}, colour_range([np.array([[0.0, 1.0]], dtype=np.float32)]), 32)
+    batch = {"shard": np.array([7]), "rows": np.array([to_parquet(rows)], dtype=object)}
+    (result,) = maker(batch).to_pylist()
+    made = pq.read_table(io.BytesIO(result["pictures"])).to_pylist()
+    assert result["shard"] == 7
+    assert made == [asdict(pictures) for pictures in maker.make(rows.to_pylist())]
+    assert made[1]["original"] is None
+    assert made[1]["problem"].startswith("not_found")

@@ -1,0 +1,284 @@
+"""From columns of scores to what the page draws: histogram, time line, folders, and where anomalies occur.
+
+A place is a fraction of the plot's width or height.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from numpy.typing import ArrayLike, NDArray
+
+HISTOGRAM_BINS = 60
+TIMES_SHOWN = 90
+"""Days, or runs, of the time line: about a quarter of a year of nights."""
+FOLDERS_SHOWN = 8
+MAPS_READ = 50_000
+"""Rows that the heat map is made of: the latest days of a large archive."""
+REFERENCE_MAPS = 4_000
+"""Maps of unflagged images that say what is hot; 24 by 24 cells each are 9 MB."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Images with an anomaly score in [low, high)."""
+
+    low: float
+    high: float
+    unflagged: int
+    flagged: int
+    expected: float
+    """Images here if all scored as the held-out ones did."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Images by anomaly score, on a logarithmic scale."""
+
+    bars: list[Bar]
+    tallest: float
+    """Height of the plot, in images."""
+    score_ticks: list[tuple[float, float]]
+    """(score, place) each."""
+    count_ticks: list[float]
+    threshold: tuple[float, float] | None
+    """Lowest score that was flagged, and its place; None if no image was flagged."""
+    is_calibrated: bool
+    """Whether the bars say what to expect."""
+
+
+def histogram(
+    anomaly_scores: NDArray[np.float64],
+    is_anomalous: NDArray[np.bool_],
+    calibration_scores: ArrayLike | None = None,
+) -> Histogram | None:
+    """Counts images by score; a logarithmic scale, as defects score many times what normal images do.
+
+    None if there is nothing to show: only positive, finite scores have a place on the scale.
+    """
+    scores, flagged = _positive(anomaly_scores), is_anomalous[_is_positive(anomaly_scores)]
+    if not len(scores):
+        return None
+    held_out = _positive(np.asarray([] if calibration_scores is None else calibration_scores))
+    lowest = min(scores.min(), held_out.min(initial=np.inf)) * 0.98
+    highest = max(scores.max(), held_out.max(initial=0.0)) * 1.02
+    edges = np.geomspace(lowest, highest, HISTOGRAM_BINS + 1)
+    unflagged_counts, flagged_counts, held_out_counts = (
+        np.histogram(part, edges)[0] for part in (scores[~flagged], scores[flagged], held_out)
+    )
+    expected = held_out_counts * (len(scores) / max(1, len(held_out)))
+
+    def placed(score: float) -> tuple[float, float]:
+        return score, float(np.log(score / lowest) / np.log(highest / lowest))
+
+    tallest = float(max((unflagged_counts + flagged_counts).max(), expected.max()))
+    columns = zip(pairwise(edges.tolist()), unflagged_counts, flagged_counts, expected, strict=True)
+    return Histogram(
+        bars=[
+            Bar(*ends, int(rest), int(flag), float(of_normals)) for ends, rest, flag, of_normals in columns
+        ],
+        score_ticks=[placed(score) for score in _score_ticks(lowest, highest)],
+        tallest=tallest,
+        count_ticks=[tick for tick in _round_numbers(0, tallest, at_most=4) if tick.is_integer()],
+        threshold=placed(float(scores[flagged].min())) if flagged.any() else None,
+        is_calibrated=len(held_out) > 0,
+    )
+
+
+def _is_positive(scores: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return np.isfinite(scores) & (scores > 0)
+
+
+def _positive(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    return scores[_is_positive(scores)]
+
+
+def _score_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10 and so on, or evenly spaced round numbers where the range is narrow."""
+    exponents = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))))
+    ticks = [digit * 10.0**exponent for exponent in exponents for digit in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    return ticks if len(ticks) >= 4 else _round_numbers(low, high, at_most=6)
+
+
+def _round_numbers(low: float, high: float, at_most: int) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten from low to high."""
+    power = 10.0 ** np.floor(np.log10((high - low) / at_most))
+    step = next(power * digit for digit in (1, 2, 5, 10, 20) if (high - low) / (power * digit) <= at_most)
+    return [float(tick) for tick in np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The images of one day or one run."""
+
+    name: str
+    images: int
+    flagged: int
+    low: float
+    median: float
+    high: float
+    """5th, 50th and 95th percentile of the anomaly scores."""
+
+    @property
+    def flagged_share(self) -> float:
+        return self.flagged / self.images
+
+
+@dataclass(frozen=True)
+class TimeLine:
+    """Scores and flags over days, or over the runs of one day; the last `TIMES_SHOWN`."""
+
+    by: str
+    """`day` or `run`."""
+    moments: list[Moment]
+    share_ticks: list[float]
+    score_ticks: list[float]
+
+    @property
+    def highest_share(self) -> float:
+        """Upper end of the scale of shares."""
+        return self.share_ticks[-1]
+
+    def score_place(self, score: float) -> float:
+        """0 at the bottom, 1 at the top; logarithmic."""
+        low, high = self.moments_range
+        return float(np.log(score / low) / np.log(high / low))
+
+    @property
+    def moments_range(self) -> tuple[float, float]:
+        return min(m.low for m in self.moments) * 0.95, max(m.high for m in self.moments) * 1.05
+
+
+def time_line(images: pa.Table) -> TimeLine | None:
+    """None if there is only one run, or no image."""
+    by = "day" if pc.count_distinct(images["date"]).as_py() > 1 else "run"
+    column = images["date"].cast(pa.string()) if by == "day" else images["run_id"]
+    moments = list(_moments(images, column))
+    if len(moments) < 2:
+        return None
+    drawn = TimeLine(by, moments, [], [])
+    highest = max(moment.flagged_share for moment in moments) or 0.01
+    ticks = _round_numbers(0, highest, at_most=3)
+    step = ticks[1] - ticks[0]
+    return TimeLine(
+        by,
+        moments,
+        share_ticks=[*ticks, ticks[-1] + step] if ticks[-1] < highest else ticks,
+        score_ticks=_score_ticks(*drawn.moments_range),
+    )
+
+
+def _moments(images: pa.Table, column: pa.ChunkedArray) -> Iterator[Moment]:
+    scores, flagged = images["anomaly_score"].to_numpy(), images["is_anomalous"].to_numpy()
+    coded = column.combine_chunks().dictionary_encode()
+    names, codes = coded.dictionary.to_pylist(), coded.indices.to_numpy()
+    for name in sorted(names)[-TIMES_SHOWN:]:
+        here = codes == names.index(name)
+        shown = _positive(scores[here])
+        if len(shown):
+            low, median, high = np.percentile(shown, [5, 50, 95]).tolist()
+            yield Moment(name, int(here.sum()), int(flagged[here].sum()), low, median, high)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The images directly below one folder, or of one archive's folder or one Parquet file."""
+
+    name: str
+    """Without what all folders have in common."""
+    images: int
+    flagged: int
+    listed: int
+    median: float | None
+    """Of the anomaly scores that are numbers."""
+
+
+def folders(images: pa.Table, is_listed: NDArray[np.bool_]) -> tuple[list[Folder], int]:
+    """Those with the most flagged images, the most first, and how many there are; none if there is one."""
+    uris = images["image_uri"]
+    is_row = pc.match_substring_regex(uris, r"#\d+$")
+    parents = pc.replace_substring_regex(uris, r"[^/]*$", "")
+    parents = pc.if_else(is_row, pc.replace_substring_regex(uris, r"#\d+$", ""), parents)
+    columns = {"parent": parents, "flagged": images["is_anomalous"].cast(pa.int64())}
+    columns |= {"listed": pa.array(is_listed).cast(pa.int64()), "score": images["anomaly_score"]}
+    sums = [("flagged", "sum"), ("listed", "sum"), ("score", "count"), ("score", "approximate_median")]
+    table = pa.table(columns).group_by("parent").aggregate(sums)
+    if len(table) < 2:
+        return [], len(table)
+    common = len(_common_folder(table["parent"].to_pylist()))
+    order = [("flagged_sum", "descending"), ("score_count", "descending"), ("parent", "ascending")]
+    shown = [
+        Folder(
+            row["parent"][common:].rstrip("/") or ".",
+            row["score_count"],
+            row["flagged_sum"],
+            row["listed_sum"],
+            row["score_approximate_median"],
+        )
+        for row in table.sort_by(order).slice(0, FOLDERS_SHOWN).to_pylist()
+    ]
+    return shown, len(table)
+
+
+def _common_folder(parents: Sequence[str]) -> str:
+    lowest, highest = min(parents), max(parents)
+    same = next((i for i, (a, b) in enumerate(zip(lowest, highest, strict=False)) if a != b), len(lowest))
+    return lowest[: lowest.rfind("/", 0, same) + 1]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Where on the image anomalies occur."""
+
+    hot_share_HW: NDArray[np.float32]
+    """Share of the flagged images whose map is hot in the cell, shape (map_height, map_width)."""
+    flagged: int
+    """Images it is made of."""
+    hot_from: float
+    """Map value that one in a hundred cells of the unflagged images reaches."""
+
+    @property
+    def hottest(self) -> tuple[float, float, float]:
+        """(y, x) of the hottest cell's centre in fractions of the image, and its share."""
+        height, width = self.hot_share_HW.shape
+        row, column = divmod(int(self.hot_share_HW.argmax()), width)
+        return (row + 0.5) / height, (column + 0.5) / width, float(self.hot_share_HW.max())
+
+
+def heat_map(scores: ds.Dataset) -> HeatMap | None:
+    """Made of the maps in these rows, at most `MAPS_READ`; None if none is flagged or there are no maps."""
+    flagged_maps: list[NDArray[np.float32]] = []
+    unflagged_maps: list[NDArray[np.float32]] = []
+    rows = unflagged = 0
+    # Small batches, few ahead: all of a row group's maps are held as often as there are.
+    ahead = {"batch_size": 1024, "batch_readahead": 2, "fragment_readahead": 2}
+    columns = ["is_anomalous", "anomaly_map", "map_height", "map_width"]
+    for batch in scores.to_batches(columns=columns, filter=pc.field("anomaly_map").is_valid(), **ahead):
+        rows += len(batch)
+        flagged_maps += _maps(batch.filter(batch["is_anomalous"]))
+        if unflagged < REFERENCE_MAPS:
+            reference = _maps(batch.filter(pc.invert(batch["is_anomalous"])))
+            unflagged_maps += reference
+            unflagged += len(reference)
+        if rows >= MAPS_READ:
+            break
+    if not flagged_maps or not unflagged_maps:
+        return None
+    cells = np.concatenate([anomaly_map.ravel() for anomaly_map in unflagged_maps])
+    hot_from = float(np.percentile(cells[np.isfinite(cells)], 99))
+    # A cell that is no number is as hot as can be.
+    hot_share_HW = np.mean([~(anomaly_map < hot_from) for anomaly_map in flagged_maps], axis=0)
+    return HeatMap(hot_share_HW.astype(np.float32), len(flagged_maps), hot_from)
+
+
+def _maps(rows: pa.RecordBatch) -> list[NDArray[np.float32]]:
+    """One map per row. All maps of a model have one shape."""
+    if not len(rows):
+        return []
+    shape = (len(rows), rows["map_height"][0].as_py(), rows["map_width"][0].as_py())
+    return list(pc.list_flatten(rows["anomaly_map"]).to_numpy(zero_copy_only=False).reshape(shape))

@@ -1,0 +1,100 @@
+"""The defect list: the images that are reported as defective at a wanted false-discovery rate."""
+
+import io
+import posixpath
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+from numpy.typing import NDArray
+
+from csflow.calibration import choose_defects, heldout_needed
+from csflow.errors import WrongUse
+from csflow.report.archive import Archive
+from csflow.scores import latest_per_image
+from csflow.storage import Location, to_parquet
+
+COLUMNS = [
+    *("image_uri", "image_version", "anomaly_score", "p_value", "is_anomalous"),
+    *("image_height", "image_width", "peak_y", "peak_x", "date", "run_id", "scored_at"),
+]
+SUFFIXES = (".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class DefectList:
+    """Which images of an archive are on the list, and what to say if none is."""
+
+    false_discovery_rate: float
+    is_chosen: NDArray[np.bool_]
+    """Shape (images,)."""
+    above_all: int
+    """Images that score above every held-out one: they have the smallest p-value there is."""
+    heldout: int | None
+    """Held-out images; None if the model directory is not at hand."""
+
+    @property
+    def images(self) -> int:
+        return int(self.is_chosen.sum())
+
+    @property
+    def heldout_needed(self) -> int | None:
+        """Held-out images with which the `above_all` could be listed; None if they were not the obstacle."""
+        if self.images or not self.above_all or self.heldout is None:
+            return None
+        needed = heldout_needed(len(self.is_chosen), self.above_all, self.false_discovery_rate)
+        return needed if needed > self.heldout else None
+
+    @property
+    def promise(self) -> str:
+        """What the list is, in a sentence or two."""
+        rate = f"{self.false_discovery_rate:.3g}"
+        if self.images:
+            return (
+                f"{self.images:,} of {len(self.is_chosen):,} images are on the defect list; "
+                f"at most a share of {rate} of such a list is normal images, on average"
+            )
+        empty = f"no image is on the defect list at a false-discovery rate of {rate}"
+        if self.heldout_needed is None:
+            return empty
+        return (
+            f"{empty}: {self.above_all:,} of {len(self.is_chosen):,} images score above all {self.heldout:,} "
+            f"held-out ones, and it takes {self.heldout_needed:,} held-out images to list so few"
+        )
+
+
+def make_list(archive: Archive, false_discovery_rate: float) -> DefectList:
+    """Decides on all images of the archive together."""
+    p = archive.images["p_value"].to_numpy()
+    heldout = None if archive.calibration_scores is None else len(archive.calibration_scores)
+    # Rows may be older than the model directory's place: their p-values alone decide.
+    smallest = p.min(initial=1.0) if heldout is None else 1 / (heldout + 1)
+    above_all = int((p <= smallest * (1 + 1e-9)).sum())
+    return DefectList(false_discovery_rate, choose_defects(p, false_discovery_rate), above_all, heldout)
+
+
+def check_target(location: Location | None) -> None:
+    """Raises WrongUse, before any work, if the list cannot be written there."""
+    if location is None:
+        return
+    if posixpath.splitext(location.path)[1].lower() not in SUFFIXES:
+        raise WrongUse(f"--defects {location} must end with {' or '.join(SUFFIXES)}")
+    location.parent.check_writable()
+
+
+def write_list(archive: Archive, defects: DefectList, location: Location) -> None:
+    """Writes the chosen images, the highest anomaly score first; columns are those of the scores."""
+    uris = archive.images["image_uri"].filter(pa.array(defects.is_chosen))
+    wanted = pc.field("image_uri").isin(uris.combine_chunks())
+    rows = latest_per_image(archive.scores.to_table(columns=COLUMNS, filter=wanted), "scored_at")
+    # A score that is no number is the most anomalous there is.
+    order = pc.sort_indices(rows, sort_keys=[("anomaly_score", "descending", "at_start")])
+    rows = rows.take(order)
+    if location.path.lower().endswith(".csv"):
+        data = io.BytesIO()
+        pyarrow.csv.write_csv(rows, data)
+        location.write(data.getvalue())
+    else:
+        location.write(to_parquet(rows))

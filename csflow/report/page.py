@@ -1,0 +1,109 @@
+"""Puts a report into one HTML file that needs nothing else, neither files nor a network."""
+
+import base64
+import hashlib
+import io
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow.compute as pc
+from markupsafe import Markup
+from PIL import Image
+
+import csflow
+from csflow import calibration, maps
+from csflow.maps import ColourRange
+from csflow.report.archive import Archive
+from csflow.report.charts import Folder, HeatMap, Histogram, TimeLine
+from csflow.report.defects import DefectList
+from csflow.report.gallery import Card
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that is on it."""
+
+    archive: Archive
+    defects: DefectList
+    cards: list[Card]
+    colours: ColourRange | None
+    histogram: Histogram | None
+    time_line: TimeLine | None
+    folders: list[Folder]
+    folder_count: int
+    heat_map: HeatMap | None
+
+
+def render(page: Page) -> str:
+    """The whole page as HTML."""
+    images = page.archive.images
+    script, style = ((FOLDER / name).read_text() for name in ("page.js", "page.css"))
+    return _template().render(
+        page=page,
+        archive=page.archive,
+        defects=page.defects,
+        images=len(images),
+        flagged=pc.sum(images["is_anomalous"]).as_py() or 0,
+        dates=pc.min_max(images["date"]).as_py(),
+        false_positive_rate=_false_positive_rate(page.archive),
+        drift=_drift(page.archive),
+        anchors=maps.ANCHORS,
+        heat=data_uri("png", _cells(page.heat_map)) if page.heat_map else None,
+        data_uri=data_uri,
+        style=Markup(style),
+        script=Markup(script),
+        # The only script that a browser will run: none can be smuggled in by the name of an image.
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        made_at=datetime.now(UTC),
+        version=csflow.__version__,
+    )
+
+
+def _false_positive_rate(archive: Archive) -> float | None:
+    """What the runs were given; None if they differ or have left no record."""
+    rates = {record["configuration"]["false_positive_rate"] for record in archive.runs}
+    return rates.pop() if len(rates) == 1 else None
+
+
+def _drift(archive: Archive) -> dict[str, Any] | None:
+    """How these images differ from the held-out ones; None if there are no images."""
+    if not len(archive.images):
+        return None
+    share = pc.mean(pc.less(archive.images["p_value"], 0.05)).as_py()
+    scores = archive.images["anomaly_score"].to_numpy()
+    scores = scores[np.isfinite(scores)]
+    test = None
+    if archive.calibration_scores is not None:
+        test = calibration.drift(scores, share, archive.calibration_scores)
+    return {"share": share, "test": test}
+
+
+def _cells(heat_map: HeatMap) -> bytes:
+    """A PNG with one pixel per cell, from black at 0 to bright at the largest share."""
+    share_HW = heat_map.hot_share_HW / max(heat_map.hottest[2], 1e-9)
+    data = io.BytesIO()
+    Image.fromarray(maps.COLOUR_TABLE[(share_HW * 255).round().astype(np.uint8)]).save(data, "PNG")
+    return data.getvalue()
+
+
+def data_uri(kind: str, picture: bytes) -> str:
+    """A picture as an address that holds it."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def _template() -> jinja2.Template:
+    # Image URIs and error messages come from outside: everything is escaped.
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja")

@@ -1,0 +1,85 @@
+"""From anomaly scores to p-values and defect lists."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from csflow.calibration import choose_defects, heldout_needed, p_values
+
+
+def test_the_p_value_counts_held_out_normals_that_score_at_least_this() -> None:
+    assert p_values([0.5, 2.0, 9.0], [1.0, 2.0, 3.0]).tolist() == [1.0, 0.75, 0.25]
+    assert p_values([np.nan], [1.0, 2.0, 3.0]).tolist() == [0.25]
+
+
+def test_a_list_goes_to_the_last_p_value_below_the_line_even_if_earlier_ones_are_above_it() -> None:
+    # The line is 0.05, 0.10, 0.15, 0.20: the first two lie above it, the third does not.
+    assert choose_defects([0.9, 0.12, 0.13, 0.14], 0.2).tolist() == [False, True, True, True]
+
+
+def test_a_p_value_on_the_line_counts_whatever_its_rounding() -> None:
+    # 0.3 · 1/3 is a little less than 0.1 in floating point.
+    assert choose_defects([0.1, 0.9, 0.9], 0.3).tolist() == [True, False, False]
+
+
+def test_images_of_one_p_value_are_chosen_together() -> None:
+    assert choose_defects([0.05, 0.05, 0.05, 1.0], 0.1).tolist() == [True, True, True, False]
+
+
+def test_nothing_is_chosen_from_nothing_and_no_rate_outside_0_to_1_is_taken() -> None:
+    assert choose_defects([], 0.1).tolist() == []
+    for rate in (0.0, 1.0, -0.1):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            choose_defects([0.5], rate)
+
+
+@pytest.mark.parametrize(("images", "above_all", "rate"), [(1000, 10, 0.1), (2624, 131, 0.1), (7, 3, 0.3)])
+def test_a_list_is_possible_with_the_held_out_images_needed_and_with_none_fewer(
+    images: int, above_all: int, rate: float
+) -> None:
+    def chosen(heldout: int) -> int:
+        scores = np.concatenate([np.full(above_all, 2.0), np.zeros(images - above_all)])
+        return int(choose_defects(p_values(scores, np.ones(heldout)), rate).sum())
+
+    needed = heldout_needed(images, above_all, rate)
+    assert (chosen(needed), chosen(needed - 1)) == (above_all, 0)
+
+
+def false_discoveries(
+    draws: int, heldout: int, normals: int, defects: int, rate: float, shift: float = 0.0
+) -> tuple[float, float]:
+    """Mean share of normal images on a list, over draws of everything, and half its 99 % interval.
+
+    Scores of normal images are standard normal, those of defects lie 3 higher.
+    """
+    random = np.random.default_rng(7)
+
+    def share() -> float:
+        calibration = random.standard_normal(heldout)
+        good, bad = random.standard_normal(normals) + shift, random.standard_normal(defects) + 3
+        chosen = choose_defects(p_values(np.concatenate([good, bad]), calibration), rate)
+        return float(chosen[:normals].sum() / max(1, chosen.sum()))
+
+    shares: NDArray[np.float64] = np.array([share() for _ in range(draws)])
+    return float(shares.mean()), float(2.576 * shares.std(ddof=1) / np.sqrt(draws))
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.2])
+@pytest.mark.parametrize(("normals", "defects"), [(900, 100), (500, 500)])
+def test_the_realised_false_discovery_rate_is_below_the_wanted_one(
+    rate: float, normals: int, defects: int
+) -> None:
+    mean, half_width = false_discoveries(2000, 999, normals, defects, rate)
+    assert mean + half_width < rate
+    # Benjamini and Hochberg keep to the wanted rate times the share of normal images, and nearly spend it.
+    assert mean + half_width > 0.9 * rate * normals / (normals + defects)
+
+
+def test_without_any_defect_a_list_is_seldom_anything_but_empty() -> None:
+    mean, half_width = false_discoveries(2000, 999, normals=200, defects=0, rate=0.1)
+    assert mean + half_width < 0.1
+
+
+def test_the_promise_does_not_outlive_a_drift_of_the_normal_images() -> None:
+    mean, half_width = false_discoveries(300, 999, 900, 100, rate=0.1, shift=1.0)
+    assert mean - half_width > 0.2
