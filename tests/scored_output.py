@@ -1,0 +1,131 @@
+"""An output as scoring jobs leave it after three weeks with two models, made without scoring anything.
+
+Four lines, a few photographs a night, most defects in one corner of the part. The second model begins in the
+last week and scores that week's images again. Some images fail, some of them only at first.
+"""
+
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from csflow.scores import ERRORS, SCORES
+from csflow.storage import to_parquet
+
+OLD_MODEL, NEW_MODEL = "0123456789012345", "8c1f09e2a7b3d456"
+"""An id of digits only is what readers that guess types take for a number."""
+FIRST_NIGHT = date(2026, 11, 2)  # a Monday
+NIGHTS = 21
+LINES = ("line-1", "line-2", "line-3", "line-4")
+PARTS_PER_LINE = 6
+MAP_SIDE = 8
+IMAGE_HEIGHT, IMAGE_WIDTH = 480, 640
+HELD_OUT = np.sort(np.random.default_rng(0).gamma(512, 1 / 1024, 199))
+"""Calibration scores of both models, but for the second one's offset."""
+
+
+def write_output(output: Path, nights: range = range(NIGHTS)) -> Path:
+    """Writes the scores and errors of these nights below `output`."""
+    for night in nights:
+        for model_id, offset in models_of(night):
+            rows = [scored(uri, night, model_id, offset) for uri in photographs(night)]
+            write_rows(output, "scores", model_id, night, [row for row in rows if row is not None])
+            write_rows(output, "errors", model_id, night, failures(night))
+    return output
+
+
+def models_of(night: int) -> list[tuple[str, float]]:
+    """Each model that scores on this night, with what it adds to the logarithm of a score."""
+    # The camera's lamp ages: scores creep up with the weeks until the new model replaces the old one.
+    old = (OLD_MODEL, 0.01 * night)
+    return [old, (NEW_MODEL, 0.5)] if night >= 14 else [old]
+
+
+def photographs(night: int) -> list[str]:
+    return [
+        f"s3://plant/images/{day_of(night)}/{line}/part-{night:02}-{number:03}.png"
+        for line in LINES
+        for number in range(PARTS_PER_LINE)
+    ]
+
+
+def day_of(night: int) -> date:
+    return FIRST_NIGHT + timedelta(days=night)
+
+
+def scored(uri: str, night: int, model_id: str, offset: float) -> dict[str, Any] | None:
+    """The row of one image; None if it could not be scored."""
+    number = int(uri[-7:-4])
+    if night % 5 == 3 and number == 5:
+        return None
+    part = np.random.default_rng([night, *uri.encode()])
+    is_defective = part.random() < (0.25 if "line-3" in uri else 0.05)
+    of_model = np.random.default_rng([night, *uri.encode(), *model_id.encode()])
+    map_HW = of_model.gamma(8, 0.125, (MAP_SIDE, MAP_SIDE)).astype(np.float32)
+    if is_defective:
+        row, column = (1, 6) if part.random() < 0.8 else part.integers(0, MAP_SIDE, 2)
+        map_HW[row, column] += of_model.uniform(20, 60)
+    map_HW *= np.float32(np.exp(offset))
+    score = float(map_HW.mean() / 2)
+    peak_row, peak_column = np.unravel_index(map_HW.argmax(), map_HW.shape)
+    p_value = p_value_of(score / np.exp(0.5 if model_id == NEW_MODEL else 0.0))
+    return {
+        "image_uri": uri,
+        "image_version": f"etag-{night}-{number}",
+        "image_height": IMAGE_HEIGHT,
+        "image_width": IMAGE_WIDTH,
+        "anomaly_score": score,
+        "scale_scores": [score, score, score],
+        "p_value": p_value,
+        "is_anomalous": p_value <= 0.01,
+        "anomaly_map": map_HW.ravel(),
+        "map_height": MAP_SIDE,
+        "map_width": MAP_SIDE,
+        "peak_y": (peak_row + 0.5) * IMAGE_HEIGHT / MAP_SIDE,
+        "peak_x": (peak_column + 0.5) * IMAGE_WIDTH / MAP_SIDE,
+        "run_id": f"{day_of(night):%Y%m%d}T020000Z-{model_id[:8]}",
+        "scored_at": datetime(2026, 11, 2, 2 if model_id == OLD_MODEL else 3, number, tzinfo=UTC)
+        + timedelta(days=night),
+    }
+
+
+def p_value_of(score: float) -> float:
+    return float((1 + (score <= HELD_OUT).sum()) / (len(HELD_OUT) + 1))
+
+
+def failures(night: int) -> list[dict[str, Any]]:
+    """The last part of each line fails every fifth night; that of line 1 is there twice, as it was tried twice.
+
+    On other nights one image times out first and is scored by a later run of the same night.
+    """
+    at = datetime(2026, 11, 2, 2, tzinfo=UTC) + timedelta(days=night)
+    tonight = photographs(night)
+    if night % 5 == 3:
+        broken = [uri for uri in tonight if uri.endswith("005.png")]
+        codes = ["corrupt", "corrupt", "truncated", "too_large"]
+        rows = [failure(uri, night, code, at) for uri, code in zip(broken, codes, strict=True)]
+        return [*rows, failure(broken[0], night, codes[0], at + timedelta(hours=1))]
+    return [failure(tonight[0], night, "timeout", at)] if night % 5 == 1 else []
+
+
+def failure(uri: str, night: int, code: str, at: datetime) -> dict[str, Any]:
+    return {
+        "image_uri": uri,
+        "image_version": f"etag-{night}-{int(uri[-7:-4])}",
+        "error_code": code,
+        "error_message": "what happened",
+        "is_transient": code == "timeout",
+        "run_id": f"{at:%Y%m%dT%H%M%SZ}",
+        "failed_at": at,
+    }
+
+
+def write_rows(output: Path, kind: str, model_id: str, night: int, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        schema = SCORES if kind == "scores" else ERRORS
+        folder = output / kind / f"model_id={model_id}" / f"date={day_of(night)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        table = pa.Table.from_pylist(rows, schema)
+        (folder / f"part-{night:06}-000.parquet").write_bytes(to_parquet(table))

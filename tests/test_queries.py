@@ -1,0 +1,259 @@
+"""docs/queries.md, as it is written: every question in every engine that installs from a package."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pandas as pd
+import pytest
+import sqlglot
+from pages import DOCS, Block, blocks, run_python, statements
+from scored_output import NEW_MODEL, OLD_MODEL, day_of, photographs, write_output
+
+from csflow.scores import ERRORS, SCORES
+
+PAGE = list(blocks(DOCS / "queries.md"))
+ABOUT_ERRORS = {"Error rates by code and day", "Open errors"}
+
+
+def set_up(language: str, engine: str | None, word: str) -> list[Block]:
+    wanted = {word} | ({engine} if engine else set())
+    return [
+        b for b in PAGE if b.language == language and wanted <= b.words and (engine or wanted == set(b.words))
+    ]
+
+
+def questions(language: str) -> dict[str, Block]:
+    return {block.heading: block for block in PAGE if block.language == language and not block.words}
+
+
+QUESTIONS = list(questions("sql"))
+Answers = dict[str, pd.DataFrame]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder that holds `demo/scores`, made the working folder."""
+    folder = tmp_path_factory.mktemp("queries")
+    write_output(folder / "demo" / "scores")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def duckdb_answers(folder: Path) -> Answers:
+    return ask_duckdb([*set_up("sql", "duckdb", "setup"), *set_up("sql", "duckdb", "errors")])
+
+
+def ask_duckdb(views: list[Block], transpiled: Callable[[str], str] = str) -> Answers:
+    connection = duckdb.connect()
+    for block in views:
+        for statement in statements(block):
+            connection.execute(transpiled(statement))
+    return {
+        heading: connection.execute(transpiled(statements(block)[0])).df()
+        for heading, block in questions("sql").items()
+    }
+
+
+@pytest.fixture(scope="module")
+def polars_answers(folder: Path) -> Answers:
+    names: dict[str, Any] = {}
+    for block in [*set_up("python", None, "setup"), *set_up("python", None, "errors")]:
+        run_python(block, names)
+    return {heading: run_python(block, names).to_pandas() for heading, block in questions("python").items()}
+
+
+@pytest.fixture(scope="module")
+def spark_answers(folder: Path) -> Iterator[Answers]:
+    pytest.importorskip("pyspark")
+    if not (shutil.which("java") or os.environ.get("JAVA_HOME")):
+        pytest.skip("Spark needs Java")
+    from pyspark.sql import SparkSession
+
+    # Little data: compiling, planning and the warming up of the JVM would take most of the time.
+    quick = {
+        "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -Xshare:auto",
+        "spark.log.level": "OFF",
+        "spark.sql.adaptive.enabled": False,
+        "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+        "spark.sql.codegen.wholeStage": False,
+        "spark.sql.shuffle.partitions": 1,
+        "spark.sql.sources.parallelPartitionDiscovery.threshold": 1000,
+        "spark.ui.enabled": False,
+        "spark.ui.showConsoleProgress": False,
+    }
+    builder = SparkSession.builder.master("local[1]")
+    for name, value in quick.items():
+        builder = builder.config(name, value)
+    spark = builder.getOrCreate()
+    names: dict[str, Any] = {}
+    for block in [*set_up("python", "spark", "setup"), *set_up("python", "spark", "errors")]:
+        run_python(block, names)
+    yield {
+        heading: pd.DataFrame([row.asDict() for row in spark.sql(statements(block)[0]).collect()])
+        for heading, block in questions("sql").items()
+    }
+    spark.stop()
+
+
+@pytest.fixture(scope="module")
+def trino_answers(folder: Path) -> Answers:
+    """Trino's SQL translated to DuckDB's, over the files in place of the external tables."""
+
+    def translate(statement: str) -> str:
+        return sqlglot.transpile(statement, read="trino", write="duckdb")[0]
+
+    tables = "CREATE VIEW all_scores AS {};\nCREATE VIEW errors AS {};\n".format(
+        *(
+            f"SELECT * FROM read_parquet('demo/scores/{kind}/*/*/*.parquet', "
+            "hive_types = {'model_id': VARCHAR, 'date': DATE})"
+            for kind in ("scores", "errors")
+        )
+    )
+    connection = duckdb.connect()
+    connection.execute(tables)
+    for block in set_up("sql", "trino", "setup"):
+        if "athena" in block.words:
+            for statement in statements(block):
+                connection.execute(translate(statement))
+    return {
+        heading: connection.execute(translate(statements(block)[0])).df()
+        for heading, block in questions("sql").items()
+    }
+
+
+def plain(answer: pd.DataFrame) -> pd.DataFrame:
+    """Dates as text and numbers as floats, so that engines can be compared."""
+
+    def value(cell: Any) -> Any:
+        if isinstance(cell, str):
+            return cell
+        return cell.isoformat()[:10] if hasattr(cell, "isoformat") else float(cell)
+
+    return answer.map(value)
+
+
+@pytest.mark.parametrize("engine", ["polars", "spark", "trino"])
+def test_engines_give_the_same_answers(engine, duckdb_answers, request):
+    answers: Answers = request.getfixturevalue(f"{engine}_answers")
+    assert list(answers) == QUESTIONS
+    for heading, expected in duckdb_answers.items():
+        answer = answers[heading]
+        assert len(expected), heading
+        pd.testing.assert_frame_equal(plain(answer), plain(expected), rtol=1e-6, obj=heading)
+
+
+def test_the_worst_of_the_last_night_come_first(duckdb_answers):
+    worst = duckdb_answers["The worst images of the night"]
+    assert len(worst) == 20
+    assert set(worst.image_uri) <= set(photographs(20))
+    assert worst.anomaly_score.is_monotonic_decreasing
+    assert set(worst.line) == {"line-1", "line-2", "line-3", "line-4"}
+
+
+def test_the_line_with_defects_stands_out(duckdb_answers):
+    by_line = duckdb_answers["By line and day"].groupby("line")[["images", "anomalous"]].sum()
+    share = by_line.anomalous / by_line.images
+    assert share.idxmax() == "line-3"
+    assert by_line.images.sum() == 7 * 24 - 4  # the new model's nights, one of them with four broken images
+
+
+def test_drift_of_the_old_model_shows_from_week_to_week(duckdb_answers):
+    drift = duckdb_answers["Drift over weeks"].set_index("model_id")
+    assert list(drift.loc[OLD_MODEL].share_below_5_percent) == sorted(
+        drift.loc[OLD_MODEL].share_below_5_percent
+    )
+    assert drift.loc[OLD_MODEL].mean_p_value.iloc[-1] < 0.2 < 0.3 < drift.loc[NEW_MODEL].mean_p_value
+
+
+def test_defects_are_found_where_they_are(duckdb_answers):
+    hottest = duckdb_answers["Where on the part: maps"].iloc[0]
+    assert (hottest.map_row, hottest.map_column) == (1, 6)
+    assert hottest.anomalous > 5 * hottest.others
+    peak = duckdb_answers["Where on the part: peaks"].iloc[0]
+    assert (peak.fourth_down, peak.fourth_across) == (0, 3)
+
+
+def test_models_are_compared_on_the_images_that_both_scored(duckdb_answers):
+    [compared] = duckdb_answers["Two models on the same images"].itertuples()
+    assert compared.images == 7 * 24 - 4
+    assert compared.flagged_by_both > 5
+    assert compared.only_by_previous > compared.only_by_latest  # the old one has drifted
+    changed = duckdb_answers["Images whose score changed with a new model"]
+    ratios = (changed.p_now / changed.p_before).tolist()
+    extremes = [max(ratio, 1 / ratio) for ratio in ratios]
+    assert extremes == sorted(extremes, reverse=True)
+
+
+def test_an_image_that_failed_twice_is_one_image_in_the_error_rates(duckdb_answers):
+    rates = duckdb_answers["Error rates by code and day"]
+    night = rates[rates.date == pd.Timestamp(day_of(3))].set_index("error_code")
+    assert dict(night.images) == {"corrupt": 2, "too_large": 1, "truncated": 1}
+    assert night.share["corrupt"] == pytest.approx(2 / 24)
+
+
+def test_an_image_scored_after_it_failed_is_not_open(duckdb_answers):
+    errors = duckdb_answers["Open errors"]
+    broken = {uri for night in (3, 8, 13, 18) for uri in photographs(night) if uri.endswith("005.png")}
+    assert set(errors.image_uri) == broken
+    assert "timeout" not in set(errors.error_code)
+    assert errors.attempts.max() == 2
+
+
+def test_an_output_without_errors_or_a_second_model_answers_all_other_questions(folder, tmp_path):
+    """As after the demo: one night, one model, no error."""
+    write_output(tmp_path / "demo" / "scores", range(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        connection = duckdb.connect()
+        for statement in statements(set_up("sql", "duckdb", "setup")[0]):
+            connection.execute(statement)
+        names: dict[str, Any] = {}
+        run_python(set_up("python", None, "setup")[0], names)
+        for heading in set(QUESTIONS) - ABOUT_ERRORS:
+            answer = connection.execute(statements(questions("sql")[heading])[0]).df()
+            in_polars = run_python(questions("python")[heading], names)
+            assert len(answer) == len(in_polars), heading
+            assert len(answer) or "new model" in heading, heading
+
+
+def test_the_tables_of_athena_and_trino_are_those_of_the_contract():
+    types = {
+        "string": ("STRING", "VARCHAR"),
+        "int32": ("INT", "INTEGER"),
+        "float": ("FLOAT", "REAL"),
+        "double": ("DOUBLE", "DOUBLE"),
+        "bool": ("BOOLEAN", "BOOLEAN"),
+        "list<element: float>": ("ARRAY<FLOAT>", "ARRAY(REAL)"),
+        "timestamp[us, tz=UTC]": ("TIMESTAMP", "TIMESTAMP(6)"),
+    }
+    for place, engine in enumerate(("athena", "trino")):
+        tables = [b for b in set_up("sql", engine, "setup") if "CREATE" in b.code and "TABLE" in b.code]
+        declared = {}
+        for block in tables:
+            for statement in statements(block):
+                parsed = sqlglot.parse_one(statement, dialect=engine)
+                if parsed.key == "create" and parsed.kind == "TABLE":
+                    columns = {
+                        c.name: c.kind.sql(dialect="hive" if engine == "athena" else engine)
+                        for c in parsed.this.expressions
+                    }
+                    declared[parsed.this.this.name] = columns
+        for name, schema in {"all_scores": SCORES, "errors": ERRORS}.items():
+            expected = {field.name: types[str(field.type)][place] for field in schema}
+            columns = {c: kind for c, kind in declared[name].items() if c not in ("model_id", "date")}
+            assert columns == expected
+
+
+@pytest.mark.parametrize("dialect", ["athena", "trino"])
+def test_questions_are_understood_by_athena_and_trino(dialect):
+    blocks = [*questions("sql").values(), *set_up("sql", dialect, "setup")]
+    for block in blocks:
+        for statement in statements(block):
+            if not statement.startswith("CALL"):  # a procedure of the connector, no SQL of the parser's
+                sqlglot.parse_one(statement, dialect=dialect)
