@@ -1,47 +1,72 @@
 """The evaluation job, on Parquet files in the schema of a scoring job."""
 
+import io
 import json
 import subprocess
 import sys
+import tarfile
+import tracemalloc
+import xml.etree.ElementTree
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from csflow.errors import ExitStatus, WrongUse
-from csflow.evaluate import EvaluateConfig, evaluate, image_metrics, mvtec_labels, read_labels
+from csflow.evaluate import EvaluateConfig, evaluate, image_metrics
+from csflow.evaluate.image_metrics import Ranking, bootstrap_intervals, share
+from csflow.evaluate.labels import Label, mvtec_labels, read_labels
+from csflow.evaluate.pixel_metrics import FPR_LIMIT, PixelHistograms, upsample
 from csflow.scores import SCORES
 from csflow.storage import Location
 
 NIGHT = datetime(2026, 9, 28, 2, tzinfo=UTC)
 
 
-def write_scores(output: Path, scores: dict[str, float], model_id: str = "m1", night: int = 0) -> None:
+def write_scores(
+    output: Path,
+    scores: dict[str, float],
+    model_id: str = "m1",
+    night: int = 0,
+    size: tuple[int, int] = (8, 8),
+    maps: dict[str, np.ndarray] | None = None,
+    flagged: tuple[str, ...] = (),
+) -> None:
+    """Rows as a scoring job writes them; `maps` gives the anomaly maps, None for those of --maps none."""
     scored_at = NIGHT + timedelta(days=night)
-    rows = [
-        {
-            "image_uri": uri,
-            "image_version": f"v{night}",
-            "image_height": 8,
-            "image_width": 8,
-            "anomaly_score": score,
-            "scale_scores": [score],
-            "p_value": 0.5,
-            "is_anomalous": False,
-            "anomaly_map": [score] * 4,
-            "map_height": 2,
-            "map_width": 2,
-            "peak_y": 2.0,
-            "peak_x": 2.0,
-            "run_id": "r1",
-            "scored_at": scored_at,
-        }
-        for uri, score in scores.items()
-    ]
+    rows = []
+    for uri, score in scores.items():
+        anomaly_map = np.full((2, 2), score) if maps is None else maps.get(uri)
+        height, width = (2, 2) if anomaly_map is None else anomaly_map.shape
+        rows.append(
+            {
+                "image_uri": uri,
+                "image_version": f"v{night}",
+                "image_height": size[0],
+                "image_width": size[1],
+                "anomaly_score": score,
+                "scale_scores": [score],
+                "p_value": 0.5,
+                "is_anomalous": uri in flagged,
+                "anomaly_map": None if anomaly_map is None else anomaly_map.ravel(),
+                "map_height": height,
+                "map_width": width,
+                "peak_y": 2.0,
+                "peak_x": 2.0,
+                "run_id": "r1",
+                "scored_at": scored_at,
+            }
+        )
     folder = output / "scores" / f"model_id={model_id}" / f"date={scored_at.date()}"
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, SCORES), folder / f"part-{night}.parquet", compression="zstd")
@@ -89,7 +114,11 @@ def test_evaluation_holds_metrics_and_counts_and_prints_them(tmp_path: Path, cap
     assert evaluation["metrics"]["image_auroc"] == 1.0
     printed = capsys.readouterr().out
     assert "1 of 3 labelled images have no score" in printed
-    assert "image_auroc         1.0000" in printed
+    assert "image_auroc         1.0000   1.0000 - 1.0000" in printed
+    assert (
+        "best_f1             1.0000   1.0000 - 1.0000   at 2.0000, a threshold chosen on these labels"
+        in printed
+    )
 
 
 def test_the_latest_score_of_an_image_counts(tmp_path: Path) -> None:
@@ -116,10 +145,10 @@ def test_relative_image_uris_start_at_the_folder_of_the_label_table(tmp_path: Pa
 def test_relative_image_uris_of_a_table_in_a_store_start_there() -> None:
     location = Location("memory://bucket/labels.csv")
     location.write(b"image_uri,label\nimages/a.png,0\n/local/b.png,1\ns3://other/c.tar!/c.png,1\n")
-    assert read_labels(location) == {
-        "memory://bucket/images/a.png": 0,
-        "/local/b.png": 1,
-        "s3://other/c.tar!/c.png": 1,
+    assert {uri: label.is_defective for uri, label in read_labels(location).items()} == {
+        "memory://bucket/images/a.png": False,
+        "/local/b.png": True,
+        "s3://other/c.tar!/c.png": True,
     }
 
 
@@ -129,7 +158,7 @@ def test_labels_may_be_parquet_with_further_columns(tmp_path: Path) -> None:
         {
             "image_uri": pa.array(["/d/a.png", "/d/b.png"], pa.large_string()),
             "label": [False, True],
-            "mask_uri": [None, "/d/b-mask.png"],
+            "operator": [None, "B. Franz"],
         }
     )
     pq.write_table(table, tmp_path / "labels.parquet")
@@ -146,9 +175,11 @@ def test_mvtec_layout_labels_the_test_images_by_their_folder(tmp_path: Path) -> 
             "test/good/000.png",
         ]
     ) == {
-        "s3://b/bottle/test/good/000.png": 0,
-        "s3://b/bottle.tar!/bottle/test/crack/000.png": 1,
-        "test/good/000.png": 0,
+        "s3://b/bottle/test/good/000.png": Label(False),
+        "s3://b/bottle.tar!/bottle/test/crack/000.png": Label(
+            True, "crack", "s3://b/bottle.tar!/bottle/ground_truth/crack/000_mask.png"
+        ),
+        "test/good/000.png": Label(False),
     }
     write_scores(tmp_path / "out", {"/m/test/good/0.png": 1.0, "/m/test/hole/0.png": 2.0, "/m/x.png": 3.0})
     images = run(tmp_path, layout="mvtec")["images"]
@@ -219,3 +250,331 @@ def test_the_job_leaves_with_status_2_and_one_line_on_wrong_use(tmp_path: Path) 
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (ExitStatus.WRONG_USE, "", 1)
     assert done.stderr.startswith(f"error: {tmp_path} holds no scores")
+
+
+# --- Image metrics and their intervals -------------------------------------------------------------------
+
+
+def overlapping_scores(images: int, seed: int = 0) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Labels and scores, rounded so that many are tied."""
+    random = np.random.default_rng(seed)
+    labels = random.random(images) < 0.3
+    return labels, (random.normal(size=images) + labels).round(1)
+
+
+def test_image_metrics_equal_those_of_scikit_learn() -> None:
+    labels, scores = overlapping_scores(700)
+    metrics = image_metrics(labels, scores)
+    assert metrics["image_auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    assert metrics["average_precision"] == pytest.approx(average_precision_score(labels, scores), abs=1e-12)
+    fpr, recall, _ = roc_curve(labels, scores, drop_intermediate=False)
+    assert metrics["fpr_at_95_recall"] == pytest.approx(fpr[np.argmax(recall >= 0.95)], abs=1e-12)
+    f1 = [
+        2 * (labels & (scores >= t)).sum() / (labels.sum() + (scores >= t).sum()) for t in np.unique(scores)
+    ]
+    assert metrics["best_f1"] == pytest.approx(max(f1), abs=1e-12)
+    assert metrics["best_f1_threshold"] == np.unique(scores)[np.argmax(f1)]
+
+
+def test_bootstrap_intervals_hold_what_resampling_the_images_gives() -> None:
+    labels, scores = overlapping_scores(200)
+    found = bootstrap_intervals(Ranking.of(labels, scores), 800, seed=1)
+    random = np.random.default_rng(2)
+    groups = [np.flatnonzero(labels), np.flatnonzero(~labels)]
+    drawn = [np.concatenate([random.choice(group, len(group)) for group in groups]) for _ in range(800)]
+    expected = [image_metrics(labels[rows], scores[rows]) for rows in drawn]
+    for name, interval in found.items():
+        reference = np.quantile([metrics[name] for metrics in expected], [0.025, 0.975])
+        np.testing.assert_allclose(interval, reference, atol=0.03)
+
+
+def test_a_bootstrap_interval_repeats_itself_and_holds_the_true_value_nineteen_times_of_twenty() -> None:
+    covered = 0
+    for seed in range(60):
+        random = np.random.default_rng(seed)
+        labels = np.arange(120) < 60
+        ranking = Ranking.of(labels, random.normal(size=120) + labels)
+        low, high = bootstrap_intervals(ranking, 200)["image_auroc"]
+        assert (low, high) == bootstrap_intervals(ranking, 200)["image_auroc"]
+        covered += low <= 0.7602 <= high  # Φ(1/√2)
+    assert covered >= 51  # below that with a probability of 1 in 500 at 95 % coverage
+
+
+def test_flagged_shares_are_given_with_exact_intervals(tmp_path: Path) -> None:
+    scores = {f"/d/good{i}.png": float(i) for i in range(20)} | {f"/d/bad{i}.png": 30.0 for i in range(4)}
+    write_scores(
+        tmp_path / "out", scores, flagged=("/d/good19.png", "/d/bad0.png", "/d/bad1.png", "/d/bad2.png")
+    )
+    labels = write_labels(tmp_path / "labels.csv", {uri: int("bad" in uri) for uri in scores})
+    evaluation = run(tmp_path, labels=labels)
+    assert evaluation["metrics"]["flag_fpr"] == pytest.approx(1 / 20)
+    assert evaluation["metrics"]["flag_recall"] == pytest.approx(3 / 4)
+    # Table of Clopper and Pearson: 1 of 20.
+    assert evaluation["intervals"]["flag_fpr"] == pytest.approx([0.0013, 0.2487], abs=1e-4)
+    assert share([False] * 10)[1] == pytest.approx((0, 0.3085), abs=1e-4)
+
+
+def test_each_defect_class_is_measured_against_all_normal_images(tmp_path: Path, capsys: Any) -> None:
+    scores = {"/d/a.png": 1.0, "/d/b.png": 3.0, "/d/crack.png": 4.0, "/d/dust.png": 2.0, "/d/odd.png": 5.0}
+    write_scores(tmp_path / "out", scores)
+    (tmp_path / "labels.csv").write_text(
+        "image_uri,label,defect_class\n/d/a.png,0,\n/d/b.png,0,\n/d/odd.png,1,\n"
+        "/d/crack.png,1,crack\n/d/dust.png,1,dust\n"
+    )
+    classes = run(tmp_path, labels=str(tmp_path / "labels.csv"))["defect_classes"]
+    assert {name: found["metrics"]["image_auroc"] for name, found in classes.items()} == {
+        "crack": 1.0,
+        "dust": 0.5,
+    }
+    assert classes["dust"]["images"] == 1
+    assert "dust                     1  0.5000       0.0000 - 1.0000" in capsys.readouterr().out
+
+
+def test_a_folder_gets_the_metrics_and_plots_that_are_well_formed(tmp_path: Path) -> None:
+    labels, scores = overlapping_scores(3000)
+    scores = scores + np.arange(3000) * 1e-6  # all distinct: more points than a plot needs
+    uris = [f"/d/{i}.png" for i in range(3000)]
+    write_scores(tmp_path / "out", dict(zip(uris, scores, strict=True)))
+    table = write_labels(tmp_path / "labels.csv", dict(zip(uris, labels.astype(int), strict=True)))
+    config = EvaluateConfig(
+        scores=str(tmp_path / "out"), labels=table, output=str(tmp_path / "result"), bootstrap=100
+    )
+    assert evaluate(config) == ExitStatus.DONE
+    names = {path.name for path in (tmp_path / "result").iterdir()}
+    assert names == {"metrics.json", "roc.svg", "precision_recall.svg", "score_histogram.svg"}
+    for path in (tmp_path / "result").glob("*.svg"):
+        drawing = xml.etree.ElementTree.parse(path).getroot()
+        assert len(drawing.findall("{http://www.w3.org/2000/svg}polyline")) in (1, 2)
+        assert path.stat().st_size < 30_000
+
+
+# --- Pixel metrics against a slow reference --------------------------------------------------------------
+
+
+def defects(images: int, size: tuple[int, int], seed: int = 0) -> list[tuple[np.ndarray, NDArray[np.bool_]]]:
+    """Maps in a native resolution and masks: some empty, some of several regions that touch at corners."""
+    random = np.random.default_rng(seed)
+    made = []
+    for i in range(images):
+        mask_HW = np.zeros(size, bool)
+        for _ in range(i % 4):
+            y, x = random.integers(0, size[0] - 9), random.integers(0, size[1] - 9)
+            mask_HW[y : y + random.integers(2, 9), x : x + random.integers(2, 9)] = True
+        if i % 4 == 3:
+            mask_HW[np.arange(5), np.arange(5)] = True  # one region by corners alone
+        small = np.asarray(Image.fromarray(mask_HW.astype(np.float32)).resize((size[1] // 8, size[0] // 8)))
+        noise = random.chisquare(4, small.shape) / 4
+        made.append(((noise + 4 * small).astype(np.float32), mask_HW))
+    return made
+
+
+def exact_aupro(images: list[tuple[np.ndarray, NDArray[np.bool_]]]) -> float:
+    """Every value a threshold, every region looked at anew for each of them."""
+    maps = [upsample(anomaly_map, *mask.shape) for anomaly_map, mask in images]
+    regions = []
+    for level, (_, mask) in zip(maps, images, strict=True):
+        numbers, count = ndimage.label(mask, np.ones((3, 3)))
+        regions += [np.sort(level[numbers == number]) for number in range(1, count + 1)]
+    normal = np.sort(np.concatenate([level[~mask] for level, (_, mask) in zip(maps, images, strict=True)]))
+    thresholds = np.unique(np.concatenate([level.ravel() for level in maps]))[::-1]
+    fpr, pro = [0.0], [0.0]
+    for threshold in thresholds:
+        fpr.append(1 - np.searchsorted(normal, threshold) / len(normal))
+        pro.append(np.mean([1 - np.searchsorted(region, threshold) / len(region) for region in regions]))
+    end = np.searchsorted(fpr, FPR_LIMIT, side="right")
+    x = np.append(fpr[:end], FPR_LIMIT)
+    y = np.append(pro[:end], np.interp(FPR_LIMIT, fpr[end - 1 : end + 1], pro[end - 1 : end + 1]))
+    return float(np.trapezoid(y, x) / FPR_LIMIT)
+
+
+def counted(images: list[tuple[np.ndarray, NDArray[np.bool_]]]) -> PixelHistograms:
+    histograms = PixelHistograms()
+    for anomaly_map, mask in images:
+        histograms.add(anomaly_map, mask)
+    return histograms
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_binned_pixel_metrics_equal_the_exact_ones_within_their_stated_error(seed: int) -> None:
+    images = defects(12, (48, 64), seed)
+    histograms = counted(images)
+    auroc, aupro = histograms.auroc(), histograms.aupro()
+    levels = np.concatenate([upsample(m, *mask.shape).ravel() for m, mask in images])
+    exact_auroc = roc_auc_score(np.concatenate([mask.ravel() for _, mask in images]), levels)
+    assert abs(auroc.value - exact_auroc) <= auroc.binning_error + 1e-9
+    assert abs(aupro.value - exact_aupro(images)) <= aupro.binning_error + 1e-9
+    assert max(auroc.binning_error, aupro.binning_error) < 5e-4
+    assert 0.3 < aupro.value < 0.99  # neither trivial nor hopeless
+    assert histograms.regions == sum(ndimage.label(mask, np.ones((3, 3)))[1] for _, mask in images)
+
+
+def test_tied_pixels_count_half_and_a_perfect_map_has_the_whole_area() -> None:
+    mask_HW = np.zeros((16, 16), bool)
+    mask_HW[4:8, 4:8] = True
+    flat = counted([(np.ones((16, 16), np.float32), mask_HW)])
+    assert flat.auroc() == (0.5, 0.5)
+    assert flat.aupro().value == pytest.approx(0.15)  # below the diagonal up to 0.3
+    perfect = counted([(mask_HW.astype(np.float32), mask_HW)])
+    assert (perfect.auroc().value, perfect.aupro().value) == (1.0, 1.0)
+
+
+def test_a_small_region_weighs_as_much_as_a_large_one() -> None:
+    mask_HW = np.zeros((32, 32), bool)
+    mask_HW[:16, :16] = True
+    mask_HW[30, 30] = True
+    found = np.zeros((32, 32), np.float32)
+    found[:16, :16] = 1
+    histograms = counted([(found, mask_HW)])
+    fpr, pro = histograms.pro_curve()
+    assert pro[np.flatnonzero(fpr == 0).max()] == pytest.approx(1 / 2)
+    assert histograms.auroc().value == pytest.approx((256 + 1 / 2) / 257)
+
+
+def test_map_values_that_are_no_number_rank_highest() -> None:
+    mask_HW = np.zeros((4, 4), bool)
+    mask_HW[0, 0] = True
+    anomaly_map = np.ones((4, 4), np.float32)
+    for value in (np.nan, np.inf):
+        anomaly_map[0, 0] = value
+        assert counted([(anomaly_map, mask_HW)]).auroc().value == 1.0
+    with pytest.raises(ValueError, match="cannot be negative"):
+        counted([(-anomaly_map, mask_HW)])
+
+
+def test_maps_are_upsampled_as_torch_does_it() -> None:
+    anomaly_map = np.random.default_rng(0).random((3, 5), np.float32)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(anomaly_map)[None, None], size=(17, 40), mode="bilinear", align_corners=False
+    )
+    np.testing.assert_allclose(upsample(anomaly_map, 17, 40), expected[0, 0], atol=1e-6)
+
+
+def test_ten_million_pixels_need_no_more_memory_than_one_million() -> None:
+    anomaly_map, mask_HW = defects(4, (512, 512))[3]
+    peaks = []
+    for images in (4, 40):
+        tracemalloc.start()
+        assert counted([(anomaly_map, mask_HW)] * images).regions
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.05 * peaks[0] < 64 << 20
+
+
+# --- Pixel metrics of scored images ----------------------------------------------------------------------
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def pixel_labels() -> dict[str, tuple[np.ndarray, NDArray[np.bool_]]]:
+    """Map and mask by image name; an image is defective if its mask is not empty."""
+    return {f"{i}.png": image for i, image in enumerate(defects(8, (40, 48)))}
+
+
+def write_pixels(output: Path, root: str, images: dict[str, tuple[np.ndarray, NDArray[np.bool_]]]) -> None:
+    folders = {name: "crack" if mask.any() else "good" for name, (_, mask) in images.items()}
+    maps = {f"{root}/test/{folders[name]}/{name}": m for name, (m, _) in images.items()}
+    write_scores(output, {uri: float(m.mean()) for uri, m in maps.items()}, size=(40, 48), maps=maps)
+
+
+def assert_exact(pixels: dict[str, Any], images: dict[str, tuple[np.ndarray, NDArray[np.bool_]]]) -> None:
+    masks = np.concatenate([mask.ravel() for _, mask in images.values()])
+    levels = np.concatenate([upsample(m, *mask.shape).ravel() for m, mask in images.values()])
+    error = pixels["binning_error"]
+    assert pixels["metrics"]["pixel_auroc"] == pytest.approx(
+        roc_auc_score(masks, levels), abs=error["pixel_auroc"]
+    )
+    assert pixels["metrics"]["aupro"] == pytest.approx(exact_aupro(list(images.values())), abs=error["aupro"])
+
+
+def test_mvtec_layout_finds_the_masks_in_a_store_and_in_an_archive(
+    tmp_path: Path, s3_bucket: str, pixel_labels: Any
+) -> None:
+    bucket = s3_bucket.removeprefix("s3://")
+    tar = tarfile.open(tmp_path / "part.tar", "w")  # noqa: SIM115
+    for name, (_, mask) in pixel_labels.items():
+        data = png(mask.astype(np.uint8) * 255)
+        if mask.any():
+            key = f"part/ground_truth/crack/{name.replace('.png', '_mask.png')}"
+            boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=data)
+            member = tarfile.TarInfo(key)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    tar.close()
+    for number, root in enumerate((f"{s3_bucket}/part", f"{tmp_path}/part.tar!/part")):
+        write_pixels(tmp_path / f"out{number}", root, pixel_labels)
+        config = EvaluateConfig(
+            scores=str(tmp_path / f"out{number}"), layout="mvtec", output=str(tmp_path / "result")
+        )
+        assert evaluate(config) == ExitStatus.DONE
+        pixels = json.loads((tmp_path / "result" / "metrics.json").read_text())["pixels"]
+        assert pixels["images"] == {"normal": 2, "with_mask": 6, "without_mask": 0}
+        assert_exact(pixels, pixel_labels)
+        assert (tmp_path / "result" / "pro.svg").exists()
+
+
+def test_a_label_table_names_masks_and_the_latest_map_of_an_image_counts(
+    tmp_path: Path, pixel_labels: Any, capsys: Any
+) -> None:
+    write_pixels(tmp_path / "out", "/d", pixel_labels)
+    stale = {uri: (m[::-1], mask) for uri, (m, mask) in pixel_labels.items()}
+    maps = {f"/d/test/crack/{name}": m for name, (m, _) in stale.items()}
+    write_scores(tmp_path / "out", dict.fromkeys(maps, 0.5), night=-1, size=(40, 48), maps=maps)
+    lines = ["image_uri,label,mask_uri"]
+    for name, (_, mask) in pixel_labels.items():
+        (tmp_path / name).write_bytes(png(mask.astype(np.uint8)))  # class indices: 1 is nonzero
+        folder = "crack" if mask.any() else "good"
+        lines.append(f"/d/test/{folder}/{name},{int(mask.any())},{name if mask.any() else ''}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    assert_exact(run(tmp_path, labels=str(tmp_path / "labels.csv"))["pixels"], pixel_labels)
+    assert "masks               6 images, " in capsys.readouterr().out
+
+
+def test_defective_images_without_a_mask_are_left_out_of_pixel_metrics_and_counted(
+    tmp_path: Path, capsys: Any
+) -> None:
+    images = {f"{i}.png": image for i, image in enumerate(defects(4, (40, 48)))}
+    write_pixels(tmp_path / "out", f"{tmp_path}/part", images)
+    assert run(tmp_path, layout="mvtec")["pixels"] == {
+        "images": {"normal": 1, "with_mask": 0, "without_mask": 3}
+    }
+    folder = tmp_path / "part" / "ground_truth" / "crack"
+    folder.mkdir(parents=True)
+    (folder / "3_mask.png").write_bytes(png(images["3.png"][1]))
+    pixels = run(tmp_path, layout="mvtec")["pixels"]
+    assert pixels["images"] == {"normal": 1, "with_mask": 1, "without_mask": 2}
+    assert_exact(pixels, {name: images[name] for name in ("0.png", "3.png")})
+    assert "2 defective images, left out of pixel metrics" in capsys.readouterr().out
+    assert "pixels" not in run(tmp_path, layout="mvtec", pixel_metrics=False)
+
+
+@pytest.mark.parametrize(
+    ("mask", "complaint"),
+    [
+        (np.ones((8, 9), np.uint8), r"mask .*b\.png has 8 x 9 pixels, its image /d/b\.png has 8 x 8"),
+        (np.zeros((8, 8), np.uint8), r"b\.png marks no pixel of a defective image, /d/b\.png"),
+        (b"no image", r"mask .*b\.png cannot be read \(unsupported_format"),
+        (None, r"mask .*b\.png cannot be read \(not_found"),
+    ],
+)
+def test_a_mask_that_cannot_be_used_is_named(tmp_path: Path, mask: Any, complaint: str) -> None:
+    write_scores(tmp_path / "out", {"/d/a.png": 1.0, "/d/b.png": 2.0})
+    (tmp_path / "labels.csv").write_text("image_uri,label,mask_uri\n/d/a.png,0,\n/d/b.png,1,b.png\n")
+    if mask is not None:
+        (tmp_path / "b.png").write_bytes(mask if isinstance(mask, bytes) else png(mask))
+    with pytest.raises(WrongUse, match=complaint):
+        run(tmp_path, labels=str(tmp_path / "labels.csv"))
+
+
+def test_scores_without_maps_are_refused_where_masks_ask_for_them(tmp_path: Path) -> None:
+    write_scores(tmp_path / "out", {"/d/a.png": 1.0, "/d/b.png": 2.0}, maps={})
+    (tmp_path / "labels.csv").write_text("image_uri,label,mask_uri\n/d/a.png,0,\n/d/b.png,1,b.png\n")
+    (tmp_path / "b.png").write_bytes(png(np.ones((8, 8), np.uint8)))
+    labels = str(tmp_path / "labels.csv")
+    with pytest.raises(WrongUse, match=r"2 images, /d/a\.png first, .*--maps native, or pass --no-pixel"):
+        run(tmp_path, labels=labels)
+    assert "pixels" not in run(tmp_path, labels=labels, pixel_metrics=False)

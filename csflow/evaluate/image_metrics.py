@@ -1,0 +1,107 @@
+"""Image-level metrics: how well anomaly scores rank defective images above normal ones.
+
+Dimension letters: T distinct scores, highest first; N images.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest
+
+CONFIDENCE = 0.95
+RECALL = 0.95
+"""Of the metric `fpr_at_95_recall`."""
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How many images of each class have each score: all that a metric of a ranking needs."""
+
+    score_T: NDArray[np.float64]
+    defective_T: NDArray[np.int64]
+    normal_T: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, labels: ArrayLike, anomaly_scores: ArrayLike) -> "Ranking":
+        """Of n images (label 1 defective, 0 normal), both classes among them.
+
+        An anomaly score that is no finite number ranks highest, as its p-value does.
+        """
+        is_defective_N = np.asarray(labels, dtype=bool)
+        score_T, place_N = np.unique(_finite(anomaly_scores), return_inverse=True)
+        counts = [np.bincount(place_N[chosen], minlength=len(score_T)) for chosen in _classes(is_defective_N)]
+        return cls(score_T[::-1], counts[0][::-1], counts[1][::-1])
+
+    def roc(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """False positive rate and recall at each threshold, from (0, 0) to (1, 1)."""
+        rates = [np.append(0, counts_T).cumsum() for counts_T in (self.normal_T, self.defective_T)]
+        return rates[0] / rates[0][-1], rates[1] / rates[1][-1]
+
+    def precision_recall(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Precision and recall at each threshold, highest first."""
+        found_T = self.defective_T.cumsum()
+        return found_T / (found_T + self.normal_T.cumsum()), found_T / found_T[-1]
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics by name. Thresholds between equal scores do not exist, so ties count half in AUROC."""
+        found_T, false_T = self.defective_T.cumsum(), self.normal_T.cumsum()
+        defective, normal = found_T[-1], false_T[-1]
+        pairs_in_order = np.dot(self.normal_T, found_T - self.defective_T / 2)
+        precision_T = found_T / np.maximum(found_T + false_T, 1)
+        f1_T = 2 * found_T / (found_T + false_T + defective)
+        return {
+            "image_auroc": float(pairs_in_order / (defective * normal)),
+            "average_precision": float(np.dot(precision_T, self.defective_T) / defective),
+            "fpr_at_95_recall": float(false_T[np.argmax(found_T / defective >= RECALL)] / normal),
+            "best_f1": float(f1_T.max()),
+        }
+
+    def best_f1_threshold(self) -> float:
+        """The score at which F1 is best, on the labels that it is measured on: an optimistic choice."""
+        found_T = self.defective_T.cumsum()
+        return float(self.score_T[np.argmax(found_T / (found_T + self.normal_T.cumsum() + found_T[-1]))])
+
+    def resampled(self, random: np.random.Generator) -> "Ranking":
+        """As many images of each class, drawn with replacement."""
+        return Ranking(self.score_T, _redraw(self.defective_T, random), _redraw(self.normal_T, random))
+
+
+def image_metrics(labels: ArrayLike, anomaly_scores: ArrayLike) -> dict[str, float]:
+    """AUROC, average precision, FPR at 95 % recall, best F1 and its threshold; see `Ranking.of`."""
+    ranking = Ranking.of(labels, anomaly_scores)
+    return ranking.metrics() | {"best_f1_threshold": ranking.best_f1_threshold()}
+
+
+def bootstrap_intervals(ranking: Ranking, resamples: int, seed: int = 0) -> dict[str, Interval]:
+    """95 % percentile intervals of `Ranking.metrics`, over resamples stratified by class (Efron 1979)."""
+    random = np.random.default_rng(seed)
+    drawn = [ranking.resampled(random).metrics() for _ in range(resamples)]
+    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    intervals = {name: np.quantile([metrics[name] for metrics in drawn], tails) for name in drawn[0]}
+    return {name: (float(low), float(high)) for name, (low, high) in intervals.items()}
+
+
+def share(chosen: ArrayLike) -> tuple[float, Interval]:
+    """Share of true values, and its exact 95 % interval (Clopper and Pearson 1934)."""
+    chosen_N = np.asarray(chosen, dtype=bool)
+    result = binomtest(int(chosen_N.sum()), len(chosen_N))
+    interval = result.proportion_ci(CONFIDENCE, method="exact")
+    return float(result.statistic), (float(interval.low), float(interval.high))
+
+
+def _classes(is_defective_N: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    return is_defective_N, ~is_defective_N
+
+
+def _redraw(counts_T: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
+    place_N = np.repeat(np.arange(len(counts_T)), counts_T)
+    return np.bincount(place_N[random.integers(len(place_N), size=len(place_N))], minlength=len(counts_T))
+
+
+def _finite(anomaly_scores: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(anomaly_scores, dtype=np.float64)
+    finite = np.isfinite(values)
+    return np.where(finite, values, np.nextafter(values[finite].max(initial=0.0), np.inf))

@@ -1,0 +1,116 @@
+"""What is known of images: normal or defective, the kind of defect, and the mask that marks it."""
+
+import posixpath
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.dataset as ds
+
+from csflow.errors import WrongUse
+from csflow.inputs.manifests import canonical_uri
+from csflow.storage import Location
+
+REQUIRED = {"image_uri": pa.string(), "label": pa.float64()}
+OPTIONAL = {"mask_uri": pa.string(), "defect_class": pa.string()}
+
+_MVTEC_TEST_IMAGE = re.compile(r"(?P<root>|.*/)test/(?P<defect_class>[^/]+)/(?P<stem>[^/]+)\.[^./]+")
+
+
+@dataclass(frozen=True)
+class Label:
+    """What is known of one image."""
+
+    is_defective: bool
+    defect_class: str | None = None
+    """None for normal images and where nothing is said."""
+    mask_uri: str | None = None
+    """Image whose nonzero pixels are defective."""
+
+
+@dataclass(frozen=True)
+class LabelledScore:
+    """A labelled image and its latest row in `scores`."""
+
+    label: Label
+    anomaly_score: float
+    is_anomalous: bool
+    scored_at: datetime
+
+
+def read_labels(location: Location) -> dict[str, Label]:
+    """Label by image URI, from a CSV or Parquet file with the columns image_uri and label (0 normal, 1
+    defective), and optionally mask_uri and defect_class.
+
+    Raises:
+        WrongUse: the file is missing, lacks a column, or holds another label or two for one image.
+    """
+    table = _read_table(location)
+    folder = canonical_uri(location.url).rpartition("/")[0] or "/"
+    labels: dict[str, Label] = {}
+    for row in table.to_pylist():
+        uri, value = row["image_uri"], row["label"]
+        if uri is None or value not in (0, 1):
+            raise WrongUse(f"{location}: image {uri} has the label {value}; label must be 0 or 1")
+        uri = canonical_uri(uri, folder)
+        # In CSV an empty field is an empty string.
+        mask, defect_class = row.get("mask_uri") or None, row.get("defect_class") or None
+        label = Label(
+            is_defective=value == 1,
+            defect_class=defect_class if value == 1 else None,
+            mask_uri=canonical_uri(mask, folder) if mask else None,
+        )
+        known = labels.setdefault(uri, label)
+        if known.is_defective != label.is_defective:
+            raise WrongUse(f"{location}: image {uri} has both labels; keep one of them")
+        if known != label:
+            raise WrongUse(f"{location}: image {uri} has two rows that differ; keep one of them")
+    return labels
+
+
+def mvtec_labels(image_uris: Iterable[str]) -> dict[str, Label]:
+    """Label of each test image among these URIs, by MVTec AD's folders.
+
+    `test/good/` holds the normal test images, every other `test/<class>/` defective ones, and
+    `ground_truth/<class>/<image>_mask.png` their masks.
+    """
+    labels = {}
+    for uri in image_uris:
+        match = _MVTEC_TEST_IMAGE.fullmatch(uri)
+        if match and match["defect_class"] == "good":
+            labels[uri] = Label(is_defective=False)
+        elif match:
+            mask_uri = f"{match['root']}ground_truth/{match['defect_class']}/{match['stem']}_mask.png"
+            labels[uri] = Label(True, match["defect_class"], mask_uri)
+    return labels
+
+
+def among(image_uris: Mapping[str, object]) -> pc.Expression:
+    """Filter of `scores`, so that only the rows of these images are held in memory."""
+    return pc.field("image_uri").isin(pa.array(image_uris, pa.string()))
+
+
+def _read_table(location: Location) -> pa.Table:
+    types = REQUIRED | OPTIONAL
+    formats = {
+        ".csv": ds.CsvFileFormat(convert_options=pyarrow.csv.ConvertOptions(column_types=types)),
+        ".parquet": ds.ParquetFileFormat(),
+    }
+    suffix = posixpath.splitext(location.path)[1].lower()
+    if suffix not in formats:
+        raise WrongUse(f"--labels {location} must be a .csv or .parquet file")
+    if not location.exists():
+        raise WrongUse(f"--labels {location} does not exist")
+    try:
+        dataset = ds.dataset([location.path], filesystem=location.fs, format=formats[suffix])
+        missing = [name for name in REQUIRED if name not in dataset.schema.names]
+        if missing:
+            raise WrongUse(f"--labels {location} lacks the column {' and '.join(missing)}")
+        found = {name: type_ for name, type_ in types.items() if name in dataset.schema.names}
+        return dataset.to_table(columns=list(found)).cast(pa.schema(found))
+    except pa.ArrowException as error:
+        raise WrongUse(f"--labels {location} cannot be read: {error}") from None

@@ -1,0 +1,95 @@
+"""What an evaluation leaves behind: plots, and a table in the terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from csflow.charts import Curve, chart, steps
+from csflow.evaluate.image_metrics import Ranking
+from csflow.evaluate.labels import LabelledScore
+from csflow.evaluate.pixel_metrics import FPR_LIMIT, PixelHistograms
+
+HISTOGRAM_BINS = 60
+
+
+def plots(
+    normal: Sequence[LabelledScore],
+    defective: Sequence[LabelledScore],
+    ranking: Ranking,
+    histograms: PixelHistograms | None,
+) -> dict[str, bytes]:
+    """SVG files by name."""
+    precision, recall = ranking.precision_recall()
+    files = {
+        "roc.svg": chart([Curve("ROC", *ranking.roc())], "false positive rate", "recall"),
+        "precision_recall.svg": chart([Curve("precision", recall, precision)], "recall", "precision"),
+        "score_histogram.svg": _score_histogram(normal, defective),
+    }
+    if histograms:
+        fpr, pro = histograms.pro_curve()
+        below = fpr <= FPR_LIMIT
+        curve = Curve("PRO", fpr[below], pro[below])
+        files["pro.svg"] = chart([curve], "false positive rate of pixels", "per-region overlap")
+    return files
+
+
+def _score_histogram(normal: Sequence[LabelledScore], defective: Sequence[LabelledScore]) -> bytes:
+    scores = [np.array([image.anomaly_score for image in images]) for images in (normal, defective)]
+    finite = [values[np.isfinite(values)] for values in scores]
+    edges = np.histogram_bin_edges(np.concatenate(finite), HISTOGRAM_BINS)
+    shares = [
+        np.histogram(values, edges)[0] / len(images) for values, images in zip(finite, scores, strict=True)
+    ]
+    curves = [
+        Curve(name, *steps(values, edges), is_filled=True)
+        for name, values in zip(("normal", "defective"), shares, strict=True)
+    ]
+    return chart(curves, "anomaly score", "share of images")
+
+
+def print_evaluation(evaluation: Mapping[str, Any]) -> None:
+    images, metrics = evaluation["images"], evaluation["metrics"]
+    print(f"{'model':<20}{evaluation['model_id']}")
+    print(f"{'images':<20}{images['normal']:,} normal, {images['defective']:,} defective")
+    if images["missing"]:
+        print(f"{'missing':<20}{images['missing']:,} of {images['labelled']:,} labelled images have no score")
+    notes = {
+        "best_f1": f"at {metrics['best_f1_threshold']:.4f}, a threshold chosen on these labels",
+        "flag_fpr": "share of normal images that are flagged (is_anomalous)",
+        "flag_recall": "share of defective images that are flagged",
+    }
+    print(f"{'':<20}{'':<9}95 % interval")
+    for name, interval in evaluation["intervals"].items():
+        print(f"{name:<20}{metrics[name]:.4f}   {_shown(interval)}   {notes.get(name, '')}".rstrip())
+    _print_pixels(evaluation.get("pixels"))
+    _print_classes(evaluation["defect_classes"])
+
+
+def _print_pixels(pixels: Mapping[str, Any] | None) -> None:
+    if pixels is None or "metrics" not in pixels:
+        return
+    images = pixels["images"]
+    for name, value in pixels["metrics"].items():
+        print(f"{name:<20}{value:.4f}   ± {pixels['binning_error'][name]:.1g} by binning")
+    print(f"{'masks':<20}{images['with_mask']:,} images, {pixels['regions']:,} defective regions")
+    if images["without_mask"]:
+        print(f"{'without mask':<20}{images['without_mask']:,} defective images, left out of pixel metrics")
+
+
+def _print_classes(classes: Mapping[str, Any]) -> None:
+    if not classes:
+        return
+    width = max(20, 2 + max(map(len, classes)))
+    columns = ("average_precision", "fpr_at_95_recall", "flag_recall")
+    print(f"\n{'defect class':<{width}}images  image_auroc  95 % interval     {'  '.join(columns)}")
+    for name, found in classes.items():
+        metrics = found["metrics"]
+        values = "  ".join(f"{metrics[column]:<{len(column)}.4f}" for column in columns)
+        interval = _shown(found["intervals"]["image_auroc"])
+        images, auroc = f"{found['images']:>6,}", f"{metrics['image_auroc']:<11.4f}"
+        print(f"{name:<{width}}{images}  {auroc}  {interval}   {values}".rstrip())
+
+
+def _shown(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.4f} - {interval[1]:.4f}"
