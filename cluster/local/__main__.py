@@ -179,7 +179,9 @@ class Cluster:
 
     def _save(self) -> None:
         (self.folder / "state.json").write_text(json.dumps(self.state, indent=2))
-        lines = [f"export {name}='{value}'" for name, value in self.client_environment().items()]
+        # A token in the environment would win over the file.
+        lines = ["unset RAY_AUTH_TOKEN"]
+        lines += [f"export {name}='{value}'" for name, value in self.client_environment().items()]
         (self.folder / "env.sh").write_text("\n".join(lines) + "\n")
 
     def _failed(self) -> str:
@@ -219,6 +221,7 @@ def create_bucket(endpoint: str) -> None:
 
 
 def main(arguments: Mapping[str, Any]) -> None:
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # would win over the cluster's own
     cluster = Cluster(arguments["folder"])
     verb = arguments["verb"]
     if verb in ("add", "remove") and not cluster.state:
