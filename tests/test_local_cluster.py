@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import pytest
 import s3fs
 from conftest import ROOT, SMALL_MODEL
 
+UNDER_WAY = ("PENDING", "RUNNING")
 LISTENING = "0A"
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
@@ -36,6 +38,10 @@ class LocalCluster:
         return done.stdout
 
     @property
+    def state(self) -> dict[str, str]:
+        return json.loads((self.folder / "state.json").read_text())
+
+    @property
     def environment(self) -> dict[str, str]:
         lines = (self.folder / "env.sh").read_text().splitlines()
         pairs = (line.removeprefix("export ").split("=", 1) for line in lines if line.startswith("export"))
@@ -43,7 +49,7 @@ class LocalCluster:
 
     @property
     def s3(self) -> s3fs.S3FileSystem:
-        client = {"endpoint_url": json.loads((self.folder / "state.json").read_text())["s3"]}
+        client = {"endpoint_url": self.state["s3"]}
         return s3fs.S3FileSystem(key="local", secret="local", client_kwargs=client, use_listings_cache=False)
 
     def ray(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -63,18 +69,24 @@ class LocalCluster:
         done = self.ray("job", "submit", *options, "--", "python", f"jobs/{verb}.py", *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
 
+    def job(self, path: str) -> dict[str, str]:
+        """What the job server says."""
+        headers = {"Authorization": f"Bearer {(self.folder / 'token').read_text()}"}
+        request = urllib.request.Request(f"{self.state['dashboard']}/api/jobs/{path}", headers=headers)
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return json.load(response)
+
     def status(self, job_id: str) -> str:
-        printed = self.ray("job", "status", job_id).stdout
-        return next(s for s in ("SUCCEEDED", "FAILED", "STOPPED", "RUNNING", "PENDING") if s in printed)
+        return self.job(job_id)["status"]
 
     def logs(self, job_id: str) -> str:
-        return self.ray("job", "logs", job_id).stdout
+        return self.job(f"{job_id}/logs")["logs"]
 
     def wait_for(self, job_id: str, condition: Callable[[], object]) -> None:
         """Polls while the job is under way."""
         deadline = time.monotonic() + 300
         while not condition():
-            assert self.status(job_id) in ("PENDING", "RUNNING"), self.logs(job_id)
+            assert self.status(job_id) in UNDER_WAY, self.logs(job_id)
             assert time.monotonic() < deadline, self.logs(job_id)
             time.sleep(0.2)
 
@@ -191,7 +203,7 @@ def test_a_stopped_job_that_is_submitted_again_ends_with_the_right_rows(
 
 @pytest.mark.soak
 def test_logs_of_a_job_are_its_own_lines(local_cluster, model_url):
-    lines = local_cluster.logs("train").splitlines()
+    lines = local_cluster.ray("job", "logs", "train").stdout.splitlines()
     assert "48 images listed, 10 of them held out for calibration" in lines
     own = [line for line in lines if not line.startswith(("20", "Job", "---", "Next", "    ray", "    Query"))]
     assert 4 <= len(own) <= 12, lines
