@@ -33,7 +33,9 @@ class LocalCluster:
     def run(self, *arguments: str) -> str:
         """`python cluster/local …`, in a clean environment."""
         command = [sys.executable, "cluster/local", "--folder", str(self.folder), *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=foreign_environment(), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, cwd=ROOT, env=foreign_environment(), capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -109,7 +111,10 @@ class LocalCluster:
         found = {}
         for process in Path("/proc").iterdir():
             try:
-                if process.name.isdigit() and f"{self.folder}:".encode() in (process / "environ").read_bytes():
+                if (
+                    process.name.isdigit()
+                    and f"{self.folder}:".encode() in (process / "environ").read_bytes()
+                ):
                     found[int(process.name)] = (process / "cmdline").read_bytes().decode()
             except OSError:
                 continue
@@ -205,7 +210,9 @@ def test_a_stopped_job_that_is_submitted_again_ends_with_the_right_rows(
 def test_logs_of_a_job_are_its_own_lines(local_cluster, model_url):
     lines = local_cluster.ray("job", "logs", "train").stdout.splitlines()
     assert "48 images listed, 10 of them held out for calibration" in lines
-    own = [line for line in lines if not line.startswith(("20", "Job", "---", "Next", "    ray", "    Query"))]
+    own = [
+        line for line in lines if not line.startswith(("20", "Job", "---", "Next", "    ray", "    Query"))
+    ]
     assert 4 <= len(own) <= 12, lines
 
 

@@ -199,7 +199,9 @@ def is_listening(port: int) -> bool:
         return s.connect_ex((LOOPBACK, port)) == 0
 
 
-def wait_until(condition: Callable[[], bool], failed: Callable[[], str], seconds: float = START_SECONDS) -> None:
+def wait_until(
+    condition: Callable[[], bool], failed: Callable[[], str], seconds: float = START_SECONDS
+) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
