@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import traceback
 import types
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -15,6 +16,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from csflow.errors import ExitStatus, Failed, StorageFailed, WrongUse
+from csflow.redaction import HIDDEN, holds_credentials, redact
 
 
 def _one_or_more(value: object) -> object:
@@ -59,14 +61,34 @@ Config = TypeVar("Config", bound=JobConfig)
 def run_job(config_type: type[Config], main: Callable[[Config], ExitStatus], doc: str | None) -> None:
     """Parses the command line, runs `main` and leaves the process with its exit status.
 
-    What a user can act on becomes one line on standard error and a status: 2 for a `WrongUse`, 1 for a
-    `Failed`, 3 for files that are out of reach for now. Anything else keeps its traceback.
+        config = parse(config_type, doc)
+        options = config.storage_options
+        status = main(config)
+    except (WrongUse, Failed, StorageFailed, ConnectionError) as error:
+        print(f"error: {redact(' '.join(str(error).split()), options)}", file=sys.stderr)
+        status = _status_of(error)
+    except Exception as error:
+        print(redact("".join(traceback.format_exception(error)), options), end="", file=sys.stderr)
+        status = ExitStatus.FAILED
     """
+    options: dict[str, Any] = {}
     try:
+<<<<<<< HEAD
         status = main(parse(config_type, doc))
     except (WrongUse, Failed, StorageFailed, ConnectionError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         status = _status_of(error)
+=======
+        config = parse(config_type, doc)
+        options = config.storage_options
+        status = main(config)
+    except WrongUse as error:
+        print(f"error: {redact(' '.join(str(error).split()), options)}", file=sys.stderr)
+        status = ExitStatus.WRONG_USE
+    except Exception as error:
+        print(redact("".join(traceback.format_exception(error)), options), end="", file=sys.stderr)
+        status = ExitStatus.FAILED
+>>>>>>> cluster
     sys.stdout.flush()
     sys.exit(int(status))
 
@@ -92,13 +114,26 @@ def parse(config_type: type[Config], doc: str | None, argv: Sequence[str] | None
         config = config_type.model_validate(values)
     except ValidationError as error:
         raise WrongUse("; ".join(_explain(e) for e in error.errors())) from None
+    _refuse_credentials(config)
     if print_config:
         shown = config.model_dump(mode="json") | {
-            "storage_options": dict.fromkeys(config.storage_options, "***")
+            "storage_options": dict.fromkeys(config.storage_options, HIDDEN)
         }
         print(yaml.safe_dump(shown, sort_keys=False), end="")
         raise SystemExit(0)
     return config
+
+
+def _refuse_credentials(config: JobConfig) -> None:
+    """Locations are written down with every image, so none may hold a secret."""
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        for url in value if isinstance(value, list) else [value]:
+            if isinstance(url, str) and holds_credentials(url):
+                raise WrongUse(
+                    f"--{name} holds credentials in a URL; give them by the AWS_* variables, a profile, a role, "
+                    "or --storage_options"
+                )
 
 
 class _OneLineParser(argparse.ArgumentParser):

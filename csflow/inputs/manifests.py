@@ -12,6 +12,7 @@ from pyarrow import csv
 from csflow.errors import WrongUse
 from csflow.inputs import archives
 from csflow.inputs.objects import UNKNOWN_VERSION, ObjectStore, StoredObject, local_path
+from csflow.redaction import holds_credentials
 
 SUFFIX = ".csv"
 READ_AHEAD = 4 << 20
@@ -89,6 +90,11 @@ def _images(manifest_uri: str, batches: Iterable[pa.RecordBatch]) -> Iterator[St
                 number += 1
                 if not uri:
                     raise WrongUse(f"{manifest_uri}: row {number} has no {URI}; fill it in or remove the row")
+                if holds_credentials(uri):
+                    raise WrongUse(
+                        f"{manifest_uri}: row {number} holds credentials in its URL, which would be written "
+                        "down with its score; name the object itself"
+                    )
                 known = str(version or etag or "").strip('"')
                 yield StoredObject(canonical_uri(uri, folder), known or UNKNOWN_VERSION, size or 0)
     except pa.ArrowException as error:

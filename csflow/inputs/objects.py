@@ -10,6 +10,7 @@ import random
 import re
 import stat
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -23,6 +24,7 @@ from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync
 
 from csflow.errors import ErrorCode, ImageError, WrongUse
+from csflow.redaction import redact
 from csflow.storage import filesystem
 
 logger = logging.getLogger(__name__)
@@ -364,7 +366,7 @@ def _of_type(error: BaseException) -> ImageError | None:
 
 def _unexpected(error: BaseException) -> ImageError:
     # The text of an unknown exception may hold anything, secrets included: it goes to the log alone.
-    logger.error("unexpected error while reading", exc_info=error)
+    logger.error("unexpected error while reading\n%s", redact("".join(traceback.format_exception(error))))
     return ImageError(ErrorCode.INTERNAL, f"unexpected {type(error).__name__}; the log has its traceback")
 
 

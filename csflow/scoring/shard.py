@@ -25,6 +25,7 @@ from csflow.inputs.loading import ImageLoader, LoadedImage, batches
 from csflow.inputs.reading import ImageReader
 from csflow.model import Scores
 from csflow.model_directory import load_model
+from csflow.redaction import redact
 from csflow.scores import ERRORS, FLOATS, SCORES
 from csflow.scoring.output import Output
 from csflow.scoring.plan import PlannedShard
@@ -118,7 +119,7 @@ class ShardScorer:
                 row |= self._score_shard(shard, target)
         except Exception as error:
             # What fails here is no image: a full disk, a refused write, a device. The run tells its user.
-            row["failure"] = f"{type(error).__name__}: {error}"
+            row["failure"] = redact(f"{type(error).__name__}: {error}", storage_options)
         return pa.Table.from_pylist([row], schema=RESULT)
 
     def _score_shard(self, shard: PlannedShard, target: Location) -> dict[str, Any]:

