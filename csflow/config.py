@@ -61,34 +61,21 @@ Config = TypeVar("Config", bound=JobConfig)
 def run_job(config_type: type[Config], main: Callable[[Config], ExitStatus], doc: str | None) -> None:
     """Parses the command line, runs `main` and leaves the process with its exit status.
 
-        config = parse(config_type, doc)
-        options = config.storage_options
-        status = main(config)
-    except (WrongUse, Failed, StorageFailed, ConnectionError) as error:
-        print(f"error: {redact(' '.join(str(error).split()), options)}", file=sys.stderr)
-        status = _status_of(error)
-    except Exception as error:
-        print(redact("".join(traceback.format_exception(error)), options), end="", file=sys.stderr)
-        status = ExitStatus.FAILED
+    What a user can act on becomes one line on standard error and a status: 2 for a `WrongUse`, 1 for a
+    `Failed`, 3 for files that are out of reach for now. Anything else keeps its traceback. Secrets in
+    storage options are shown in neither.
     """
     options: dict[str, Any] = {}
     try:
-<<<<<<< HEAD
-        status = main(parse(config_type, doc))
-    except (WrongUse, Failed, StorageFailed, ConnectionError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = _status_of(error)
-=======
         config = parse(config_type, doc)
         options = config.storage_options
         status = main(config)
-    except WrongUse as error:
+    except (WrongUse, Failed, StorageFailed, ConnectionError) as error:
         print(f"error: {redact(' '.join(str(error).split()), options)}", file=sys.stderr)
-        status = ExitStatus.WRONG_USE
+        status = _status_of(error)
     except Exception as error:
         print(redact("".join(traceback.format_exception(error)), options), end="", file=sys.stderr)
         status = ExitStatus.FAILED
->>>>>>> cluster
     sys.stdout.flush()
     sys.exit(int(status))
 
