@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from csflow.device import peak_memory_bytes
+from csflow.process import peak_memory_bytes
 from csflow.inputs.listing import list_images
-from csflow.model_directory import load_model
+from csflow.model_directory import read_model
 from csflow.scores import SCORES
 from csflow.scoring.listing import Listing
 from csflow.scoring.output import Output
@@ -97,7 +97,7 @@ def make_archive(folder: Path, images: int) -> Path:
 
 def plan(model: str, archive: str, output_folder: str) -> dict[str, float]:
     """Lists and plans as the job does, then fills the shards; seconds by step and peak memory before that."""
-    output = Output(Location(output_folder), load_model(Location(model)).model_id)
+    output = Output(Location(output_folder), read_model(Location(model)).model_id)
     started = time.perf_counter()
     frozen = output.location / "_runs" / "first" / "listing"
     listing = Listing.freeze(frozen, list_images([archive], {}), None)

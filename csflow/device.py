@@ -1,11 +1,7 @@
 """Where a worker computes, and how its process is set up for it."""
 
 import ctypes
-import os
-import resource
 import sys
-import time
-from pathlib import Path
 
 import torch
 
@@ -18,19 +14,6 @@ def set_up(cpus: int, gpus: int) -> torch.device:
     torch.set_num_threads(cpus)
     _keep_freed_memory()
     return torch.device("cuda" if gpus else "cpu")
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has had resident so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def process_started_at() -> float:
-    """When this process began, in seconds since the epoch, from proc(5)."""
-    # The program's name, in brackets, may hold blanks.
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    return time.time() - age
 
 
 def _keep_freed_memory() -> None:

@@ -6,20 +6,21 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import safetensors.torch
+import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from torch import Tensor
 
 from csflow.errors import WrongUse
 from csflow.images import DECODING_VERSION
-from csflow.model import Architecture, Detector
 from csflow.storage import Location, to_parquet
+
+if TYPE_CHECKING:  # the driver of a scoring run needs no torch, which takes seconds and 500 MB
+    from csflow.model import Detector
 
 FORMAT_VERSION = 1
 LIBRARIES = ("csflow", "torch", "timm", "safetensors", "pillow", "pyarrow", "ray")
@@ -34,18 +35,35 @@ CALIBRATION = pa.schema(
 
 
 @dataclass(frozen=True)
+class ModelFiles:
+    """What a model directory holds, found whole."""
+
+    model_id: str
+    architecture: dict[str, Any]
+    state: Mapping[str, NDArray[Any]]
+    """Tensors by name."""
+    calibration_scores: NDArray[np.float64]
+    """Anomaly scores of the held-out normal images, shape (n,)."""
+
+    @property
+    def worker_bytes(self) -> int:
+        """Memory that a process needs to load and run the detector: libraries, weights twice, activations."""
+        return worker_bytes(sum(value.nbytes for value in self.state.values()))
+
+
+@dataclass(frozen=True)
 class Model:
     """A loaded model directory."""
 
     model_id: str
-    detector: Detector
+    detector: "Detector"
     calibration_scores: NDArray[np.float64]
     """Anomaly scores of the held-out normal images, shape (n,)."""
 
 
 def save_model(
     location: Location,
-    detector: Detector,
+    detector: "Detector",
     calibration: pa.Table,
     *,
     training: Mapping[str, Any],
@@ -63,7 +81,7 @@ def save_model(
         card: further files by name, the model card `README.md` among them.
     """
     architecture = detector.architecture.to_json() | {"cut_after": detector.backbone.cut_after}
-    state = {name: value.contiguous() for name, value in sorted(detector.state_dict().items())}
+    state = {name: value.contiguous().numpy() for name, value in sorted(detector.state_dict().items())}
     scores = calibration["anomaly_score"].to_numpy()
     config = {
         "format_version": FORMAT_VERSION,
@@ -79,7 +97,7 @@ def save_model(
         "training": dict(training),
         "data": dict(data),
     }
-    (location / "model.safetensors").write(safetensors.torch.save(state))
+    (location / "model.safetensors").write(safetensors.numpy.save(state))
     (location / "calibration.parquet").write(to_parquet(calibration.cast(CALIBRATION)))
     (location / "metrics.json").write(_to_json(metrics))
     for name, content in card.items():
@@ -89,39 +107,49 @@ def save_model(
     return str(config["model_id"])
 
 
-def load_model(location: Location) -> Model:
-    """Reads a model directory; needs no network and no download.
+def read_model(location: Location) -> ModelFiles:
+    """Reads a model directory and proves that it is whole; needs no torch, no network and no download.
 
     Raises:
         WrongUse: there is no model, its format is of another version, or its files are damaged.
     """
     config = _read_config(location)
     try:
-        architecture = Architecture.from_json(config["architecture"])
-        state = safetensors.torch.load(_read(location / "model.safetensors"))
+        architecture = config["architecture"]
+        state = safetensors.numpy.load(_read(location / "model.safetensors"))
         calibration = pq.read_table(io.BytesIO(_read(location / "calibration.parquet")), schema=CALIBRATION)
     except (SafetensorError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise _damaged(location, f"{type(error).__name__}: {error}") from None
     scores = calibration["anomaly_score"].to_numpy()
     decoding = config.get("preprocessing", {}).get("decoding_version")
-    if _model_id(config["architecture"], decoding, state, scores) != config.get("model_id"):
+    if _model_id(architecture, decoding, state, scores) != config.get("model_id"):
         raise _damaged(location, "its content does not give the model_id in config.json")
     if decoding != DECODING_VERSION:
         raise WrongUse(
             f"model {location} was trained with image decoding version {decoding}, this csflow has "
             f"{DECODING_VERSION}; use the csflow that trained it or train anew"
         )
+    return ModelFiles(config["model_id"], architecture, state, scores)
+
+
+def load_model(location: Location) -> Model:
+    """Reads a model directory and builds its detector; raises as `read_model`."""
+    import torch
+
+    from csflow.model import Architecture, Detector
+
+    files = read_model(location)
     try:
-        detector = Detector(architecture)
-        detector.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:
-        raise _damaged(location, str(error)) from None
-    return Model(config["model_id"], detector.eval().requires_grad_(False), scores)
+        detector = Detector(Architecture.from_json(files.architecture))
+        detector.load_state_dict({name: torch.from_numpy(value) for name, value in files.state.items()})
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(location, f"{type(error).__name__}: {error}") from None
+    return Model(files.model_id, detector.eval().requires_grad_(False), files.calibration_scores)
 
 
-def worker_bytes(detector: Detector) -> int:
-    """Memory that a process needs to load and run a detector: libraries, its weights twice, activations."""
-    return (1 << 30) + 2 * sum(value.nbytes for value in detector.state_dict().values())
+def worker_bytes(weight_bytes: int) -> int:
+    """Memory that a process needs to load and run a detector with weights of this size."""
+    return (1 << 30) + 2 * weight_bytes
 
 
 def holds_model(location: Location) -> bool:
@@ -160,7 +188,7 @@ def _damaged(location: Location, reason: str) -> WrongUse:
 def _model_id(
     architecture: Mapping[str, Any],
     decoding_version: object,
-    state: Mapping[str, Tensor],
+    state: Mapping[str, NDArray[Any]],
     calibration_scores: NDArray[np.float64],
 ) -> str:
     """Hash of what decides scores and p-values; equal on every machine and for every copy."""
@@ -174,13 +202,13 @@ def _model_id(
 def _parts(
     architecture: Mapping[str, Any],
     decoding_version: object,
-    state: Mapping[str, Tensor],
+    state: Mapping[str, NDArray[Any]],
     calibration_scores: NDArray[np.float64],
 ) -> Iterator[bytes]:
     yield json.dumps([architecture, decoding_version], sort_keys=True).encode()
     for name, value in sorted(state.items()):
-        yield f"{name} {value.dtype} {list(value.shape)}".encode()
-        yield value.numpy().tobytes()
+        yield f"{name} torch.{value.dtype} {list(value.shape)}".encode()
+        yield value.tobytes()
     yield calibration_scores.astype("<f8").tobytes()
 
 

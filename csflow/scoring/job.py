@@ -12,13 +12,13 @@ from csflow.cluster import WorkerResources, connect, map_shards, share_out, with
 from csflow.errors import ExitStatus, Failed
 from csflow.inputs.listing import list_images
 from csflow.inputs.selection import Selection
-from csflow.model_directory import Model, load_model, worker_bytes
+from csflow.model_directory import ModelFiles, read_model
+from csflow.scoring.actor import CALLS_PER_SCORER, ScoringActor, ScoringSettings
 from csflow.scoring.config import ScoreConfig
 from csflow.scoring.listing import Listing
 from csflow.scoring.output import Output
 from csflow.scoring.plan import PlannedShard, account, make_plan
 from csflow.scoring.record import Clock, exit_status, run_record, summary
-from csflow.scoring.shard import CALLS_PER_SCORER, ScoringSettings, ShardScorer
 from csflow.scoring.tally import LiveMetrics, Tally
 from csflow.storage import Location
 
@@ -33,7 +33,7 @@ def score(config: ScoreConfig) -> ExitStatus:
     """Runs the job. Raises WrongUse before any cluster work starts if a setting or input is wrong."""
     clock = Clock()
     run_id = f"{clock.started_at:%Y%m%dT%H%M%S%fZ}-{secrets.token_hex(4)}"
-    model = load_model(Location(config.model, config.storage_options))
+    model = read_model(Location(config.model, config.storage_options))
     output = Output(Location(config.output, config.storage_options), model.model_id)
     output.location.check_writable(exclusively=True)
     run_folder = output.location / "_runs" / run_id
@@ -50,7 +50,7 @@ def score(config: ScoreConfig) -> ExitStatus:
     tally = Tally()
     if shards:
         connect()
-        resources = share_out(config.workers, worker_bytes(model.detector))
+        resources = share_out(config.workers, model.worker_bytes)
         _score_shards(shards, _settings(config, output, run_id), resources, config, tally)
     clock.lap("score")
     accounted = account(listing, output)
@@ -75,7 +75,7 @@ def _settings(config: ScoreConfig, output: Output, run_id: str) -> ScoringSettin
     )
 
 
-def _warn_if_nothing_can_be_flagged(model: Model, false_positive_rate: float) -> None:
+def _warn_if_nothing_can_be_flagged(model: ModelFiles, false_positive_rate: float) -> None:
     heldout = len(model.calibration_scores)
     if 1 / (heldout + 1) > false_positive_rate:
         print(
@@ -93,7 +93,7 @@ def _score_shards(
 ) -> None:
     """Scores the shards; then those again that took their workers down, image by image in a child process."""
     work = [shard.to_row() for shard in shards]
-    rows = map_shards(work, ShardScorer, [settings, resources], resources, CALLS_PER_SCORER)
+    rows = map_shards(work, ScoringActor, [settings, resources], resources, CALLS_PER_SCORER)
     if not _follow(rows, len(shards), tally, settings.output.model_id, config):
         return
     lost = [shard.to_row() for shard in shards if shard.name not in tally.shards]
@@ -102,7 +102,7 @@ def _score_shards(
             f"{len(lost)} shards took their workers down; their images are now tried one by one", flush=True
         )
         isolated = replace(settings, is_isolated=True)
-        rows = map_shards(lost, ShardScorer, [isolated, resources], resources)
+        rows = map_shards(lost, ScoringActor, [isolated, resources], resources)
         _follow(rows, len(shards), tally, settings.output.model_id, config)
 
 

@@ -9,8 +9,8 @@ from importlib.metadata import version
 from typing import Any
 
 from csflow.calibration import Drift
-from csflow.device import peak_memory_bytes, process_started_at
 from csflow.errors import ExitStatus
+from csflow.process import peak_memory_bytes, process_started_at
 from csflow.scoring.config import ScoreConfig
 from csflow.scoring.output import Output
 from csflow.scoring.plan import Account

@@ -3,7 +3,6 @@
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ from torch import Tensor
 from csflow import device
 from csflow.calibration import p_values
 from csflow.cluster import WorkerResources
-from csflow.device import peak_memory_bytes
 from csflow.errors import ImageError
 from csflow.images import DecodedImage
 from csflow.inputs.isolation import IsolatedLoader
@@ -25,9 +23,10 @@ from csflow.inputs.loading import ImageLoader, LoadedImage, batches
 from csflow.inputs.reading import ImageReader
 from csflow.model import Scores
 from csflow.model_directory import load_model
+from csflow.process import peak_memory_bytes
 from csflow.redaction import redact
 from csflow.scores import ERRORS, FLOATS, SCORES
-from csflow.scoring.output import Output
+from csflow.scoring.actor import ScoringSettings
 from csflow.scoring.plan import PlannedShard
 from csflow.stages import ProcessCpu, Stages
 from csflow.storage import Location, to_parquet
@@ -35,9 +34,6 @@ from csflow.storage import Location, to_parquet
 READ_THREADS = 8
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 8, 32
 """Default images per forward pass. More is slower on CPUs: early activations leave the cache."""
-CALLS_PER_SCORER = 2
-"""Shards in an actor at once: while the model scores one, the other is read ahead, or written."""
-
 RESULT = pa.schema(
     [
         pa.field("shard", pa.string()),
@@ -58,20 +54,6 @@ RESULT = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class ScoringSettings:
-    """What every scoring actor is told."""
-
-    model: Location
-    output: Output
-    run_id: str
-    keep_maps: bool
-    false_positive_rate: float
-    batch_size: int | None
-    is_isolated: bool = False
-    """Read and decode each image in a child process, since the shards' workers died before."""
-
-
 class ScorableImage(NamedTuple):
     image_uri: str
     image_version: str
@@ -79,7 +61,7 @@ class ScorableImage(NamedTuple):
 
 
 class ShardScorer:
-    """Actor of the scoring pass. `CALLS_PER_SCORER` threads call it at once.
+    """The scoring pass in an actor. `CALLS_PER_SCORER` threads call it at once.
 
     The shard that came first has the model to itself; only while it has to wait for input does the other
     go on. So the two are never at their ends at the same time, where neither would have work for the model.

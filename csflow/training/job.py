@@ -104,7 +104,12 @@ def _extract_features(split: Split, detector: Detector, folder: Location) -> boo
     shards = [*split.training, *split.heldout]
     unreadable: list[str] = []
     is_complete, images = True, 0
-    for row in extract(shards, detector, folder, share_out(None, worker_bytes(detector))):
+    for row in extract(
+        shards,
+        detector,
+        folder,
+        share_out(None, worker_bytes(sum(value.nbytes for value in detector.state_dict().values()))),
+    ):
         images += row["images"]
         unreadable += row["errors"]
         is_complete &= not row["is_transient"]
