@@ -209,10 +209,12 @@ class ShardScorer:
         if errors:
             table = pa.Table.from_pylist(errors, schema=ERRORS)
             output.errors_file(shard.name, shard.date, table).write(to_parquet(table))
+        data = to_parquet(scores)
         try:
-            target.create(to_parquet(scores))
+            target.create(data)
         except FileExistsError:
-            return False
+            # It may be ours: of a PUT whose answer was lost, the second try finds the first one's file.
+            return target.read() == data
         return True
 
     def _cpu_seconds(self, stages: Stages) -> dict[str, float]:
