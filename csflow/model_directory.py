@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
@@ -112,9 +113,11 @@ def load_model(location: Location) -> Model:
             f"{DECODING_VERSION}; use the csflow that trained it or train anew"
         )
     try:
-        detector = Detector(architecture)
-        detector.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:
+        # Without memory and random numbers for weights that are about to be replaced.
+        with torch.device("meta"):
+            detector = Detector(architecture, config["feature_shapes"])
+        detector.load_state_dict(state, assign=True)
+    except (RuntimeError, ValueError, KeyError) as error:
         raise _damaged(location, str(error)) from None
     return Model(config["model_id"], detector.eval().requires_grad_(False), scores)
 

@@ -4,20 +4,21 @@ Backbone: batch norms are folded into the convolutions before them, activations 
 folded into the last convolutions and there is no log-determinant. On CPUs the weights are packed once, in the
 order in which oneDNN's kernels read them.
 
-The flow's convolutions see the images of a batch side by side, as one wide *strip* with columns of zeros in
-between: maps of 8 × 8 and less are too small for the matrix units, a strip of them is not (docs/performance.md).
+The flow's convolutions see the images of a batch side by side, as one wide *strip* with columns of zeros
+in between: maps of 8 × 8 and less leave matrix units idle, a strip of them does not (docs/performance.md).
 
-Dimension letters: B batch, C channels, H height, W width (of the scale at hand), P pitch: W and the gap to the
-next image of the strip, S scales, K×L kernel.
+Dimension letters: B batch, C channels, H height, W width (of the scale at hand), P pitch: W and the gap to
+the next image of the strip, S scales.
 """
 
 import copy
 from collections.abc import Sequence
 from typing import Literal, cast
 
-import timm.layers
 import torch
 import torch.nn.functional as F
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.padding import pad_same
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -25,6 +26,7 @@ from csflow.model.detector import Detector, Scores
 from csflow.model.flow import LEAKY_SLOPE, SOFT_CLAMP, CouplingBlock, CrossScaleSubnetwork
 
 Precision = Literal["float32", "bfloat16"]
+PrecisionSetting = Literal["auto", "float32", "bfloat16"]
 
 FUSED_ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
     nn.ReLU: ("relu", []),
@@ -34,25 +36,21 @@ FUSED_ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
 """What oneDNN applies to a convolution's result while it is in registers."""
 
 
-def native_precision(device: torch.device) -> Precision:
-    """The fastest precision that keeps the scores: bfloat16 where the processor multiplies matrices in it."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
-
-
 class InferenceDetector(nn.Module):
     """Scores of a trained detector, without what only training needs."""
 
-    def __init__(self, detector: Detector, precision: Precision) -> None:
+    def __init__(self, detector: Detector, precision: PrecisionSetting) -> None:
         """Copies what it needs of the detector, which stays as it is.
 
         Args:
             precision: of convolutions and matrix products; the flow's state and all sums are float32.
+                `auto` is bfloat16 where the processor multiplies matrices in it.
         """
         super().__init__()
+        device = detector.get_buffer("mean").device
+        self.precision: Precision = _native_precision(device) if precision == "auto" else precision
         self.architecture = detector.architecture
-        dtype = torch.float32 if precision == "float32" else torch.bfloat16
+        dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
         self.dtype = dtype
         self.backbone = _inference_backbone(detector.backbone.layers, dtype)
         self.blocks = nn.ModuleList(
@@ -98,6 +96,12 @@ class InferenceDetector(nn.Module):
             scale_scores_BS=energy_BS / sizes_S / 2,
             anomaly_map_BHW=squares[0].mean(3).transpose(0, 1),
         )
+
+
+def _native_precision(device: torch.device) -> Precision:
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
 
 
 class _InferenceBlock(nn.Module):
@@ -154,7 +158,13 @@ class _InferenceSubnetwork(nn.Module):
             return Convolution(convolution, weight, bias, none, dtype)
 
         self.enter = nn.ModuleList(
-            Convolution(convolution, convolution.weight.detach(), convolution.bias.detach(), leaky, dtype)
+            Convolution(
+                convolution,
+                convolution.weight.detach(),
+                cast(Tensor, convolution.bias).detach(),
+                leaky,
+                dtype,
+            )
             for convolution in cast(Sequence[nn.Conv2d], trained.enter)
         )
         self.same = nn.ModuleList(map(scaled, trained.same, gamma_S))
@@ -227,7 +237,7 @@ class Convolution(nn.Module):
         super().__init__()
         self.stride, self.dilation, self.groups = trained.stride, trained.dilation, trained.groups
         # timm's convolutions with TensorFlow's padding say how much only when they see the image.
-        self.pads_like_tensorflow = isinstance(trained, timm.layers.Conv2dSame)
+        self.pads_like_tensorflow = isinstance(trained, Conv2dSame)
         self.padding = (0, 0) if self.pads_like_tensorflow else cast(tuple[int, int], trained.padding)
         self.kernel_size = trained.kernel_size
         self.activation, self.constants = activation
@@ -242,7 +252,7 @@ class Convolution(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if self.pads_like_tensorflow:
-            x_BCHW = timm.layers.pad_same(x_BCHW, self.kernel_size, self.stride, self.dilation)
+            x_BCHW = pad_same(x_BCHW, list(self.kernel_size), list(self.stride), list(self.dilation))
         if self.is_packed:
             return cast(
                 Tensor,
@@ -288,14 +298,14 @@ class _Tracer(fx.Tracer):
 def _inference_backbone(layers: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The backbone with each convolution, the batch norm and the activation behind it as one module.
 
-    What follows what is read off the traced graph; the order in which modules are registered does not prove it.
+    What follows what is read off the traced graph; the order of registration does not prove it.
     """
     layers = copy.deepcopy(layers)
     try:
         traced = fx.GraphModule(layers, _Tracer().trace(layers))
     except (fx.proxy.TraceError, TypeError):
         # Its forward pass branches on its input. Such networks (ConvNeXt) have few batch norms to fold.
-        return layers.to(dtype=dtype, memory_format=torch.channels_last)
+        return layers.to(dtype=dtype).to(memory_format=torch.channels_last)
     for node in list(traced.graph.nodes):
         if isinstance(_module(traced, node), nn.Conv2d):
             _fuse(traced, node, dtype)
@@ -323,7 +333,7 @@ def _fuse(traced: fx.GraphModule, node: fx.Node, dtype: torch.dtype) -> None:
                 if activation is None:
                     traced.add_submodule(str(follower.target), act)
                     break
-        elif type(module) in FUSED_ACTIVATIONS:
+        elif module is not None and type(module) in FUSED_ACTIVATIONS:
             activation = FUSED_ACTIVATIONS[type(module)]
         elif type(module) is not nn.Identity:
             break

@@ -22,7 +22,7 @@ from csflow.images import DecodedImage
 from csflow.inputs.isolation import IsolatedLoader
 from csflow.inputs.loading import ImageLoader, LoadedImage, batches
 from csflow.inputs.reading import ImageReader
-from csflow.model import Scores
+from csflow.model import InferenceDetector, PrecisionSetting, Scores
 from csflow.model_directory import load_model
 from csflow.scores import ERRORS, SCORES
 from csflow.scoring.output import Output
@@ -44,6 +44,7 @@ RESULT = pa.schema(
         pa.field("seconds", pa.map_(pa.string(), pa.float64())),  # by stage, summed over threads
         pa.field("anomaly_scores", pa.list_(pa.float64())),
         pa.field("p_values_below_5_percent", pa.int64()),
+        pa.field("precision", pa.string()),  # of the worker
         pa.field("peak_memory_bytes", pa.int64()),  # of the worker process so far
         pa.field("failure", pa.string()),  # why the whole shard failed, if it did
     ]
@@ -60,6 +61,7 @@ class ScoringSettings:
     keep_maps: bool
     false_positive_rate: float
     batch_size: int | None
+    precision: PrecisionSetting
     is_isolated: bool = False
     """Read and decode each image in a child process, since the shards' workers died before."""
 
@@ -76,7 +78,7 @@ class ShardScorer:
                 f"{settings.model} holds model {model.model_id}, and {settings.output.model_id} when the run "
                 "began; start the run again"
             )
-        self._detector = model.detector.to(self._device)
+        self._detector = InferenceDetector(model.detector.to(self._device), settings.precision)
         self._calibration_scores = model.calibration_scores
         self._batch_size = settings.batch_size or (GPU_BATCH_SIZE if resources.gpus else CPU_BATCH_SIZE)
         storage_options = settings.output.location.storage_options
@@ -124,6 +126,7 @@ class ShardScorer:
             "seconds": list(seconds.items()),
             "anomaly_scores": [row["anomaly_score"] for row in rows],
             "p_values_below_5_percent": sum(row["p_value"] < 0.05 for row in rows),
+            "precision": self._detector.precision,
             "peak_memory_bytes": peak_memory_bytes(),
         }
 

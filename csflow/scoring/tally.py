@@ -28,6 +28,8 @@ class Tally:
     error_codes: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """By stage, summed over workers; read and decode over their threads, too."""
+    precisions: set[str] = field(default_factory=set)
+    """What workers computed in; several on a mixed cluster."""
     peak_worker_bytes: int = 0
     sample: list[float] = field(default_factory=list)
     """Anomaly scores, chosen at random if there are more than `SAMPLE_SIZE`."""
@@ -44,6 +46,7 @@ class Tally:
         self.anomalous += row["anomalous"]
         self.p_values_below_5_percent += row["p_values_below_5_percent"]
         self.error_codes.update(dict(row["error_codes"]))
+        self.precisions.add(row["precision"])
         self.peak_worker_bytes = max(self.peak_worker_bytes, row["peak_memory_bytes"])
         for stage, seconds in row["seconds"]:
             self.seconds[stage] += seconds
