@@ -40,6 +40,7 @@ class ModelFiles:
 
     model_id: str
     architecture: dict[str, Any]
+    feature_shapes: list[list[int]]
     state: Mapping[str, NDArray[Any]]
     """Tensors by name."""
     calibration_scores: NDArray[np.float64]
@@ -115,7 +116,7 @@ def read_model(location: Location) -> ModelFiles:
     """
     config = _read_config(location)
     try:
-        architecture = config["architecture"]
+        architecture, feature_shapes = config["architecture"], config["feature_shapes"]
         state = safetensors.numpy.load(_read(location / "model.safetensors"))
         calibration = pq.read_table(io.BytesIO(_read(location / "calibration.parquet")), schema=CALIBRATION)
     except (SafetensorError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
@@ -129,7 +130,7 @@ def read_model(location: Location) -> ModelFiles:
             f"model {location} was trained with image decoding version {decoding}, this csflow has "
             f"{DECODING_VERSION}; use the csflow that trained it or train anew"
         )
-    return ModelFiles(config["model_id"], architecture, state, scores)
+    return ModelFiles(config["model_id"], architecture, feature_shapes, state, scores)
 
 
 def load_model(location: Location) -> Model:
@@ -140,8 +141,11 @@ def load_model(location: Location) -> Model:
 
     files = read_model(location)
     try:
-        detector = Detector(Architecture.from_json(files.architecture))
-        detector.load_state_dict({name: torch.from_numpy(value) for name, value in files.state.items()})
+        # Without memory and random numbers for weights that are about to be replaced.
+        with torch.device("meta"):
+            detector = Detector(Architecture.from_json(files.architecture), files.feature_shapes)
+        state = {name: torch.from_numpy(value) for name, value in files.state.items()}
+        detector.load_state_dict(state, assign=True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise _damaged(location, f"{type(error).__name__}: {error}") from None
     return Model(files.model_id, detector.eval().requires_grad_(False), files.calibration_scores)

@@ -3,6 +3,7 @@
 from csflow.model.backbone import Backbone, BackboneError, download_weights, load_weights
 from csflow.model.detector import Architecture, Detector, Scores
 from csflow.model.flow import CrossScaleFlow, FlowOutput, negative_log_likelihood
+from csflow.model.inference import InferenceDetector, PrecisionSetting
 
 __all__ = [
     "Architecture",
@@ -11,6 +12,8 @@ __all__ = [
     "CrossScaleFlow",
     "Detector",
     "FlowOutput",
+    "InferenceDetector",
+    "PrecisionSetting",
     "Scores",
     "download_weights",
     "load_weights",

@@ -18,13 +18,17 @@ class BackboneError(ValueError):
 class Backbone(nn.Module):
     """A timm convolutional network up to a stage; always in eval mode and without gradients."""
 
-    def __init__(self, name: str, cut_after: str | None = None) -> None:
+    def __init__(
+        self, name: str, cut_after: str | None = None, channels_and_stride: tuple[int, int] | None = None
+    ) -> None:
         """Builds the network with random weights, and no download.
 
         Args:
             name: of a timm model.
             cut_after: module after which the network ends, such as `blocks.5` or `layer3`; by default
                 the sixth stage of an EfficientNet and the last feature level of any other network.
+            channels_and_stride: of its feature map, if they are known; else they are found, and the cut is
+                proven right, by a pass through the network.
 
         Raises:
             BackboneError: timm knows no such network, or it is no chain of modules up to the cut.
@@ -43,7 +47,7 @@ class Backbone(nn.Module):
             self.layers.add_module(path.replace(".", "_"), layer)
         self.requires_grad_(False)
         self.eval()
-        self.channels, self.stride = self._probe(network)
+        self.channels, self.stride = channels_and_stride or self._probe(network)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Feature map (B, channels, H / stride, W / stride) of normalised images."""

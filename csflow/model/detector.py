@@ -53,15 +53,25 @@ class Scores(NamedTuple):
 class Detector(nn.Module):
     """Backbone, flow and score. Preprocessing is inside, so that what trains is what scores."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(
+        self, architecture: Architecture, feature_shapes: Sequence[Sequence[int]] | None = None
+    ) -> None:
         """Builds the detector with random weights, and no download.
+
+        Args:
+            feature_shapes: those of a detector of this architecture that was built before, if there is one;
+                spares `Backbone` its proof of the cut.
 
         Raises:
             BackboneError: see `Backbone`.
             ValueError: the image size does not fit the backbone, or a flow setting is out of range.
         """
         super().__init__()
-        self.backbone = Backbone(architecture.backbone, architecture.cut_after)
+        known = None
+        if feature_shapes:
+            channels, height, _ = feature_shapes[0]
+            known = channels, architecture.image_size[0] // height
+        self.backbone = Backbone(architecture.backbone, architecture.cut_after, known)
         self.architecture = architecture
         self.feature_shapes = _feature_shapes(architecture, self.backbone)
         with torch.random.fork_rng(devices=[]):

@@ -86,7 +86,8 @@ class CouplingBlock(nn.Module):
         self.halves = (channels // 2, channels - channels // 2)
         first, second = self.halves
         for s in range(scales):
-            permutation_C = torch.randperm(channels, generator=generator)
+            # On the CPU, as the generator is, also when the weights are to be on no device yet.
+            permutation_C = torch.randperm(channels, generator=generator, device="cpu")
             self.register_buffer(f"permutation_{s}", permutation_C)
         self.subnetwork_first = CrossScaleSubnetwork(second, 2 * first, scales, hidden_channels, kernel_size)
         self.subnetwork_second = CrossScaleSubnetwork(first, 2 * second, scales, hidden_channels, kernel_size)

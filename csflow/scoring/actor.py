@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from csflow.cluster import WorkerResources
+from csflow.config import Precision
 from csflow.scoring.output import Output
 from csflow.storage import Location
 
@@ -24,6 +25,7 @@ class ScoringSettings:
     keep_maps: bool
     false_positive_rate: float
     batch_size: int | None
+    precision: Precision
     is_isolated: bool = False
     """Read and decode each image in a child process, since the shards' workers died before."""
 

@@ -72,6 +72,7 @@ def _settings(config: ScoreConfig, output: Output, run_id: str) -> ScoringSettin
         keep_maps=config.maps == "native",
         false_positive_rate=config.false_positive_rate,
         batch_size=config.batch_size,
+        precision=config.precision,
     )
 
 

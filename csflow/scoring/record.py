@@ -73,6 +73,7 @@ def run_record(
             "errors_in_this_run": dict(tally.error_codes),
             "failed_shards_in_this_run": tally.failed_shards,
         },
+        "precisions": sorted(tally.precisions),
         "drift": asdict(drift) if drift else None,
         "peak_memory_bytes": {"driver": peak_memory_bytes(), "worker": tally.peak_worker_bytes},
         "images_per_second": round(tally.images / clock.seconds["score"], 3),

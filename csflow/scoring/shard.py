@@ -21,7 +21,7 @@ from csflow.images import DecodedImage
 from csflow.inputs.isolation import IsolatedLoader
 from csflow.inputs.loading import ImageLoader, LoadedImage, batches
 from csflow.inputs.reading import ImageReader
-from csflow.model import Scores
+from csflow.model import InferenceDetector, Scores
 from csflow.model_directory import load_model
 from csflow.process import peak_memory_bytes
 from csflow.redaction import redact
@@ -48,6 +48,7 @@ RESULT = pa.schema(
         pa.field("first_scored_at", pa.timestamp("us", tz="UTC")),
         pa.field("anomaly_scores", pa.list_(pa.float64())),
         pa.field("p_values_below_5_percent", pa.int64()),
+        pa.field("precision", pa.string()),  # of the worker
         pa.field("peak_memory_bytes", pa.int64()),  # of the worker process so far
         pa.field("failure", pa.string()),  # why the whole shard failed, if it did
     ]
@@ -76,7 +77,7 @@ class ShardScorer:
                 f"{settings.model} holds model {model.model_id}, and {settings.output.model_id} when the run "
                 "began; start the run again"
             )
-        self._detector = model.detector.to(self._device)
+        self._detector = InferenceDetector(model.detector.to(self._device), settings.precision)
         self._calibration_scores = model.calibration_scores
         self._batch_size = settings.batch_size or (GPU_BATCH_SIZE if resources.gpus else CPU_BATCH_SIZE)
         storage_options = settings.output.location.storage_options
@@ -130,6 +131,7 @@ class ShardScorer:
             "first_scored_at": scores["scored_at"][0] if scores else None,
             "anomaly_scores": scores["anomaly_score"].to_pylist(),
             "p_values_below_5_percent": pc.sum(pc.less(scores["p_value"], 0.05)).as_py() or 0,
+            "precision": self._detector.precision,
             "peak_memory_bytes": peak_memory_bytes(),
         }
 

@@ -33,6 +33,8 @@ class Tally:
     """By stage, with the rest of each worker process as `start` and `other`."""
     first_scored_at: datetime | None = None
     """When the first images of the run had their scores."""
+    precisions: set[str] = field(default_factory=set)
+    """What workers computed in; several on a mixed cluster."""
     peak_worker_bytes: int = 0
     sample: list[float] = field(default_factory=list)
     """Anomaly scores, chosen at random if there are more than `SAMPLE_SIZE`."""
@@ -49,6 +51,7 @@ class Tally:
         self.anomalous += row["anomalous"]
         self.p_values_below_5_percent += row["p_values_below_5_percent"]
         self.error_codes.update(dict(row["error_codes"]))
+        self.precisions.add(row["precision"])
         self.peak_worker_bytes = max(self.peak_worker_bytes, row["peak_memory_bytes"])
         for stage, seconds in row["seconds"]:
             self.seconds[stage] += seconds
