@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from csflow.demo import _cells
+from csflow.demo import photographs
 from csflow.model import Architecture, Detector
 from csflow.model_directory import CALIBRATION, save_model
 from csflow.storage import Location
@@ -90,7 +90,7 @@ def s3_server() -> Iterator[subprocess.Popen[bytes]]:
 def put_photographs(prefix: str, count: int) -> str:
     """Puts so many photographs, some of them more than once, below a prefix; returns its URL."""
     client = boto3.client("s3")
-    contents = [path.read_bytes() for path, _, _ in sorted(_cells())]
+    contents = [path.read_bytes() for path, _, _ in sorted(photographs())]
     for i in range(count):
         client.put_object(Bucket=BUCKET, Key=f"{prefix}/{i:06d}.png", Body=contents[i % len(contents)])
     return f"s3://{BUCKET}/{prefix}"

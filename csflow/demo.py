@@ -34,7 +34,7 @@ def write_cells(folder: Path) -> None:
     `functional/train` and `functional/test` have defect probability 0, `defective` has 1, and
     `uncertain` what experts were not sure of. `labels.csv` names the test and the defective cells.
     """
-    cells = sorted(_cells())
+    cells = sorted(photographs())
     random.Random(0).shuffle(cells)
     labels, trained_on = [], 0
     for source, probability, kind in cells:
@@ -69,7 +69,7 @@ def query(scores: str) -> None:
     print(duckdb.sql(sql))
 
 
-def _cells() -> Iterator[tuple[Path, float, str]]:
+def photographs() -> Iterator[tuple[Path, float, str]]:
     """Path, defect probability and kind (mono or poly) of every photograph."""
     spec = importlib.util.find_spec("elpv_dataset")
     if spec is None or not spec.submodule_search_locations:

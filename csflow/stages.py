@@ -5,25 +5,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import fsspec.asyn
-
-
-class Spent(NamedTuple):
-    """What a stage took, or, as an instant, what had been spent until then."""
-
-    seconds: float
-    """On the clock."""
-    cpu_seconds: float
-    """Of the calling thread."""
-
-    @classmethod
-    def so_far(cls) -> "Spent":
-        return cls(time.perf_counter(), time.thread_time())
-
-    def since(self, before: "Spent") -> "Spent":
-        return Spent(self.seconds - before.seconds, self.cpu_seconds - before.cpu_seconds)
 
 
 class Stages:
@@ -31,20 +14,24 @@ class Stages:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        """On the clock."""
         self.cpu_seconds: dict[str, float] = defaultdict(float)
-
-    def add(self, stage: str, spent: Spent) -> None:
-        self.seconds[stage] += spent.seconds
-        self.cpu_seconds[stage] += spent.cpu_seconds
+        """Of the calling threads."""
 
     @contextmanager
     def measured(self, stage: str) -> Iterator[None]:
         """Adds what happens inside."""
-        before = Spent.so_far()
+        started, cpu_started = time.perf_counter(), time.thread_time()
         try:
             yield
         finally:
-            self.add(stage, Spent.so_far().since(before))
+            self.seconds[stage] += time.perf_counter() - started
+            self.cpu_seconds[stage] += time.thread_time() - cpu_started
+
+    def add(self, other: "Stages") -> None:
+        for stage in other.seconds:
+            self.seconds[stage] += other.seconds[stage]
+            self.cpu_seconds[stage] += other.cpu_seconds[stage]
 
 
 class ProcessCpu:

@@ -105,8 +105,14 @@ def test_every_image_is_scored_once_or_has_an_error(scored, archive, run_record)
         "notes.jpg": "unsupported_format",
     }
     assert not errors.is_transient.any()
-    counts = run_record(scored)["counts"]
+    record = run_record(scored)
+    counts = record["counts"]
     assert [counts[k] for k in ("listed", "scored", "permanent_errors", "missing")] == [43, 40, 3, 0]
+    # Where the time went: on the clock, and of processors.
+    assert {"read", "decode", "score", "write"} == record["seconds_in_workers"].keys()
+    stages = {"start", "read", "decode", "score", "write", "other"}
+    assert stages == record["cpu_seconds_in_workers"].keys()
+    assert record["seconds_to_first_image"] > record["seconds"]["start"]
 
 
 def test_files_have_exactly_the_schema_of_the_contract(scored):

@@ -10,7 +10,7 @@ from typing import Any
 from csflow.errors import ErrorCode, ImageError
 from csflow.inputs.loading import LoadedImage, load_one
 from csflow.inputs.reading import ImageReader
-from csflow.stages import Spent
+from csflow.stages import Stages
 
 ATTEMPTS = 2
 """A child may die for a reason that is not the image's: what takes two of them is."""
@@ -51,7 +51,7 @@ class IsolatedLoader:
             except BrokenProcessPool:
                 self._pool = None
         error = ImageError(ErrorCode.CRASHED, f"the process that read and decoded it died, {ATTEMPTS} times")
-        return LoadedImage(image_uri, image_version, error, Spent(0, 0), Spent(0, 0))
+        return LoadedImage(image_uri, image_version, error, Stages())
 
 
 def _start(storage_options: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from csflow.errors import ErrorCode, ImageError
 from csflow.images import DecodedImage, decode
 from csflow.inputs.reading import ImageReader
-from csflow.stages import Spent
+from csflow.stages import Stages
 
 T = TypeVar("T")
 
@@ -23,8 +23,8 @@ class LoadedImage:
     image_uri: str
     image_version: str
     content: DecodedImage | ImageError
-    read: Spent
-    decode: Spent
+    stages: Stages
+    """What reading and decoding it took."""
 
 
 class ImageLoader:
@@ -75,21 +75,19 @@ def load_one(
     reader: ImageReader, image_uri: str, image_version: str, image_size: tuple[int, int]
 ) -> LoadedImage:
     """Reads and decodes one image; whatever goes wrong is in the result."""
-    started = read_done = Spent.so_far()
+    stages = Stages()
     content: DecodedImage | ImageError
     try:
-        data = reader.read(image_uri, image_version)
-        read_done = Spent.so_far()
-        content = decode(data, image_size)
+        with stages.measured("read"):
+            data = reader.read(image_uri, image_version)
+        with stages.measured("decode"):
+            content = decode(data, image_size)
     except ImageError as error:
         content = error
     except Exception as error:
         # One image must never take its neighbours down.
         content = ImageError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}")
-    decode_done = Spent.so_far()
-    return LoadedImage(
-        image_uri, image_version, content, read_done.since(started), decode_done.since(read_done)
-    )
+    return LoadedImage(image_uri, image_version, content, stages)
 
 
 def batches(items: Iterable[T], batch_size: int) -> Iterator[list[T]]:

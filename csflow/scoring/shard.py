@@ -31,7 +31,8 @@ from csflow.scoring.plan import PlannedShard
 from csflow.stages import ProcessCpu, Stages
 from csflow.storage import Location, to_parquet
 
-READ_THREADS = 8
+READ_THREADS, READ_THREADS_PER_CPU = 8, 2
+"""Threads of a worker that read and decode: at least so many, since most of them wait for the store."""
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 8, 32
 """Default images per forward pass. More is slower on CPUs: early activations leave the cache."""
 RESULT = pa.schema(
@@ -86,7 +87,8 @@ class ShardScorer:
         if settings.is_isolated:
             self._loader = IsolatedLoader(storage_options, image_size)
         else:
-            self._loader = ImageLoader(ImageReader(storage_options), image_size, READ_THREADS)
+            threads = max(READ_THREADS, READ_THREADS_PER_CPU * resources.cpus)
+            self._loader = ImageLoader(ImageReader(storage_options), image_size, threads)
         self._model_lock = threading.Lock()
         self._process_cpu = ProcessCpu()
         self._start_cpu_seconds = self._process_cpu.take()[0]
@@ -140,8 +142,7 @@ class ShardScorer:
     ) -> Iterator[ScorableImage]:
         """The images that can be scored; the others are appended to `errors`."""
         for image in images:
-            stages.add("read", image.read)
-            stages.add("decode", image.decode)
+            stages.add(image.stages)
             if isinstance(image.content, ImageError):
                 errors.append(self._error_row(image, image.content))
             else:
