@@ -253,7 +253,7 @@ def test_every_bad_file_is_accounted_for_once(model, plain_loop, tmp_path, run_r
     outcomes = {uri: plain_loop.outcome(data) for uri, data in images.items()}
     expected = broken | {uri: code for uri, code in outcomes.items() if isinstance(code, ErrorCode)}
     errors = read_errors(output)
-    assert Counter(errors.image_uri) == Counter(expected)
+    assert Counter(errors.image_uri) == Counter(list(expected))
     assert dict(zip(errors.image_uri, errors.error_code, strict=True)) == expected
     assert not errors.is_transient.any()
     counts = run_record(output)["counts"]
