@@ -193,9 +193,9 @@ def test_a_store_that_stops_answering_ends_the_run_and_the_next_one_completes(
     store.weather = reads_hang
     arguments = from_store(model, store, tmp_path / "output")
     # Its actors hang on: they end with the job's own cluster.
-    status, printed = score_in_a_process(*arguments, "--stall_timeout", 10, RAY_ADDRESS="local")
+    status, printed = score_in_a_process(*arguments, "--stall_timeout", 5, RAY_ADDRESS="local")
     assert status == ExitStatus.INCOMPLETE, printed
-    assert "stalled: no shard finished for 10 s, 3 are still waited for" in printed
+    assert "stalled: no shard finished for 5 s, 3 are still waited for" in printed
     assert "INCOMPLETE: 48 images are missing" in printed
     store.weather = faulty_s3.clear_sky
     assert run_score(*arguments) == ExitStatus.DONE
@@ -253,7 +253,7 @@ def test_every_bad_file_is_accounted_for_once(model, plain_loop, tmp_path, run_r
     outcomes = {uri: plain_loop.outcome(data) for uri, data in images.items()}
     expected = broken | {uri: code for uri, code in outcomes.items() if isinstance(code, ErrorCode)}
     errors = read_errors(output)
-    assert Counter(errors.image_uri) == Counter(expected)
+    assert Counter(errors.image_uri) == Counter(list(expected))
     assert dict(zip(errors.image_uri, errors.error_code, strict=True)) == expected
     assert not errors.is_transient.any()
     counts = run_record(output)["counts"]
@@ -304,6 +304,7 @@ def test_wrong_buckets_and_credentials_stop_the_run_at_once_with_one_line(
 
 def test_a_store_that_is_not_there_stops_the_run_with_one_line(model, night, store, capsys, tmp_path):
     options = store.options | {"endpoint_url": f"http://127.0.0.1:{free_port()}"}
+    options["config_kwargs"] = {"retries": {"total_max_attempts": 1}}
     arguments = ["--model", model, "--input", NIGHT, "--output", STORED_OUTPUT]
     status, printed = how_it_ends(capsys, *arguments, "--storage_options", json.dumps(options))
     assert status == ExitStatus.WRONG_USE

@@ -196,6 +196,8 @@ def test_an_output_that_stops_answering_ends_the_run(model, photographs, plain_l
     for path in photographs[:100]:
         shutil.copy2(path, images / path.name)
     output = f"s3://{faulty_s3.BUCKET}/scores"
+    # botocore's retries inside those of s3fs would take two minutes to give an operation up.
+    store.options["config_kwargs"]["retries"] = {"total_max_attempts": 1}
     arguments = ["--model", model, "--input", images, "--output", output]
     arguments += ["--storage_options", json.dumps(store.options)]
 
