@@ -84,8 +84,8 @@ class ImportConfig(JobConfig):
     cut_after: str | None = None
     """Module after which the backbone ends. [default: stage 6 of an EfficientNet]"""
     weights: str | None = None
-    """Weights of the backbone: `timm` (downloads), an installed package, or a file's path or URL. [default:
-    those in the checkpoint if it has them, else timm]"""
+    """Weights of the backbone that the flow was trained on: a file's path or URL, an installed package, or
+    `timm` (downloads). [default: those in the checkpoint, where it has them]"""
     image_size: list[int] | None = Field(None, min_length=1, max_length=2)
     """Side, or height and width, in pixels that the model was trained with. [default: what the checkpoint
     says, else 768 for official and 256 for anomalib]"""
@@ -164,11 +164,15 @@ def build_detector(foreign: ForeignModel, config: ImportConfig) -> tuple[Detecto
             )
         if is_own:
             load_extractor(detector.backbone, foreign.extractor)
-        else:
-            source = config.weights or "timm"
-            load_weights(
-                detector.backbone, find_weights(source, architecture.backbone, config.storage_options)
+        elif config.weights is None:
+            # No default: on the features of other weights a flow is worth nothing, and nobody would notice.
+            raise WrongUse(
+                "--weights is required, since the checkpoint holds no feature extractor: name the file of the "
+                "weights that the flow was trained on"
             )
+        else:
+            weights = find_weights(config.weights, architecture.backbone, config.storage_options)
+            load_weights(detector.backbone, weights)
     except BackboneError as error:
         raise WrongUse(f"--backbone, --weights: {error}") from None
     except ForeignModelError:
@@ -179,7 +183,7 @@ def build_detector(foreign: ForeignModel, config: ImportConfig) -> tuple[Detecto
     normalization = foreign.preprocessing.get("Normalize", {})
     for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
         detector.get_buffer(name).copy_(torch.tensor(normalization.get(name, default)))
-    return detector.eval(), "of the checkpoint" if is_own else config.weights or "timm"
+    return detector.eval(), config.weights or "those of the checkpoint"
 
 
 def calibrate(

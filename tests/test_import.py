@@ -119,6 +119,11 @@ def extractor() -> torch.nn.Module:
     return random_extractor()
 
 
+@pytest.fixture(scope="module")
+def b5() -> Backbone:
+    return Backbone("efficientnet_b5")
+
+
 def extractor_state(extractor: torch.nn.Module) -> dict[str, Tensor]:
     """Under the names of an anomalib checkpoint, which holds the network twice."""
     path = "model.feature_extractor.feature_extractor"
@@ -126,23 +131,22 @@ def extractor_state(extractor: torch.nn.Module) -> dict[str, Tensor]:
     return {prefix + name: value for prefix in prefixes for name, value in extractor.state_dict().items()}
 
 
-def test_the_feature_extractor_of_an_anomalib_checkpoint_gives_the_same_features(extractor):
-    backbone = Backbone("efficientnet_b5")
+def test_the_feature_extractor_of_an_anomalib_checkpoint_gives_the_same_features(extractor, b5):
     foreign = read_foreign(
         anomalib_checkpoint()
         | {"state_dict": anomalib_checkpoint()["state_dict"] | extractor_state(extractor)}
     )
-    load_extractor(backbone, foreign.extractor)
+    load_extractor(b5, foreign.extractor)
     image_BCHW = torch.rand(2, 3, 96, 64)
     with torch.inference_mode():
-        torch.testing.assert_close(backbone(image_BCHW), extractor(image_BCHW), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(b5(image_BCHW), extractor(image_BCHW), rtol=1e-3, atol=1e-4)
     assert extractor(image_BCHW).std() > 0.01
 
 
-def test_another_feature_extractor_is_refused(extractor):
+def test_another_feature_extractor_is_refused(extractor, b5):
     state = dict(list(extractor.state_dict().items())[:-3])
     with pytest.raises(ForeignModelError, match="not a efficientnet_b5 up to blocks"):
-        load_extractor(Backbone("efficientnet_b5"), state)
+        load_extractor(b5, state)
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +194,15 @@ def test_an_official_flow_of_other_channels_than_the_backbone_is_refused(tmp_pat
     arguments = ["--checkpoint", tmp_path / "flow.pth", "--calibrate", good_images, "--image_size", 128]
     with pytest.raises(WrongUse, match="resnet10t gives 512 channels, the flow takes 16"):
         run(*arguments, "--backbone", "resnet10t", "--output", tmp_path / "model")
+
+
+def test_a_checkpoint_without_its_backbone_needs_weights_by_name(tmp_path, good_images):
+    (tmp_path / "model.ckpt").write_bytes(anomalib_bytes())
+    arguments = ["--checkpoint", tmp_path / "model.ckpt", "--calibrate", good_images, "--image_size", 128]
+    with pytest.raises(
+        WrongUse, match="--weights is required, since the checkpoint holds no feature extractor"
+    ):
+        run(*arguments, "--output", tmp_path / "model")
 
 
 class Trap:
