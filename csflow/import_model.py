@@ -167,8 +167,8 @@ def build_detector(foreign: ForeignModel, config: ImportConfig) -> tuple[Detecto
         elif config.weights is None:
             # No default: on the features of other weights a flow is worth nothing, and nobody would notice.
             raise WrongUse(
-                "--weights is required, since the checkpoint holds no feature extractor: name the file of the "
-                "weights that the flow was trained on"
+                "--weights is required, since the checkpoint holds no feature extractor: name the file of "
+                "the weights that the flow was trained on"
             )
         else:
             weights = find_weights(config.weights, architecture.backbone, config.storage_options)
