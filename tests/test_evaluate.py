@@ -24,9 +24,9 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from csflow.errors import ExitStatus, WrongUse
 from csflow.evaluate import EvaluateConfig, evaluate, image_metrics
-from csflow.evaluate.image_metrics import Ranking, bootstrap_intervals, share
 from csflow.evaluate.labels import Label, mvtec_labels, read_labels
 from csflow.evaluate.pixel_metrics import FPR_LIMIT, PixelHistograms, upsample
+from csflow.evaluate.ranking import Ranking, bootstrap_intervals, share
 from csflow.scores import SCORES
 from csflow.storage import Location
 

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from csflow.charts import Curve, chart, steps
-from csflow.evaluate.image_metrics import Ranking
 from csflow.evaluate.labels import LabelledScore
 from csflow.evaluate.pixel_metrics import FPR_LIMIT, PixelHistograms
+from csflow.evaluate.ranking import Ranking
 
 HISTOGRAM_BINS = 60
 
