@@ -1,9 +1,10 @@
-"""Measures how well anomaly scores separate normal from defective images.
+"""Measures how well anomaly scores and maps find what is known to be defective (docs/evaluation.md).
 
-python jobs/evaluate.py --scores out --labels labels.csv --output evaluation.json
-python jobs/evaluate.py --scores s3://bucket/out --layout mvtec
+    python jobs/evaluate.py --scores out --labels labels.csv --output evaluation
+    python jobs/evaluate.py --scores s3://bucket/out --layout mvtec
 
-labels.csv holds the columns image_uri and label (0 normal, 1 defective).
+labels.csv holds the columns image_uri and label (0 normal, 1 defective), and optionally mask_uri and
+defect_class.
 """
 
 from csflow.config import run_job

@@ -24,9 +24,9 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from csflow.errors import ExitStatus, WrongUse
 from csflow.evaluate import EvaluateConfig, evaluate, image_metrics
-from csflow.evaluate.image_metrics import Ranking, bootstrap_intervals, share
 from csflow.evaluate.labels import Label, mvtec_labels, read_labels
 from csflow.evaluate.pixel_metrics import FPR_LIMIT, PixelHistograms, upsample
+from csflow.evaluate.ranking import Ranking, bootstrap_intervals, share
 from csflow.scores import SCORES
 from csflow.storage import Location
 
@@ -542,6 +542,7 @@ def test_defective_images_without_a_mask_are_left_out_of_pixel_metrics_and_count
     assert run(tmp_path, layout="mvtec")["pixels"] == {
         "images": {"normal": 1, "with_mask": 0, "without_mask": 3}
     }
+    assert "masks               none found" in capsys.readouterr().out
     folder = tmp_path / "part" / "ground_truth" / "crack"
     folder.mkdir(parents=True)
     (folder / "3_mask.png").write_bytes(png(images["3.png"][1]))

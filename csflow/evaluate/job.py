@@ -9,10 +9,10 @@ from pydantic import Field
 
 from csflow.config import JobConfig
 from csflow.errors import ExitStatus, WrongUse
-from csflow.evaluate.image_metrics import Ranking, bootstrap_intervals, share
 from csflow.evaluate.labels import Label, LabelledScore, among, mvtec_labels, read_labels
 from csflow.evaluate.pixel_metrics import PixelHistograms
 from csflow.evaluate.pixel_pass import Masks, pixel_metrics
+from csflow.evaluate.ranking import Ranking, bootstrap_intervals, share
 from csflow.evaluate.summary import plots, print_evaluation
 from csflow.scores import latest_per_image, open_scores
 from csflow.storage import Location

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from csflow.charts import Curve, chart, steps
-from csflow.evaluate.image_metrics import Ranking
 from csflow.evaluate.labels import LabelledScore
 from csflow.evaluate.pixel_metrics import FPR_LIMIT, PixelHistograms
+from csflow.evaluate.ranking import Ranking
 
 HISTOGRAM_BINS = 60
 
@@ -67,9 +67,13 @@ def print_evaluation(evaluation: Mapping[str, Any]) -> None:
 
 
 def _print_pixels(pixels: Mapping[str, Any] | None) -> None:
-    if pixels is None or "metrics" not in pixels:
+    if pixels is None:
         return
     images = pixels["images"]
+    if "metrics" not in pixels:
+        if images["without_mask"]:
+            print(f"{'masks':<20}none found, so no pixel metrics")
+        return
     for name, value in pixels["metrics"].items():
         print(f"{name:<20}{value:.4f}   ± {pixels['binning_error'][name]:.1g} by binning")
     print(f"{'masks':<20}{images['with_mask']:,} images, {pixels['regions']:,} defective regions")

@@ -46,15 +46,16 @@ class Ranking:
         return found_T / (found_T + self.normal_T.cumsum()), found_T / found_T[-1]
 
     def metrics(self) -> dict[str, float]:
-        """The metrics by name. Thresholds between equal scores do not exist, so ties count half in AUROC."""
+        """The metrics by name. Equal scores cannot be told apart: such a pair counts half in AUROC."""
+        # No np.dot: BLAS starts threads for vectors of this length, and waits for them longer than it adds.
         found_T, false_T = self.defective_T.cumsum(), self.normal_T.cumsum()
         defective, normal = found_T[-1], false_T[-1]
-        pairs_in_order = np.dot(self.normal_T, found_T - self.defective_T / 2)
+        pairs_in_order = (self.normal_T * (found_T - self.defective_T / 2)).sum()
         precision_T = found_T / np.maximum(found_T + false_T, 1)
         f1_T = 2 * found_T / (found_T + false_T + defective)
         return {
             "image_auroc": float(pairs_in_order / (defective * normal)),
-            "average_precision": float(np.dot(precision_T, self.defective_T) / defective),
+            "average_precision": float((precision_T * self.defective_T).sum() / defective),
             "fpr_at_95_recall": float(false_T[np.argmax(found_T / defective >= RECALL)] / normal),
             "best_f1": float(f1_T.max()),
         }

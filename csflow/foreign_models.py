@@ -1,0 +1,201 @@
+"""CS-Flow models of other code bases: their weights in the names and layout of csflow's flow and backbone.
+
+Two are known. *Official* is marco-rudolph/cs-flow, whose permutations are in no checkpoint: block k draws
+those of its three scales one after the other from NumPy's legacy generator, seeded with k. *anomalib* draws
+one for all scales from NumPy's new generator, seeded with k. Both flows are csflow's otherwise: the first
+half of the channels is transformed first, then the second half; upsampling is bilinear; the clamp is 3.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from csflow.model import Backbone, CrossScaleFlow
+from csflow.model.flow import SOFT_CLAMP
+
+SCALES = 3
+
+_TORCHVISION_EPS = 1e-3
+"""Of the batch norms of torchvision's EfficientNet-B5, on which anomalib builds."""
+
+_FLOW_TENSOR = re.compile(
+    r"(?:.*\.)?module_list\.(?P<node>\d+)\."
+    r"(?P<subnetwork>s1|s2|cross_convolution1|cross_convolution2)\.(?P<tensor>.+)"
+)
+_EXTRACTOR_TENSOR = re.compile(r"(?P<network>.*feature_extractor\.(?:.*\.)?)features\.(?P<stage>[0-6])\..+")
+
+# 1 and 2 name the half that is read: what reads the second half transforms the first.
+_SUBNETWORKS = {
+    "subnetwork_first": ("s2", "cross_convolution2"),
+    "subnetwork_second": ("s1", "cross_convolution1"),
+}
+_LAYERS = {
+    "enter": ("conv_scale0_0", "conv_scale1_0", "conv_scale2_0"),
+    "same": ("conv_scale0_1", "conv_scale1_1", "conv_scale2_1"),
+    "down": ("down_conv01", "down_conv12"),
+    "up": ("up_conv10", "up_conv21"),
+}
+
+
+class ForeignModelError(ValueError):
+    """The tensors are no CS-Flow model that is known, or one that csflow cannot represent."""
+
+
+@dataclass(frozen=True)
+class ForeignModel:
+    """A trained flow of another code base, and what its checkpoint says beside."""
+
+    source: str
+    """`official` or `anomalib`."""
+    flow: CrossScaleFlow
+    channels: int
+    hidden_channels: int
+    kernel_sizes: tuple[int, ...]
+    extractor: Mapping[str, Tensor]
+    """The feature extractor's tensors in torchvision's order; none if the checkpoint has none."""
+    preprocessing: Mapping[str, Mapping[str, Any]]
+    """What anomalib does to an image: arguments by name of the transform; empty if nothing is said."""
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width, if the checkpoint says."""
+        size = self.preprocessing.get("Resize", {}).get("size")
+        return (int(size[0]), int(size[1])) if isinstance(size, Sequence) and len(size) == 2 else None
+
+
+def read_foreign(checkpoint: Mapping[str, Any]) -> ForeignModel:
+    """The flow of a state dict, or of a Lightning checkpoint around one.
+
+    Raises:
+        ForeignModelError: see there.
+    """
+    state = checkpoint.get("state_dict", checkpoint)
+    blocks = _blocks(state)
+    source = "anomalib" if "cross_convolution1.gamma0" in blocks[0] else "official"
+    _check_clamp(checkpoint.get("hyper_parameters", {}))
+    converted: dict[str, Tensor] = {}
+    try:
+        for b, tensors in enumerate(blocks):
+            converted |= {f"blocks.{b}.{name}": value for name, value in _convert_block(tensors).items()}
+        entering = [
+            [converted[f"blocks.{b}.{half}.enter.0.weight"] for half in _SUBNETWORKS]
+            for b in range(len(blocks))
+        ]
+        kernel_sizes = tuple(int(weights[0].shape[2]) for weights in entering)
+        hidden, channels = entering[0][0].shape[0], sum(weight.shape[1] for weight in entering[0])
+        for b in range(len(blocks)):
+            for s, permutation_C in enumerate(permutations(source, b, channels)):
+                converted[f"blocks.{b}.permutation_{s}"] = permutation_C
+        flow = CrossScaleFlow(channels, SCALES, hidden, kernel_sizes)
+        flow.load_state_dict(converted)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ForeignModelError(f"its tensors are not those of a three-scale CS-Flow: {error}") from None
+    _check_gamma(flow)
+    return ForeignModel(
+        source,
+        flow,
+        channels,
+        hidden,
+        kernel_sizes,
+        extractor=_extractor(state),
+        preprocessing=_transforms(checkpoint.get("anomalib_pre_processor_config")),
+    )
+
+
+def permutations(source: str, block: int, channels: int) -> list[Tensor]:
+    """A coupling block's permutation of each scale: output channel j takes input channel p[j]."""
+    if source == "anomalib":
+        drawn = [np.random.default_rng(block).permutation(channels)] * SCALES
+    else:
+        legacy = np.random.RandomState(block)
+        drawn = [legacy.permutation(channels) for _ in range(SCALES)]
+    return [torch.from_numpy(permutation_C.astype(np.int64)) for permutation_C in drawn]
+
+
+def load_extractor(backbone: Backbone, extractor: Mapping[str, Tensor]) -> None:
+    """Takes torchvision's EfficientNet-B5 into timm's `efficientnet_b5`, both cut after the sixth stage.
+
+    Raises:
+        ForeignModelError: the weights belong to another architecture.
+    """
+    own = backbone.layers.state_dict()
+    fits = len(own) == len(extractor) and all(
+        a.shape == b.shape for a, b in zip(own.values(), extractor.values(), strict=True)
+    )
+    if not fits:
+        raise ForeignModelError(f"its feature extractor is not a {backbone.name} up to {backbone.cut_after}")
+    backbone.layers.load_state_dict(dict(zip(own, extractor.values(), strict=True)))
+    for module in backbone.layers.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
+            # 1 / √(σ² + ε) is the same with the difference of both ε added to σ².
+            module.running_var += _TORCHVISION_EPS - module.eps
+
+
+def _blocks(state: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+    """The tensors of each coupling block; in the original's graph other nodes stand between them."""
+    nodes: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for name, value in state.items():
+        match = _FLOW_TENSOR.fullmatch(name) if isinstance(value, Tensor) else None
+        if match:
+            nodes[int(match["node"])][f"{match['subnetwork']}.{match['tensor']}"] = value
+    if not nodes:
+        raise ForeignModelError(
+            "it holds no tensors of a flow (module_list.<n>.s1.… of the official code, or "
+            "model.graph.graph.module_list.<n>.cross_convolution1.… of anomalib)"
+        )
+    return [nodes[node] for node in sorted(nodes)]
+
+
+def _convert_block(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    converted = {}
+    for ours, names in _SUBNETWORKS.items():
+        theirs = next((name for name in names if f"{name}.gamma0" in tensors), names[0])
+        gamma = [tensors[f"{theirs}.gamma{s}"].reshape(()) for s in range(SCALES)]
+        converted[f"{ours}.gamma_S"] = torch.stack(gamma)
+        for layer, layer_names in _LAYERS.items():
+            for s, name in enumerate(layer_names):
+                for kind in ("weight", "bias"):
+                    converted[f"{ours}.{layer}.{s}.{kind}"] = tensors[f"{theirs}.{name}.{kind}"]
+    return converted
+
+
+def _check_clamp(settings: Mapping[str, Any]) -> None:
+    clamp = settings.get("clamp", SOFT_CLAMP)
+    if clamp != SOFT_CLAMP:
+        raise ForeignModelError(f"it was trained with clamp {clamp}; csflow's flow has {SOFT_CLAMP:g}")
+
+
+def _check_gamma(flow: CrossScaleFlow) -> None:
+    gammas = [value for name, value in flow.state_dict().items() if name.endswith("gamma_S")]
+    if not any(gamma_S.any() for gamma_S in gammas):
+        raise ForeignModelError(
+            "every γ is 0: it is untrained, or was trained with use_gamma = False, which csflow does not have"
+        )
+
+
+def _extractor(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    networks: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, value in state.items():
+        if match := _EXTRACTOR_TENSOR.fullmatch(name):
+            # anomalib keeps the network twice, whole and cut; both are the same tensors.
+            networks[match["network"]][name] = value
+    return next(iter(networks.values()), {})
+
+
+def _transforms(config: Any) -> dict[str, Mapping[str, Any]]:
+    """Every transform that a stored preprocessing describes."""
+    found: dict[str, Mapping[str, Any]] = {}
+    if isinstance(config, Mapping):
+        if "class_path" in config and isinstance(config.get("init_args"), Mapping):
+            found[str(config["class_path"]).rpartition(".")[2]] = config["init_args"]
+        config = list(config.values())
+    if isinstance(config, list):
+        for value in config:
+            found |= _transforms(value)
+    return found

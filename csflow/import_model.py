@@ -1,0 +1,282 @@
+"""Makes a model directory of a CS-Flow model that was trained elsewhere (docs/import.md).
+
+A state dict of the official implementation, or a checkpoint of anomalib's Csflow:
+
+    python -m csflow.import_model --checkpoint flow.pth --weights efficientnet-b5.pth \\
+        --calibrate data/good --output models/cells
+    python -m csflow.import_model --checkpoint model.ckpt --calibrate s3://plant/good --output s3://plant/models/cells
+"""
+
+import hashlib
+import io
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import safetensors.torch
+import torch
+from pydantic import Field
+
+import csflow
+from csflow.config import JobConfig, Locations, run_job
+from csflow.errors import ExitStatus, ImageError, WrongUse
+from csflow.foreign_models import SCALES, ForeignModel, ForeignModelError, load_extractor, read_foreign
+from csflow.images import DecodedImage
+from csflow.inputs.listing import list_images
+from csflow.inputs.loading import ImageLoader, LoadedImage, batches
+from csflow.inputs.reading import ImageReader
+from csflow.model import Architecture, BackboneError, Detector, load_weights
+from csflow.model_directory import CALIBRATION, holds_model, save_model
+from csflow.storage import Location
+from csflow.weights import find_weights
+
+BACKBONES = {"official": "tf_efficientnet_b5", "anomalib": "efficientnet_b5"}
+IMAGE_SIZES = {"official": (768, 768), "anomalib": (256, 256)}
+"""What both code bases resize to by default."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""With which both normalise by default."""
+
+REPRESENTED = {"Compose", "Normalize", "Resize", "ToDtype", "ToImage"}
+"""Transforms that csflow's preprocessing stands for."""
+
+READ_THREADS = 8
+BATCH_SIZE = 8
+PROGRESS_SECONDS = 10.0
+
+CARD = """\
+# Imported: {source} CS-Flow, {blocks} coupling blocks, {height} × {width} px
+
+A CS-Flow defect detector that was trained by other code ({source}) and imported by csflow {version}. Score
+images with it: `python jobs/score.py --model <this folder> --input <images> --output <folder>`.
+
+| | |
+|---|---|
+| imported from | `{file}`, SHA-256 {digest} |
+| backbone | {backbone}, weights: {weights} |
+| hidden channels | {hidden_channels} |
+| calibration images | {images} |
+| calibration score, median | {median:.4f} |
+| calibration score, 95 % | {high:.4f} |
+| smallest possible p-value | {smallest:.4g} |
+
+The flow gives the scores of the original on the same features. The features are csflow's: see
+`docs/import.md` for how they differ. P-values compare an image's anomaly score with those of the images in
+`calibration.parquet`; whether these took no part in training is known to whoever chose them.
+"""
+
+
+class ImportConfig(JobConfig):
+    """Settings of the import."""
+
+    checkpoint: str
+    """State dict of the official CS-Flow (.pth, .pt or .safetensors), or checkpoint of anomalib's Csflow
+    (.ckpt)."""
+    output: str
+    """Model directory to write."""
+    calibrate: Locations
+    """Normal images that took no part in training, for p-values; one or more folders, files, archives or
+    manifests."""
+    backbone: str | None = None
+    """Feature extractor: name of a timm network. [default: the EfficientNet-B5 of the code that trained the
+    flow]"""
+    cut_after: str | None = None
+    """Module after which the backbone ends. [default: stage 6 of an EfficientNet]"""
+    weights: str | None = None
+    """Weights of the backbone that the flow was trained on: a file's path or URL, an installed package, or
+    `timm` (downloads). [default: those in the checkpoint, where it has them]"""
+    image_size: list[int] | None = Field(None, min_length=1, max_length=2)
+    """Side, or height and width, in pixels that the model was trained with. [default: what the checkpoint
+    says, else 768 for official and 256 for anomalib]"""
+    overwrite: bool = False
+    """Replace a model that --output already holds."""
+
+
+def import_model(config: ImportConfig) -> ExitStatus:
+    """Converts, calibrates and saves. Raises WrongUse if a setting or the checkpoint is wrong."""
+    output = Location(config.output, config.storage_options)
+    if holds_model(output) and not config.overwrite:
+        raise WrongUse(f"--output {output} already holds a model; choose another, or pass --overwrite")
+    output.check_writable()
+    location = Location(config.checkpoint, config.storage_options)
+    data = _read(location)
+    try:
+        foreign = read_foreign(_load(location, data))
+        detector, weights = build_detector(foreign, config)
+    except ForeignModelError as error:
+        raise WrongUse(f"--checkpoint {location}: {error}") from None
+    height, width = detector.architecture.image_size
+    print(f"{foreign.source} flow of {len(foreign.kernel_sizes)} coupling blocks, {height} x {width} px")
+    for name in foreign.preprocessing.keys() - REPRESENTED:
+        print(f"warning: the model was trained on images after {name}, which csflow does not do")
+    images = pa.Table.from_batches(list_images(config.calibrate, config.storage_options))
+    calibration, failed = calibrate(detector, images, config.storage_options)
+    for image in failed:
+        print(f"left out: {image.image_uri}: {image.content}")
+    if any(isinstance(image.content, ImageError) and image.content.is_transient for image in failed):
+        print("INCOMPLETE: some images could not be read this time; the same command tries them again")
+        return ExitStatus.INCOMPLETE
+    if not calibration.num_rows:
+        raise WrongUse("--calibrate: none of the images can be read; name readable normal images")
+    origin = {
+        "imported_from": foreign.source,
+        "file": location.name,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "weights": weights,
+    }
+    model_id = save_model(
+        output,
+        detector,
+        calibration,
+        training=origin,
+        data={"calibration_images": calibration.num_rows, "unreadable_images": len(failed)},
+        metrics={},
+        card={"README.md": _card(detector, calibration, origin).encode()},
+    )
+    print(f"model {model_id} written to {output}, calibrated on {calibration.num_rows} images")
+    return ExitStatus.DONE
+
+
+def build_detector(foreign: ForeignModel, config: ImportConfig) -> tuple[Detector, str]:
+    """A detector with the foreign flow, and where the weights of its backbone come from.
+
+    Raises:
+        WrongUse: backbone, weights or image size do not fit.
+        ForeignModelError: the feature extractor in the checkpoint is not the one it should be.
+    """
+    size = config.image_size or foreign.image_size or IMAGE_SIZES[foreign.source]
+    architecture = Architecture(
+        backbone=config.backbone or BACKBONES[foreign.source],
+        image_size=(size[0], size[-1]),
+        cut_after=config.cut_after,
+        scales=SCALES,
+        hidden_channels=foreign.hidden_channels,
+        kernel_sizes=foreign.kernel_sizes,
+    )
+    is_own = bool(foreign.extractor) and config.weights is None and config.backbone is None
+    try:
+        detector = Detector(architecture)
+        if detector.backbone.channels != foreign.channels:
+            raise WrongUse(
+                f"--backbone {architecture.backbone} gives {detector.backbone.channels} channels, the flow "
+                f"takes {foreign.channels}; name the backbone it was trained on, and --cut_after"
+            )
+        if is_own:
+            load_extractor(detector.backbone, foreign.extractor)
+        elif config.weights is None:
+            # No default: on the features of other weights a flow is worth nothing, and nobody would notice.
+            raise WrongUse(
+                "--weights is required, since the checkpoint holds no feature extractor: name the file of "
+                "the weights that the flow was trained on"
+            )
+        else:
+            weights = find_weights(config.weights, architecture.backbone, config.storage_options)
+            load_weights(detector.backbone, weights)
+    except BackboneError as error:
+        raise WrongUse(f"--backbone, --weights: {error}") from None
+    except ForeignModelError:
+        raise
+    except ValueError as error:
+        raise WrongUse(f"--image_size: {error}") from None
+    detector.flow = foreign.flow
+    normalization = foreign.preprocessing.get("Normalize", {})
+    for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+        detector.get_buffer(name).copy_(torch.tensor(normalization.get(name, default)))
+    return detector.eval(), config.weights or "those of the checkpoint"
+
+
+def calibrate(
+    detector: Detector, images: pa.Table, storage_options: Mapping[str, Any]
+) -> tuple[pa.Table, list[LoadedImage]]:
+    """Scores of the listed images in the `CALIBRATION` schema, and those that could not be read.
+
+    In this process: a calibration takes some hundred images.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    detector.to(device)
+    loader = ImageLoader(ImageReader(storage_options), detector.architecture.image_size, READ_THREADS)
+    loaded = loader.load(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
+    rows: list[dict[str, Any]] = []
+    failed: list[LoadedImage] = []
+    last_line = time.monotonic()
+    for group in batches(loaded, BATCH_SIZE):
+        good = [image for image in group if isinstance(image.content, DecodedImage)]
+        failed += [image for image in group if isinstance(image.content, ImageError)]
+        if good:
+            pixels = [image.content.pixels_HWC for image in good if isinstance(image.content, DecodedImage)]
+            with torch.inference_mode():
+                scores_B = detector(torch.from_numpy(np.stack(pixels)).to(device)).anomaly_score_B
+            rows += [
+                {"image_uri": i.image_uri, "image_version": i.image_version, "anomaly_score": score}
+                for i, score in zip(good, scores_B.double().tolist(), strict=True)
+            ]
+        if time.monotonic() - last_line >= PROGRESS_SECONDS:
+            last_line = time.monotonic()
+            print(f"{len(rows) + len(failed)}/{images.num_rows} images scored for calibration", flush=True)
+    detector.to("cpu")
+    return pa.Table.from_pylist(rows, schema=CALIBRATION), failed
+
+
+def _read(location: Location) -> bytes:
+    try:
+        return location.read()
+    except (FileNotFoundError, NotADirectoryError):
+        raise WrongUse(f"--checkpoint {location} does not exist") from None
+    except Exception as error:
+        raise WrongUse(f"--checkpoint {location} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _load(location: Location, data: bytes) -> Mapping[str, Any]:
+    """Tensors and plain containers; nothing that is pickled in the file is executed."""
+    try:
+        if location.url.endswith(".safetensors"):
+            return safetensors.torch.load(data)
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        objects = _foreign_objects(data)
+        if not objects:
+            raise WrongUse(
+                f"--checkpoint {location} is no readable checkpoint: {type(error).__name__}"
+            ) from None
+        raise WrongUse(
+            f"--checkpoint {location} holds pickled objects ({', '.join(objects[:3])}), and csflow executes "
+            "none. Where it was trained, keep its tensors alone: for a whole model "
+            "torch.save(torch.load(path, weights_only=False).state_dict(), 'flow.pth'), for a Lightning "
+            "checkpoint torch.save(torch.load(path, weights_only=False)['state_dict'], 'flow.pth')"
+        ) from None
+    if not isinstance(loaded, Mapping):
+        raise WrongUse(f"--checkpoint {location} is no state dict; save model.state_dict()")
+    return loaded
+
+
+def _foreign_objects(data: bytes) -> list[str]:
+    """Names of the classes and functions that the file would have to import."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
+    except Exception:  # no checkpoint at all, in one of many ways
+        return []
+
+
+def _card(detector: Detector, calibration: pa.Table, origin: Mapping[str, str]) -> str:
+    architecture, scores = detector.architecture, calibration["anomaly_score"].to_numpy()
+    return CARD.format(
+        source=origin["imported_from"],
+        blocks=len(architecture.kernel_sizes),
+        height=architecture.image_size[0],
+        width=architecture.image_size[1],
+        version=csflow.__version__,
+        file=origin["file"],
+        digest=origin["sha256"],
+        backbone=architecture.backbone,
+        weights=origin["weights"],
+        hidden_channels=architecture.hidden_channels,
+        images=len(scores),
+        median=np.median(scores),
+        high=np.quantile(scores, 0.95),
+        smallest=1 / (len(scores) + 1),
+    )
+
+
+if __name__ == "__main__":
+    run_job(ImportConfig, import_model, __doc__)
