@@ -60,7 +60,7 @@ class FeatureFile:
     """URI, version and message of images that cannot be read and never will."""
 
     def to_bytes(self) -> bytes:
-        """In half precision if it holds the numbers: scores move by less than 1e-5 of their size."""
+        """In half precision if it holds the numbers: scores move by 1e-4 of their size at most."""
         half_ND = self.features_ND.half()
         stored_ND = half_ND if bool(half_ND.isfinite().all()) else self.features_ND.float()
         images = {
@@ -162,8 +162,8 @@ class FeatureCache:
         ]
 
 
-def find_images(images: pa.Table, index: pa.Table) -> tuple[pa.Table, list[int]]:
-    """The index rows of the listed images in their order, and the positions of images without one."""
+def find_images(images: pa.Table, index: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """The index rows of the listed images in their order, and the images without one."""
     found: dict[tuple[str, str], int] = {}
     for row, key in enumerate(
         zip(index["image_uri"].to_pylist(), index["image_version"].to_pylist(), strict=True)
@@ -171,8 +171,8 @@ def find_images(images: pa.Table, index: pa.Table) -> tuple[pa.Table, list[int]]
         found.setdefault(key, row)
     keys = zip(images["image_uri"].to_pylist(), images["image_version"].to_pylist(), strict=True)
     rows = [found.get(key) for key in keys]
-    missing = [position for position, row in enumerate(rows) if row is None]
-    return index.take(pa.array([row for row in rows if row is not None], pa.int64())), missing
+    known = index.take(pa.array([row for row in rows if row is not None], pa.int64()))
+    return known, images.filter(pa.array([row is None for row in rows], pa.bool_()))
 
 
 def backbone_bytes(detector: Detector) -> bytes:

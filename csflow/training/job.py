@@ -65,14 +65,14 @@ def _extract_features(images: pa.Table, detector: Detector, cache: FeatureCache)
     missing = find_images(images, cache.index())[1]
     extracted, failed_for_now = 0, []
     resources = share_out(None, worker_bytes(detector))
-    for row in extract(images.take(missing), detector, cache, resources):
+    for row in extract(missing, detector, cache, resources):
         extracted += row["images"]
         failed_for_now += row["failed_for_now"]
     cached, still_missing = find_images(images, cache.index())
     seconds = time.monotonic() - started
     print(
         f"features: {extracted} images extracted in {seconds:.0f} s, "
-        f"{images.num_rows - len(missing)} in the cache"
+        f"{images.num_rows - missing.num_rows} in the cache"
     )
     unreadable = cached.filter(pc.is_valid(pc.field("error_message")))
     for uri, message in zip(
@@ -81,10 +81,10 @@ def _extract_features(images: pa.Table, detector: Detector, cache: FeatureCache)
         print(f"left out: {uri}: {message}")
     for message in failed_for_now:
         print(f"not read: {message}")
-    if still_missing:
+    if still_missing.num_rows:
         print(
-            f"INCOMPLETE: {len(still_missing)} images could not be read this time; the same command tries "
-            "them again"
+            f"INCOMPLETE: {still_missing.num_rows} images could not be read this time; "
+            "the same command tries them again"
         )
         return None
     return cached
