@@ -48,8 +48,8 @@ class ModelFiles:
 
     @property
     def worker_bytes(self) -> int:
-        """Memory that a process needs to load and run the detector: libraries, weights twice, activations."""
-        return worker_bytes(sum(value.nbytes for value in self.state.values()))
+        """As `worker_bytes`."""
+        return worker_bytes(self.state)
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,9 @@ def load_model(location: Location) -> Model:
     return Model(files.model_id, detector.eval().requires_grad_(False), files.calibration_scores)
 
 
-def worker_bytes(weight_bytes: int) -> int:
-    """Memory that a process needs to load and run a detector with weights of this size."""
-    return (1 << 30) + 2 * weight_bytes
+def worker_bytes(state: Mapping[str, Any]) -> int:
+    """Memory that a process needs to load and run a detector: libraries, its tensors twice, activations."""
+    return (1 << 30) + 2 * sum(int(value.nbytes) for value in state.values())
 
 
 def holds_model(location: Location) -> bool:

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,12 +17,10 @@ from conftest import ROOT, SMALL_MODEL, copy_some, wait_for
 from csflow.config import parse
 from csflow.errors import ExitStatus
 from csflow.images import decode
-from csflow.inputs.listing import list_images
 from csflow.model_directory import load_model
 from csflow.storage import Location
 from csflow.training.config import TrainConfig
-from csflow.training.job import split_images, train
-from csflow.training.loop import epoch_batches
+from csflow.training.job import train
 
 
 def configure(*arguments: object) -> TrainConfig:
@@ -37,10 +34,11 @@ def history(model: Path) -> list[dict[str, float]]:
 def test_the_job_shows_its_progress_and_says_what_it_wrote(trained):
     folder, job = trained
     assert job.returncode == 0, job.stderr
-    assert "48 images listed, 10 of them held out for calibration" in job.stdout
+    assert "48 images listed" in job.stdout
     assert "features: 48 images extracted" in job.stdout
+    assert "33 images to train on, 5 to choose the epoch, 10 held out for calibration" in job.stdout
     assert "epoch 2/2  loss " in job.stdout
-    assert "held-out" in job.stdout
+    assert "validation" in job.stdout
     assert "images/s" in job.stdout
     assert "s left" in job.stdout
     model_id = json.loads((folder / "config.json").read_text())["model_id"]
@@ -50,14 +48,18 @@ def test_the_job_shows_its_progress_and_says_what_it_wrote(trained):
 def test_the_model_directory_is_complete_and_free_of_pickles(model):
     names = {path.name for path in model.iterdir() if path.is_file()}
     assert names == {
-        "model.safetensors", "config.json", "calibration.parquet", "metrics.json", "README.md", "curves.svg",
+        "model.safetensors", "config.json", "calibration.parquet", "metrics.json",
+        "README.md", "curves.svg", "calibration.svg",
     }  # fmt: skip
     config = json.loads((model / "config.json").read_text())
     assert config["architecture"]["backbone"] == "tf_efficientnet_lite0"
     assert config["architecture"]["image_size"] == [128, 128]
-    assert config["data"]["training_images"] == 38
+    assert config["data"]["training_images"] == 33
     assert "pillow" in config["libraries"]
-    assert "curves.svg" in (model / "README.md").read_text()
+    card = (model / "README.md").read_text()
+    assert "curves.svg" in card
+    assert "calibration.svg" in card
+    assert config["data"]["fingerprint"] in card
     assert all(path.suffix not in (".pt", ".pth", ".pkl") for path in model.rglob("*"))
 
 
@@ -74,20 +76,22 @@ def test_calibration_scores_are_what_the_detector_gives_for_the_held_out_photogr
         decode(Path(uri).read_bytes(), (128, 128)).pixels_HWC for uri in calibration["image_uri"].to_pylist()
     ]
     scores = detector(torch.from_numpy(np.stack(pixels))).anomaly_score_B
-    np.testing.assert_allclose(calibration["anomaly_score"], scores, rtol=1e-5)
+    np.testing.assert_allclose(calibration["anomaly_score"], scores, rtol=2e-4)
 
 
 def test_two_workers_give_the_loss_curve_of_one_and_reuse_its_features(
     trained, model, good_cells, tmp_path, capfd
 ):
+    files = sorted((model / "_work" / "features").rglob("*"))
     arguments = ["--input", good_cells, "--output", tmp_path / "two", "--workers", 2]
-    # A batch of 16 leaves a last one of 6: shares of unequal weight are part of the claim.
+    # A batch of 16 leaves a last one of 1: an empty share is part of the claim.
     assert train(configure(*arguments, "--work_dir", model / "_work")) == ExitStatus.DONE
-    assert "features: 0 images extracted" in capfd.readouterr().out
+    assert "features: 0 images extracted in 0 s, 48 in the cache" in capfd.readouterr().out
+    assert sorted((model / "_work" / "features").rglob("*")) == files
     for one, two in zip(history(model), history(tmp_path / "two"), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert two["heldout_loss"] == pytest.approx(one["heldout_loss"], rel=1e-5)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
 def test_an_unreadable_image_is_left_out_and_named(ray_cluster, good_cells, tmp_path, capfd):
@@ -98,22 +102,10 @@ def test_an_unreadable_image_is_left_out_and_named(ray_cluster, good_cells, tmp_
     assert json.loads((tmp_path / "model" / "config.json").read_text())["data"]["unreadable_images"] == 1
 
 
-def test_an_image_keeps_its_side_of_the_split_as_images_are_added(cells):
-    images = pa.Table.from_batches(list_images([str(cells / "functional" / "test")], {}))
-    small = split_images(images.slice(0, 90), holdout=0.2, seed=0)
-    large = split_images(images.slice(0, 100), holdout=0.2, seed=0)
-    heldout_small = {uri for shard in small.heldout for uri in shard.image_uris}
-    heldout_large = {uri for shard in large.heldout for uri in shard.image_uris}
-    assert len(heldout_small) == 18
-    assert len(heldout_large) == 20
-    assert len(heldout_small & heldout_large) >= 15
-
-
-def test_every_epoch_sees_every_image_once_in_an_order_of_its_own():
-    orders = [torch.cat(list(epoch_batches(50, 16, seed=0, epoch=epoch))) for epoch in (1, 2)]
-    assert all(sorted(order.tolist()) == list(range(50)) for order in orders)
-    assert orders[0].tolist() != orders[1].tolist()
-    assert torch.equal(orders[0], torch.cat(list(epoch_batches(50, 16, seed=0, epoch=1))))
+def test_tensorboard_has_the_curves(model):
+    (events,) = (model / "_work" / "tensorboard").rglob("events.*")
+    data = events.read_bytes()
+    assert all(name in data for name in (b"loss", b"validation_loss", b"grad_norm", b"images_per_second"))
 
 
 @pytest.mark.soak

@@ -1,7 +1,7 @@
 """The CS-Flow model: torch and timm only; no Ray, no files, no object store."""
 
 from csflow.model.backbone import Backbone, BackboneError, download_weights, load_weights
-from csflow.model.detector import Architecture, Detector, Scores
+from csflow.model.detector import Architecture, Detector, Scores, new_flow, score_latents
 from csflow.model.flow import CrossScaleFlow, FlowOutput, negative_log_likelihood
 from csflow.model.inference import InferenceDetector, PrecisionSetting
 
@@ -18,4 +18,6 @@ __all__ = [
     "download_weights",
     "load_weights",
     "negative_log_likelihood",
+    "new_flow",
+    "score_latents",
 ]

@@ -74,15 +74,7 @@ class Detector(nn.Module):
         self.backbone = Backbone(architecture.backbone, architecture.cut_after, known)
         self.architecture = architecture
         self.feature_shapes = _feature_shapes(architecture, self.backbone)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(architecture.seed)
-            self.flow = CrossScaleFlow(
-                self.backbone.channels,
-                architecture.scales,
-                architecture.hidden_channels,
-                architecture.kernel_sizes,
-                architecture.seed,
-            )
+        self.flow = new_flow(architecture, self.backbone.channels)
         for name in ("mean", "std"):
             value_C = torch.tensor(getattr(self.backbone, name), dtype=torch.float32)
             self.register_buffer(name, value_C)
@@ -111,18 +103,36 @@ class Detector(nn.Module):
     @torch.no_grad()
     def score_features(self, y: Sequence[Tensor]) -> Scores:
         """Scores of images whose features are known."""
-        z = [z_BCHW.float() for z_BCHW in self.flow(y).z]
-        energy_BS = torch.stack([z_BCHW.square().flatten(1).sum(1) for z_BCHW in z], dim=1)
-        sizes_S = torch.tensor([z_BCHW[0].numel() for z_BCHW in z], device=energy_BS.device)
-        return Scores(
-            anomaly_score_B=energy_BS.sum(1) / sizes_S.sum() / 2,
-            scale_scores_BS=energy_BS / sizes_S / 2,
-            anomaly_map_BHW=z[0].square().mean(1),
-        )
+        return score_latents(self.flow(y).z)
 
     def forward(self, image_BHWC: Tensor) -> Scores:
         """Scores of uint8 RGB images of `image_size`."""
         return self.score_features(self.features(image_BHWC))
+
+
+def new_flow(architecture: Architecture, channels: int) -> CrossScaleFlow:
+    """The untrained flow for features of so many channels; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(architecture.seed)
+        return CrossScaleFlow(
+            channels,
+            architecture.scales,
+            architecture.hidden_channels,
+            architecture.kernel_sizes,
+            architecture.seed,
+        )
+
+
+def score_latents(z: Sequence[Tensor]) -> Scores:
+    """Scores of images by their latents, per scale (B, C, H, W)."""
+    z = [z_BCHW.float() for z_BCHW in z]
+    energy_BS = torch.stack([z_BCHW.square().flatten(1).sum(1) for z_BCHW in z], dim=1)
+    sizes_S = torch.tensor([z_BCHW[0].numel() for z_BCHW in z], device=energy_BS.device)
+    return Scores(
+        anomaly_score_B=energy_BS.sum(1) / sizes_S.sum() / 2,
+        scale_scores_BS=energy_BS / sizes_S / 2,
+        anomaly_map_BHW=z[0].square().mean(1),
+    )
 
 
 def _feature_shapes(architecture: Architecture, backbone: Backbone) -> list[tuple[int, int, int]]:

@@ -5,6 +5,7 @@ from pydantic import Field
 from csflow.config import JobConfig, Locations
 from csflow.errors import WrongUse
 from csflow.model import Architecture
+from csflow.training.precision import Precision
 
 
 class TrainConfig(JobConfig):
@@ -32,17 +33,27 @@ class TrainConfig(JobConfig):
     kernel_sizes: list[int] | None = None
     """Odd kernel size of each coupling block, or one for all. [default: 3, and 5 in the last of several]"""
     epochs: int = Field(30, ge=1)
-    """Passes over the training images."""
+    """Most passes over the training images."""
+    patience: int = Field(10, ge=1)
+    """Epochs without a lower validation loss after which training stops."""
     batch_size: int = Field(16, ge=1)
     """Images per optimiser step, over all workers."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Most images that a worker takes at once; gradients of the rest of its share of the batch are
+    accumulated. [default: its whole share]"""
+    precision: Precision = "auto"
+    """Of the flow's convolutions in training: float32, bfloat16, or auto for bfloat16 where the hardware
+    has it. Validation and calibration are float32."""
     learning_rate: float = Field(2e-4, gt=0)
     """Of Adam."""
     holdout: float = Field(0.2, gt=0, lt=1)
     """Share of the images kept from training, for calibration."""
+    validation: float = Field(0.1, ge=0, lt=1)
+    """Share of the images whose loss chooses the epoch to keep; 0 keeps the last one."""
     workers: int = Field(1, ge=1)
     """Data-parallel training workers."""
     seed: int = Field(0, ge=0)
-    """Of initial weights, permutations, batches and the choice of held-out images."""
+    """Of initial weights, permutations, batches and the choice of validation and held-out images."""
     resume: bool = False
     """Continue this training from its last checkpoint, if it has one."""
     overwrite: bool = False
@@ -51,6 +62,9 @@ class TrainConfig(JobConfig):
     """Folder for cached features and checkpoints, seen by all nodes. [default: <output>/_work]"""
     checkpoint_epochs: int = Field(10, ge=1)
     """Epochs between checkpoints."""
+    features_in_memory: float | None = Field(None, ge=0)
+    """Gigabytes of features that a training worker keeps in memory; more are streamed from the cache.
+    [default: half of a node's memory, divided among its workers]"""
 
     def architecture(self) -> Architecture:
         """Raises WrongUse if the kernel sizes do not fit the blocks."""

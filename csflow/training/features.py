@@ -1,13 +1,8 @@
-"""Features of the frozen backbone: extracted once by a Ray Data pass into a cache, then read by trainers.
-
-A cache file holds the features of one shard of images. Its name is a function of the images, its
-folder one of whatever decides the features, so that a second training finds what a first one left.
-"""
+"""The extraction pass: images that the cache lacks go once through reading, decoding and the backbone."""
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,155 +13,108 @@ from torch import Tensor
 from csflow import device
 from csflow.cluster import WorkerResources, map_shards
 from csflow.errors import ImageError
-from csflow.images import DECODING_VERSION
-from csflow.inputs.loading import ImageLoader, LoadedImage, batches
+from csflow.inputs.loading import ImageLoader, batches
 from csflow.inputs.reading import ImageReader
 from csflow.model import Architecture, Detector
-from csflow.storage import Location
-from csflow.training.shards import Shard
+from csflow.training.cache import BACKBONE_FILE, FeatureCache, FeatureFile, backbone_bytes
+from csflow.training.shards import cut
 
-SUFFIX = ".features.safetensors"
-BACKBONE_FILE = "backbone.safetensors"
+SHARD_SIZE = 64
 READ_THREADS = 8
 BATCH_SIZE = 8
 """Images per backbone pass. More is slower on CPUs: the early layers' activations leave the cache."""
 
-
 RESULT = pa.schema(
     [
         pa.field("images", pa.int64()),  # with features
-        pa.field("errors", pa.list_(pa.string())),  # messages of those without
-        pa.field("is_transient", pa.bool_()),  # an error may pass, so that the shard was not cached
+        pa.field("failed_for_now", pa.list_(pa.string())),  # messages of errors that may pass
     ]
 )
 
 
-class FeatureSet(NamedTuple):
-    """Features of a list of images, in its order."""
-
-    image_uris: list[str]
-    image_versions: list[str]
-    features: list[Tensor]
-    """Per scale (images, C, H, W), float32."""
-
-
-def cache_folder(cache: Location, detector: Detector) -> Location:
-    """The cache folder of this backbone, these weights, this image size and decoding."""
-    architecture = detector.architecture
-    decides = {
-        "backbone": architecture.backbone,
-        "cut_after": detector.backbone.cut_after,
-        "image_size": list(architecture.image_size),
-        "scales": architecture.scales,
-        "decoding_version": DECODING_VERSION,
-    }
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
-    digest.update(_backbone_bytes(detector))
-    return cache / digest.hexdigest()[:16]
-
-
-def uncached(shards: Sequence[Shard], folder: Location) -> list[Shard]:
-    """The shards whose features the cache lacks."""
-    cached = {location.name for location in folder.find(SUFFIX)}
-    return [shard for shard in shards if shard.name + SUFFIX not in cached]
-
-
 def extract(
-    shards: Sequence[Shard], detector: Detector, folder: Location, resources: WorkerResources
+    images: pa.Table, detector: Detector, cache: FeatureCache, resources: WorkerResources
 ) -> Iterator[dict[str, Any]]:
-    """Fills the cache with the shards it lacks; yields a row in the `RESULT` schema per finished shard."""
+    """Puts the features of these images into the cache; yields a `RESULT` row per finished shard.
+
+    Args:
+        images: `image_uri` and `image_version` of images that the cache lacks.
+    """
+    uris, versions = images["image_uri"].to_pylist(), images["image_version"].to_pylist()
     work = [
         {
             "name": shard.name,
             "image_uris": list(shard.image_uris),
             "image_versions": list(shard.image_versions),
         }
-        for shard in uncached(shards, folder)
+        for shard in cut(uris, versions, SHARD_SIZE)
     ]
     if not work:
         return
     # Through the store and not as an argument, so that an actor can start anew on any node.
-    (folder / BACKBONE_FILE).write(_backbone_bytes(detector))
-    constructor_args = (detector.architecture, folder, resources)
-    yield from map_shards(work, FeatureExtractor, constructor_args, resources)
+    (cache.folder / BACKBONE_FILE).write(backbone_bytes(detector))
+    yield from map_shards(work, FeatureExtractor, (detector.architecture, cache, resources), resources)
+
+
+def load_backbone(architecture: Architecture, cache: FeatureCache) -> Detector:
+    """A detector with the cache's backbone; its flow is untrained."""
+    detector = Detector(architecture)
+    state = safetensors.torch.load((cache.folder / BACKBONE_FILE).read())
+    detector.load_state_dict(state, strict=False)
+    return detector
 
 
 class FeatureExtractor:
     """Actor of the extraction pass."""
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        folder: Location,
-        resources: WorkerResources,
-    ) -> None:
+    def __init__(self, architecture: Architecture, cache: FeatureCache, resources: WorkerResources) -> None:
         self._device = device.set_up(resources.cpus, resources.gpus)
-        detector = Detector(architecture)
-        backbone_state = safetensors.torch.load((folder / BACKBONE_FILE).read())
-        detector.load_state_dict(backbone_state, strict=False)
-        self._detector = detector.to(self._device)
-        self._folder = folder
-        reader = ImageReader(folder.storage_options)
-        self._loader = ImageLoader(reader, architecture.image_size, READ_THREADS)
+        self._detector = load_backbone(architecture, cache).to(self._device)
+        self._cache = cache
+        self._reader = _DigestingReader(cache.folder.storage_options)
+        self._loader = ImageLoader(self._reader, architecture.image_size, READ_THREADS)
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
-        uris, versions = list(batch["image_uris"][0]), list(batch["image_versions"][0])
-        failed: list[LoadedImage] = []
-        feature_set = self._features(self._loader.load(uris, versions), failed)
-        errors = [f"{image.image_uri}: {image.content}" for image in failed]
-        is_transient = any(isinstance(i.content, ImageError) and i.content.is_transient for i in failed)
-        if not is_transient:
-            # Else the cache would lack these images for ever.
-            (self._folder / f"{batch['name'][0]}{SUFFIX}").write(_to_bytes(feature_set))
-        row = {"images": len(feature_set.image_uris), "errors": errors, "is_transient": is_transient}
+        file, failed_for_now = self._extract(list(batch["image_uris"][0]), list(batch["image_versions"][0]))
+        self._cache.write(batch["name"][0], file)
+        row = {"images": len(file.image_uris), "failed_for_now": failed_for_now}
         return pa.Table.from_pylist([row], schema=RESULT)
 
-    def _features(self, images: Iterator[LoadedImage], failed: list[LoadedImage]) -> FeatureSet:
-        """Features of the images that can be loaded; the others are appended to `failed`."""
+    def _extract(self, image_uris: list[str], image_versions: list[str]) -> tuple[FeatureFile, list[str]]:
+        """Features of the images that can be read, and messages of those that may be at another time."""
         uris: list[str] = []
         versions: list[str] = []
-        parts = [[torch.empty(0, *shape)] for shape in self._detector.feature_shapes]
-        for batch in batches(images, BATCH_SIZE):
+        failed: list[tuple[str, str, str]] = []
+        failed_for_now: list[str] = []
+        size = sum(self._cache.sizes)
+        parts: list[Tensor] = [torch.empty(0, size)]
+        for batch in batches(self._loader.load(image_uris, image_versions), BATCH_SIZE):
             pixels = []
             for image in batch:
-                if isinstance(image.content, ImageError):
-                    failed.append(image)
-                else:
+                if not isinstance(image.content, ImageError):
                     pixels.append(image.content.pixels_HWC)
                     uris.append(image.image_uri)
                     versions.append(image.image_version)
+                elif image.content.is_transient:
+                    # Not in the file, so that the next training tries again.
+                    failed_for_now.append(f"{image.image_uri}: {image.content}")
+                else:
+                    failed.append((image.image_uri, image.image_version, str(image.content)))
             if pixels:
                 features = self._detector.features(torch.from_numpy(np.stack(pixels)).to(self._device))
-                for part, y_BCHW in zip(parts, features, strict=True):
-                    part.append(y_BCHW.cpu())
-        return FeatureSet(uris, versions, [torch.cat(part).contiguous() for part in parts])
+                parts.append(torch.cat([y_BCHW.flatten(1) for y_BCHW in features], dim=1).float().cpu())
+        digests = [self._reader.digests.pop(uri) for uri in uris]
+        return FeatureFile(uris, versions, digests, torch.cat(parts), failed), failed_for_now
 
 
-def load_features(folder: Location, shards: Sequence[Shard]) -> FeatureSet:
-    """Reads the cached features of these shards into memory; images that had an error are absent."""
-    sets = [_from_bytes((folder / (shard.name + SUFFIX)).read()) for shard in shards]
-    return FeatureSet(
-        [uri for part in sets for uri in part.image_uris],
-        [version for part in sets for version in part.image_versions],
-        [torch.cat(tensors) for tensors in zip(*(part.features for part in sets), strict=True)],
-    )
+class _DigestingReader(ImageReader):
+    """Remembers what it read, by the SHA-256 of its bytes."""
 
+    def __init__(self, storage_options: Mapping[str, Any]) -> None:
+        super().__init__(storage_options)
+        self.digests: dict[str, str] = {}
 
-def _backbone_bytes(detector: Detector) -> bytes:
-    """Everything but the flow, as a safetensors file; the same weights give the same bytes."""
-    state = sorted(detector.state_dict().items())
-    return safetensors.torch.save({k: v.contiguous() for k, v in state if not k.startswith("flow.")})
-
-
-def _to_bytes(feature_set: FeatureSet) -> bytes:
-    images = json.dumps({"image_uris": feature_set.image_uris, "image_versions": feature_set.image_versions})
-    tensors = {f"scale{s}": y_BCHW for s, y_BCHW in enumerate(feature_set.features)}
-    return safetensors.torch.save(tensors, metadata={"images": images})
-
-
-def _from_bytes(data: bytes) -> FeatureSet:
-    header_size = int.from_bytes(data[:8], "little")
-    images = json.loads(json.loads(data[8 : 8 + header_size])["__metadata__"]["images"])
-    tensors = safetensors.torch.load(data)
-    features = [tensors[f"scale{s}"] for s in range(len(tensors))]
-    return FeatureSet(images["image_uris"], images["image_versions"], features)
+    def read(self, image_uri: str, image_version: str) -> bytes:
+        data = super().read(image_uri, image_version)
+        self.digests[image_uri] = hashlib.sha256(data).hexdigest()
+        return data

@@ -1,50 +1,47 @@
-"""The training loop of one worker: DistributedDataParallel over features that stay in memory."""
+"""The training loop of one worker: the flow under DistributedDataParallel, and the epoch to keep."""
 
-import json
+import contextlib
 import math
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import ray.train
-import ray.train.torch
-import safetensors.torch
 import torch
 import torch.distributed
-from ray.util.queue import Queue
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from csflow import device
-from csflow.cluster import WorkerResources
-from csflow.model import Architecture, CrossScaleFlow, Detector, negative_log_likelihood
-from csflow.storage import Location
-from csflow.training.features import FeatureSet, load_features
-from csflow.training.shards import Shard
+from csflow.model import Architecture, negative_log_likelihood, new_flow, score_latents
+from csflow.training.precision import Precision, uses_bfloat16
+from csflow.training.sources import FeatureSource
 from csflow.training.step import new_optimizer, optimizer_step
 
 SCORING_BATCH_SIZE = 64
-STATE_FILE = "state.safetensors"
-PROGRESS_FILE = "progress.json"
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What every training worker is told."""
+    """What decides the weights, apart from the images."""
 
     architecture: Architecture
-    features: Location
-    """Cache folder of the features."""
-    training_shards: tuple[Shard, ...]
-    heldout_shards: tuple[Shard, ...]
     epochs: int
+    patience: int
     batch_size: int
     """Images per optimiser step over all workers."""
+    micro_batch_size: int | None
+    """Most images in one pass of a worker."""
     learning_rate: float
-    checkpoint_epochs: int
-    resources: WorkerResources
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of the processes that train together."""
+
+    rank: int
+    world_size: int
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -55,181 +52,164 @@ class Epoch:
     """Finished epochs, from 1."""
     loss: float
     """Mean training loss over the epoch's images."""
-    heldout_loss: float
+    validation_loss: float | None
+    """None without validation images."""
     grad_norm: float
     """Mean over the epoch's steps, before clipping."""
     images_per_second: float
-    """While training; the held-out images are not counted."""
+    """While training; validation is not counted."""
     seconds: float
     """Of the whole epoch."""
 
 
-def train_worker(settings: LoopSettings, progress: Queue | None) -> None:
-    """Trains the flow; reports checkpoints to Ray Train and an `Epoch` each to `progress`."""
-    device.set_up(settings.resources.cpus, settings.resources.gpus)
-    trainer = _Trainer(settings)
-    first_epoch = trainer.restore(ray.train.get_checkpoint())
-    for epoch in range(first_epoch, settings.epochs + 1):
-        line = trainer.run_epoch(epoch)
-        if progress is not None and trainer.rank == 0:
-            progress.put(asdict(line))
-        if epoch == settings.epochs or epoch % settings.checkpoint_epochs == 0:
-            trainer.report_checkpoint(is_last=epoch == settings.epochs)
+class Trainer:
+    """The flow, its optimiser and its curves in one worker; all workers call its methods together."""
 
-
-class _Trainer:
-    """State of one worker: its rank, the flow under DDP, the optimiser and the features."""
-
-    def __init__(self, settings: LoopSettings) -> None:
-        context = ray.train.get_context()
-        self.settings = settings
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
-        flow = Detector(settings.architecture).flow
-        self.flow: nn.Module = ray.train.torch.prepare_model(flow)
-        self.optimizer = new_optimizer(self.flow.parameters(), settings.learning_rate)
-        self.training = load_features(settings.features, settings.training_shards)
-        self.heldout = load_features(settings.features, settings.heldout_shards)
-        if not self.training.image_uris or not self.heldout.image_uris:
-            raise ValueError("none of the training or held-out images could be read")
+    def __init__(
+        self, settings: LoopSettings, worker: Worker, training: FeatureSource, validation: FeatureSource
+    ) -> None:
+        self.settings, self.worker = settings, worker
+        self.training, self.validation = training, validation
+        self.plain_flow = new_flow(settings.architecture, training.channels).to(worker.device)
+        self._flow: nn.Module = self.plain_flow
+        if worker.world_size > 1:
+            self._flow = DistributedDataParallel(self.plain_flow, broadcast_buffers=False)
+        self.optimizer = new_optimizer(self.plain_flow.parameters(), settings.learning_rate)
         self.history: list[dict[str, Any]] = []
+        self.best_epoch = 0
+        self.best_state: dict[str, Tensor] = {}
+        # All workers must agree, also on machines that differ.
+        native = uses_bfloat16(settings.precision, worker.device)
+        self.bfloat16 = self._sum(torch.tensor(float(native), device=worker.device)) == worker.world_size
 
     @property
-    def plain_flow(self) -> CrossScaleFlow:
-        """The flow without its DDP wrapper."""
-        module = self.flow.module if self.world_size > 1 else self.flow
-        assert isinstance(module, CrossScaleFlow)
-        return module
+    def is_finished(self) -> bool:
+        """All epochs are done, or the validation loss has not fallen for `patience` of them."""
+        epochs = len(self.history)
+        stops = len(self.validation) > 0 and epochs - self.best_epoch >= self.settings.patience
+        return epochs >= self.settings.epochs or (epochs > 0 and stops)
 
-    def run_epoch(self, epoch: int) -> Epoch:
-        started = time.perf_counter()
-        loss_sum = torch.zeros((), device=self.device)
-        grad_norms = []
-        batches = epoch_batches(
-            len(self.training.image_uris), self.settings.batch_size, self.settings.architecture.seed, epoch
-        )
-        for batch in batches:
-            loss_sum += self._backward(batch)
-            grad_norms.append(optimizer_step(self.flow.parameters(), self.optimizer))
-        images = len(self.training.image_uris)
+    def run_epoch(self) -> Epoch:
+        """Trains for one more epoch and keeps its weights if they are the best so far.
+
+        Raises:
+            FloatingPointError: the loss is no number any more.
+        """
+        epoch, started = len(self.history) + 1, time.perf_counter()
+        loss_sum, grad_norms = self._train(epoch)
+        loss = self._sum(loss_sum) / len(self.training)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss became {loss} in epoch {epoch}; lower --learning_rate")
         seconds = time.perf_counter() - started
         line = Epoch(
             epoch=epoch,
-            loss=self._sum_over_workers(loss_sum) / images,
-            heldout_loss=self._heldout_loss(),
+            loss=loss,
+            validation_loss=self._validation_loss(),
             grad_norm=sum(grad_norms) / len(grad_norms),
-            images_per_second=images / seconds,
+            images_per_second=len(self.training) / seconds,
             seconds=time.perf_counter() - started,
         )
-        if not math.isfinite(line.loss):
-            raise FloatingPointError(f"the loss became {line.loss} in epoch {epoch}; lower --learning_rate")
         self.history.append(asdict(line))
+        self._keep_if_best(line)
         return line
 
-    def _backward(self, batch: Tensor) -> Tensor:
-        """Gradients of the global batch's mean loss from this worker's share; returns its loss sum.
+    @torch.no_grad()
+    def evaluate(self, source: FeatureSource) -> tuple[Tensor, Tensor]:
+        """Anomaly score and loss of every image under the best weights, each (N,), float32 on the CPU."""
+        last_state = {name: value.clone() for name, value in self.plain_flow.state_dict().items()}
+        self.plain_flow.load_state_dict(self.best_state)
+        scores_N = torch.zeros(len(source), device=self.worker.device)
+        losses_N = torch.zeros(len(source), device=self.worker.device)
+        shares = self._shares_of_all(source)
+        for share, y in zip(shares, source.batches(0, shares), strict=True):
+            output = self.plain_flow(y)
+            scores_N[share] = score_latents(output.z).anomaly_score_B
+            losses_N[share] = negative_log_likelihood(output)
+        self.plain_flow.load_state_dict(last_state)
+        # Each image has one worker, and the others zeros.
+        if self.worker.world_size > 1:
+            torch.distributed.all_reduce(scores_N)
+            torch.distributed.all_reduce(losses_N)
+        return scores_N.cpu(), losses_N.cpu()
+
+    def _train(self, epoch: int) -> tuple[Tensor, list[float]]:
+        """One pass over the training images; returns this worker's sum of losses, and the gradient norms."""
+        loss_sum = torch.zeros((), device=self.worker.device)
+        grad_norms = []
+        seed = self.settings.architecture.seed
+        batches = epoch_batches(len(self.training), self.settings.batch_size, seed, epoch)
+        parts = [self._parts(batch) for batch in batches]
+        features = self.training.batches(epoch, [indices for part in parts for indices, _ in part])
+        for part in parts:
+            for number, (_, weight) in enumerate(part):
+                with self._accumulating(number + 1 < len(part)):
+                    loss_sum += self._backward(next(features), weight)
+            grad_norms.append(optimizer_step(self.plain_flow.parameters(), self.optimizer))
+        return loss_sum, grad_norms
+
+    def _parts(self, batch: Tensor) -> list[tuple[Tensor, float]]:
+        """This worker's share of a global batch in micro-batches, with the weight of each image's loss.
 
         DDP averages gradients over workers, whose shares may differ in size: each sum is scaled so that
         the average is the mean over the global batch, whatever the number of workers.
         """
-        share = batch[self.rank :: self.world_size]
-        weight = 1.0
+        rank, world_size = self.worker.rank, self.worker.world_size
+        share = batch[rank::world_size]
         if not len(share):
             # A last batch may be smaller than the number of workers, yet all must join the all-reduce.
-            share, weight = batch[:1], 0.0
-        loss_B = negative_log_likelihood(self.flow(_select(self.training, share, self.device)))
-        (loss_B.sum() * (weight * self.world_size / len(batch))).backward()
-        return loss_B.detach().sum() * weight
+            return [(batch[:1], 0.0)]
+        size = self.settings.micro_batch_size or len(share)
+        return [(part, world_size / len(batch)) for part in share.split(size)]
+
+    def _backward(self, y: Sequence[Tensor], weight: float) -> Tensor:
+        """Adds the gradients of the weighted sum of losses; returns the sum of losses."""
+        with self._autocast():
+            output = self._flow(y)
+        loss_B = negative_log_likelihood(output)
+        (loss_B.sum() * weight).backward()
+        return loss_B.detach().sum() * (weight > 0)
 
     @torch.no_grad()
-    def _heldout_loss(self) -> float:
-        indices = torch.arange(len(self.heldout.image_uris))[self.rank :: self.world_size]
-        loss_sum = torch.zeros((), device=self.device)
-        for share in indices.split(SCORING_BATCH_SIZE):
-            y = _select(self.heldout, share, self.device)
+    def _validation_loss(self) -> float | None:
+        if not len(self.validation):
+            return None
+        loss_sum = torch.zeros((), device=self.worker.device)
+        for y in self.validation.batches(0, self._shares_of_all(self.validation)):
             loss_sum += negative_log_likelihood(self.plain_flow(y)).sum()
-        return self._sum_over_workers(loss_sum) / len(self.heldout.image_uris)
+        return self._sum(loss_sum) / len(self.validation)
 
-    def _heldout_scores(self) -> Tensor:
-        """Anomaly score of every held-out image, shape (n,)."""
-        detector = Detector(self.settings.architecture)
-        detector.flow = self.plain_flow
-        shares = torch.arange(len(self.heldout.image_uris)).split(SCORING_BATCH_SIZE)
-        selected = (_select(self.heldout, share, self.device) for share in shares)
-        return torch.cat([detector.score_features(y).anomaly_score_B.cpu() for y in selected])
+    def _keep_if_best(self, line: Epoch) -> None:
+        is_best = True
+        if self.best_epoch and line.validation_loss is not None:
+            is_best = line.validation_loss < self.history[self.best_epoch - 1]["validation_loss"]
+        if is_best:
+            self.best_epoch = line.epoch
+            self.best_state = {name: value.clone() for name, value in self.plain_flow.state_dict().items()}
 
-    def _sum_over_workers(self, value: Tensor) -> float:
-        if self.world_size > 1:
+    def _shares_of_all(self, source: FeatureSource) -> list[Tensor]:
+        share = torch.arange(len(source))[self.worker.rank :: self.worker.world_size]
+        return [part for part in share.split(SCORING_BATCH_SIZE) if len(part)]
+
+    @contextlib.contextmanager
+    def _accumulating(self, more_follows: bool) -> Iterator[None]:
+        """Keeps DDP from averaging gradients before the last micro-batch."""
+        if more_follows and isinstance(self._flow, DistributedDataParallel):
+            with self._flow.no_sync():
+                yield
+        else:
+            yield
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    def _sum(self, value: Tensor) -> float:
+        """Over all workers."""
+        if self.worker.world_size > 1:
             torch.distributed.all_reduce(value)
         return value.item()
-
-    def restore(self, checkpoint: ray.train.Checkpoint | None) -> int:
-        """Takes up a checkpoint if there is one; returns the epoch to begin with."""
-        if checkpoint is None:
-            return 1
-        tensors, progress = read_checkpoint(checkpoint)
-        self.history = progress["history"]
-        self.plain_flow.load_state_dict(with_prefix(tensors, "flow."))
-        self.optimizer.load_state_dict(
-            _unflatten_optimizer(self.optimizer.state_dict(), with_prefix(tensors, "optimizer."))
-        )
-        return len(self.history) + 1
-
-    def report_checkpoint(self, is_last: bool) -> None:
-        """Stores flow, optimiser and curves; the last one with the held-out images' scores."""
-        if self.rank != 0:
-            ray.train.report({})
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            state = {f"flow.{k}": v.contiguous() for k, v in self.plain_flow.state_dict().items()}
-            state |= _flatten_optimizer(self.optimizer.state_dict())
-            if is_last:
-                state["calibration"] = self._heldout_scores()
-            safetensors.torch.save_file(state, Path(folder) / STATE_FILE)
-            progress = {"history": self.history, "training_images": len(self.training.image_uris)}
-            (Path(folder) / PROGRESS_FILE).write_text(json.dumps(progress))
-            ray.train.report({"epoch": len(self.history)}, ray.train.Checkpoint.from_directory(folder))
-
-
-def read_checkpoint(checkpoint: ray.train.Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and progress of a checkpoint.
-
-    Tensors' names begin with `flow.` or `optimizer.`; the last checkpoint has `calibration` too, the
-    anomaly scores of the held-out images. Progress holds `history`, the loss curves, and the number of
-    `training_images`.
-    """
-    with checkpoint.as_directory() as folder:
-        tensors = safetensors.torch.load_file(Path(folder) / STATE_FILE)
-        return tensors, json.loads((Path(folder) / PROGRESS_FILE).read_text())
 
 
 def epoch_batches(images: int, batch_size: int, seed: int, epoch: int) -> Sequence[Tensor]:
     """The global batches of an epoch: a function of seed and epoch, so that a resumed run repeats it."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(images, generator=generator).split(batch_size)
-
-
-def _select(features: FeatureSet, indices: Tensor, device: torch.device) -> list[Tensor]:
-    return [y_BCHW[indices].to(device, non_blocking=True) for y_BCHW in features.features]
-
-
-def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin so, without that beginning."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _flatten_optimizer(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Adam's state as named tensors: safetensors in place of a pickle."""
-    return {
-        f"optimizer.{index}.{name}": value.contiguous()
-        for index, values in state_dict["state"].items()
-        for name, value in values.items()
-    }
-
-
-def _unflatten_optimizer(fresh: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".")
-        state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": fresh["param_groups"]}

@@ -10,7 +10,8 @@ MAX_GRAD_NORM = 1.0
 
 def new_optimizer(parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Adam:
     """Adam with the paper's constants."""
-    return torch.optim.Adam(parameters, lr=learning_rate, eps=1e-4, weight_decay=1e-5)
+    # Fused: one pass over weights, gradients and moments, where the default makes one per operation.
+    return torch.optim.Adam(parameters, lr=learning_rate, eps=1e-4, weight_decay=1e-5, fused=True)
 
 
 def optimizer_step(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> float:

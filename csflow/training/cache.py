@@ -1,0 +1,182 @@
+"""The feature cache: features of single images by content of the image and whatever decides them.
+
+A cache folder is named by backbone, weights, image size and decoding. Its files hold the features of some
+images each, in the order in which they were extracted; index files say which image is where. A file is
+written whole and never changed, so that an interrupted extraction leaves nothing that is wrong.
+
+Dimension letters: N images, D numbers of one image (all scales, one after the other).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from csflow.images import DECODING_VERSION
+from csflow.model import Detector
+from csflow.storage import Location, read_parquet, to_parquet
+
+SUFFIX = ".features.safetensors"
+INDEX_SUFFIX = ".index.parquet"
+BACKBONE_FILE = "backbone.safetensors"
+LAYOUT_VERSION = 2
+"""Part of the folder's name: files of another layout are not looked at."""
+READ_THREADS = 16
+HEADER_BYTES = 1 << 16
+"""Read at first of a file whose images are wanted; more if its header turns out to be longer."""
+
+DTYPES = {"F16": torch.float16, "F32": torch.float32}
+
+INDEX = pa.schema(
+    [
+        pa.field("image_uri", pa.string(), nullable=False),
+        pa.field("image_version", pa.string(), nullable=False),
+        pa.field("content_digest", pa.string()),  # null for an image that cannot be read
+        pa.field("error_message", pa.string()),  # why it cannot
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),  # of the image's features in the file, bytes
+        pa.field("dtype", pa.string(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class FeatureFile:
+    """What a file of the cache holds."""
+
+    image_uris: list[str]
+    image_versions: list[str]
+    content_digests: list[str]
+    """SHA-256 of each image's bytes, in hexadecimal."""
+    features_ND: Tensor
+    failed: list[tuple[str, str, str]]
+    """URI, version and message of images that cannot be read and never will."""
+
+    def to_bytes(self) -> bytes:
+        """In half precision if it holds the numbers: scores move by 1e-4 of their size at most."""
+        half_ND = self.features_ND.half()
+        stored_ND = half_ND if bool(half_ND.isfinite().all()) else self.features_ND.float()
+        images = {
+            "image_uris": self.image_uris,
+            "image_versions": self.image_versions,
+            "content_digests": self.content_digests,
+            "failed": self.failed,
+        }
+        return safetensors.torch.save({"features": stored_ND}, metadata={"images": json.dumps(images)})
+
+
+class FeatureCache:
+    """The features of one backbone, one set of weights, one image size."""
+
+    def __init__(self, folder: Location, feature_shapes: Sequence[tuple[int, int, int]]) -> None:
+        self.folder = folder
+        self.feature_shapes = tuple(feature_shapes)
+
+    @classmethod
+    def of(cls, root: Location, detector: Detector) -> "FeatureCache":
+        """The cache below `root` for what decides this detector's features."""
+        architecture = detector.architecture
+        decides = {
+            "backbone": architecture.backbone,
+            "cut_after": detector.backbone.cut_after,
+            "image_size": list(architecture.image_size),
+            "scales": architecture.scales,
+            "decoding_version": DECODING_VERSION,
+            "layout_version": LAYOUT_VERSION,
+        }
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
+        digest.update(backbone_bytes(detector))
+        return cls(root / digest.hexdigest()[:16], detector.feature_shapes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers per image of each scale."""
+        return [channels * height * width for channels, height, width in self.feature_shapes]
+
+    def index(self) -> pa.Table:
+        """A row in the `INDEX` schema for each cached image, and for each that cannot be read.
+
+        Files that no index file names yet are looked into, and indexed for the next time.
+        """
+        present = {location.name for location in self.folder.find(SUFFIX)}
+        tables = [read_parquet(location, INDEX) for location in self.folder.find(INDEX_SUFFIX)]
+        table = pa.concat_tables([INDEX.empty_table(), *tables])
+        missing = sorted(present.difference(table["file"].to_pylist()))
+        if missing:
+            with ThreadPoolExecutor(READ_THREADS) as pool:
+                rows = [row for part in pool.map(self._read_rows, missing) for row in part]
+            new = pa.Table.from_pylist(rows, schema=INDEX)
+            name = hashlib.sha256("\n".join(missing).encode()).hexdigest()[:32]
+            (self.folder / (name + INDEX_SUFFIX)).write(to_parquet(new))
+            table = pa.concat_tables([table, new])
+        return table
+
+    def write(self, name: str, file: FeatureFile) -> None:
+        (self.folder / (name + SUFFIX)).write(file.to_bytes())
+
+    def read_files(self, names: Iterable[str]) -> Iterator[bytes]:
+        """Whole files, a few at a time."""
+        with ThreadPoolExecutor(4) as pool:
+            yield from pool.map(lambda name: (self.folder / name).read(), names)
+
+    def read_images(self, files: Sequence[str], offsets: Sequence[int], dtype: str) -> Tensor:
+        """Features of single images, (N, D), by one ranged read each; blocks until all are there."""
+        bytes_per_image = sum(self.sizes) * DTYPES[dtype].itemsize
+        paths = [(self.folder / name).path for name in files]
+        ends = [offset + bytes_per_image for offset in offsets]
+        parts = self.folder.fs.cat_ranges(paths, list(offsets), ends)
+        return torch.frombuffer(bytearray(b"".join(parts)), dtype=DTYPES[dtype]).view(len(files), -1)
+
+    def split_scales(self, features_ND: Tensor) -> list[Tensor]:
+        """Per scale (N, C, H, W)."""
+        parts = features_ND.split(self.sizes, dim=1)
+        return [y.unflatten(1, shape) for y, shape in zip(parts, self.feature_shapes, strict=True)]
+
+    def _read_rows(self, name: str) -> list[dict[str, Any]]:
+        """The index of one file, from its header."""
+        location = self.folder / name
+        head = bytes(location.fs.cat_file(location.path, start=0, end=HEADER_BYTES))
+        start = 8 + int.from_bytes(head[:8], "little")
+        if start > len(head):
+            head = bytes(location.fs.cat_file(location.path, start=0, end=start))
+        header = json.loads(head[8:start])
+        images, tensor = json.loads(header["__metadata__"]["images"]), header["features"]
+        dtype = tensor["dtype"]
+        step = sum(self.sizes) * DTYPES[dtype].itemsize
+        place = {"file": name, "dtype": dtype}
+        good = zip(images["image_uris"], images["image_versions"], images["content_digests"], strict=True)
+        rows: list[dict[str, Any]] = [
+            {"image_uri": u, "image_version": v, "content_digest": d, "offset": start + i * step} | place
+            for i, (u, v, d) in enumerate(good)
+        ]
+        return rows + [
+            {"image_uri": u, "image_version": v, "error_message": message, "offset": 0} | place
+            for u, v, message in images["failed"]
+        ]
+
+
+def find_images(images: pa.Table, index: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """The index rows of the listed images in their order, and the images without one."""
+    found: dict[tuple[str, str], int] = {}
+    for row, key in enumerate(
+        zip(index["image_uri"].to_pylist(), index["image_version"].to_pylist(), strict=True)
+    ):
+        found.setdefault(key, row)
+    keys = zip(images["image_uri"].to_pylist(), images["image_version"].to_pylist(), strict=True)
+    rows = [found.get(key) for key in keys]
+    known = index.take(pa.array([row for row in rows if row is not None], pa.int64()))
+    return known, images.filter(pa.array([row is None for row in rows], pa.bool_()))
+
+
+def backbone_bytes(detector: Detector) -> bytes:
+    """Everything but the flow, as a safetensors file; the same weights give the same bytes."""
+    state: Mapping[str, Tensor] = detector.state_dict()
+    kept = {name: state[name].contiguous() for name in sorted(state) if not name.startswith("flow.")}
+    return safetensors.torch.save(kept)

@@ -1,0 +1,76 @@
+"""Checkpoints of training: safetensors and JSON in place of a pickle."""
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from csflow.training.loop import Trainer
+
+STATE_FILE = "state.safetensors"
+PROGRESS_FILE = "progress.json"
+
+
+@contextmanager
+def written_checkpoint(trainer: Trainer, closing: Mapping[str, Tensor]) -> Iterator[str]:
+    """A temporary folder with all that a trainer needs to go on.
+
+    Args:
+        closing: results of a finished training.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        state = {f"flow.{k}": v.contiguous() for k, v in trainer.plain_flow.state_dict().items()}
+        state |= {f"best.{k}": v.contiguous() for k, v in trainer.best_state.items()}
+        state |= _flatten_optimizer(trainer.optimizer.state_dict())
+        state |= {f"closing.{k}": v.contiguous() for k, v in closing.items()}
+        safetensors.torch.save_file(state, Path(folder) / STATE_FILE)
+        progress = {"history": trainer.history, "best_epoch": trainer.best_epoch}
+        (Path(folder) / PROGRESS_FILE).write_text(json.dumps(progress))
+        yield folder
+
+
+def read_checkpoint(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and progress of a checkpoint.
+
+    Tensors' names begin with `flow.`, `best.` (the weights of the epoch to keep) or `optimizer.`, those of a
+    finished training also with `closing.`. Progress holds `history`, the loss curves, and `best_epoch`.
+    """
+    tensors = safetensors.torch.load_file(Path(folder) / STATE_FILE)
+    return tensors, json.loads((Path(folder) / PROGRESS_FILE).read_text())
+
+
+def restore(trainer: Trainer, folder: str) -> bool:
+    """Takes up a checkpoint; returns whether the training had finished."""
+    tensors, progress = read_checkpoint(folder)
+    trainer.history, trainer.best_epoch = progress["history"], progress["best_epoch"]
+    trainer.plain_flow.load_state_dict(with_prefix(tensors, "flow."))
+    trainer.best_state = {k: v.to(trainer.worker.device) for k, v in with_prefix(tensors, "best.").items()}
+    fresh = trainer.optimizer.state_dict()
+    trainer.optimizer.load_state_dict(_unflatten_optimizer(fresh, with_prefix(tensors, "optimizer.")))
+    return bool(with_prefix(tensors, "closing."))
+
+
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, without that beginning."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _flatten_optimizer(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {
+        f"optimizer.{index}.{name}": value.contiguous()
+        for index, values in state_dict["state"].items()
+        for name, value in values.items()
+    }
+
+
+def _unflatten_optimizer(fresh: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".")
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": fresh["param_groups"]}

@@ -1,0 +1,63 @@
+"""What a training shows while it runs: lines in the terminal, and curves in TensorBoard and MLflow."""
+
+import importlib.util
+from typing import Any
+
+from csflow.storage import Location
+from csflow.training.config import TrainConfig
+
+CURVES = ("loss", "validation_loss", "grad_norm", "images_per_second")
+
+
+class LiveView:
+    """Shows each finished epoch."""
+
+    def __init__(self, config: TrainConfig, tensorboard: Location) -> None:
+        self._epochs = config.epochs
+        self._tensorboard = _open_tensorboard(tensorboard)
+        self._mlflow = _open_mlflow(config)
+
+    def show(self, line: dict[str, Any]) -> None:
+        """Args: line: an `Epoch` as a dictionary."""
+        left = line["seconds"] * (self._epochs - line["epoch"])
+        validation = line["validation_loss"]
+        print(
+            f"epoch {line['epoch']}/{self._epochs}  loss {line['loss']:.4f}  "
+            + (f"validation {validation:.4f}  " if validation is not None else "")
+            + f"{line['images_per_second']:.0f} images/s  at most {left:.0f} s left",
+            flush=True,
+        )
+        curves = {name: line[name] for name in CURVES if line[name] is not None}
+        if self._tensorboard is not None:
+            for name, value in curves.items():
+                self._tensorboard.add_scalar(name, value, line["epoch"])
+            self._tensorboard.flush()
+        if self._mlflow is not None:
+            self._mlflow.log_metrics(curves, step=line["epoch"])
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._mlflow is not None:
+            self._mlflow.end_run()
+
+
+def _open_tensorboard(folder: Location) -> Any:
+    """A writer of event files; None for object stores, to which event files cannot be appended."""
+    if not folder.is_local:
+        return None
+    # Ray Train brings this writer along; it needs no TensorFlow and no TensorBoard.
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(folder.path)
+
+
+def _open_mlflow(config: TrainConfig) -> Any:
+    """MLflow's module with a run begun, if it is installed; the MLFLOW_* variables say where it goes."""
+    if importlib.util.find_spec("mlflow") is None:
+        return None
+    import mlflow
+
+    mlflow.start_run()
+    mlflow.log_params(config.model_dump(mode="json", exclude={"storage_options"}))
+    return mlflow

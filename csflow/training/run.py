@@ -1,0 +1,133 @@
+"""One training under Ray Train: its name, its workers, its progress and its result."""
+
+import hashlib
+import json
+import threading
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+from numpy.typing import NDArray
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.util.queue import Queue
+from torch import Tensor
+
+from csflow.cluster import share_out
+from csflow.storage import Location, to_parquet
+from csflow.training.cache import FeatureCache
+from csflow.training.checkpoint import read_checkpoint, with_prefix
+from csflow.training.config import TrainConfig
+from csflow.training.data import TrainingData
+from csflow.training.live import LiveView
+from csflow.training.loop import LoopSettings
+from csflow.training.shards import fingerprint
+from csflow.training.worker import WorkerSettings, train_worker
+
+WORKER_RETRIES = 3
+MEMORY_SHARE = 0.5
+"""Of a node's memory, for its workers' features."""
+
+
+@dataclass(frozen=True)
+class Result:
+    flow_state: dict[str, Tensor]
+    """Weights of the best epoch."""
+    calibration_scores: NDArray[np.float64]
+    """Of the held-out images, in the order of the split."""
+    heldout_loss: float
+    history: list[dict[str, Any]]
+    best_epoch: int
+
+
+class Run:
+    """A training, named by what decides its result, so that --resume cannot continue another one."""
+
+    def __init__(
+        self, config: TrainConfig, cache: FeatureCache, data: TrainingData, work_dir: Location
+    ) -> None:
+        self._config, self._cache, self._data = config, cache, data
+        self._loop = LoopSettings(
+            architecture=config.architecture(),
+            epochs=config.epochs,
+            patience=config.patience,
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            learning_rate=config.learning_rate,
+            precision=config.precision,
+        )
+        parts = data.split["part"].to_pylist(), data.split["content_digest"].to_pylist()
+        decides = [asdict(self._loop), cache.folder.name, fingerprint(*parts)]
+        self.name = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+        self._folder = work_dir / "training" / self.name
+        self._split = work_dir / "splits" / f"{self.name}.parquet"
+        self._tensorboard = work_dir / "tensorboard" / self.name
+
+    def fit(self) -> Result:
+        """Trains until the end, restarting workers that die."""
+        if not self._config.resume and self._folder.exists():
+            self._folder.fs.rm(self._folder.path, recursive=True)
+        self._split.write(to_parquet(self._data.split))
+        progress = Queue(actor_options={"num_cpus": 0})
+        view = LiveView(self._config, self._tensorboard)
+        follower = threading.Thread(target=_follow, args=(progress, view), daemon=True)
+        follower.start()
+        try:
+            result = self._trainer(progress).fit()
+        finally:
+            progress.put(None)
+            follower.join()
+            progress.shutdown()
+        if result.checkpoint is None:
+            raise RuntimeError(f"training ended without a checkpoint below {self._folder}")
+        with result.checkpoint.as_directory() as folder:
+            tensors, state = read_checkpoint(folder)
+        return Result(
+            flow_state=with_prefix(tensors, "best."),
+            calibration_scores=tensors["closing.calibration"].double().numpy(),
+            heldout_loss=tensors["closing.heldout_loss"].item(),
+            history=state["history"],
+            best_epoch=state["best_epoch"],
+        )
+
+    def _trainer(self, progress: Queue) -> ray.train.torch.TorchTrainer:
+        resources = share_out(self._config.workers)
+        settings = WorkerSettings(
+            loop=self._loop,
+            cache=self._cache,
+            split=self._split,
+            memory_bytes=self._memory_bytes(resources.workers),
+            checkpoint_epochs=self._config.checkpoint_epochs,
+            resources=resources,
+        )
+        return ray.train.torch.TorchTrainer(
+            lambda: train_worker(settings, progress),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=resources.workers,
+                use_gpu=resources.gpus > 0,
+                resources_per_worker={"CPU": resources.cpus},
+            ),
+            run_config=ray.train.RunConfig(
+                name=self.name,
+                storage_path=self._folder.parent.path,
+                storage_filesystem=PyFileSystem(FSSpecHandler(self._folder.fs)),
+                failure_config=ray.train.FailureConfig(max_failures=WORKER_RETRIES),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            ),
+        )
+
+    def _memory_bytes(self, workers: int) -> int:
+        """Of features, that a worker keeps resident."""
+        if self._config.features_in_memory is not None:
+            return int(self._config.features_in_memory * 1e9)
+        # All workers may come to one node.
+        smallest = min(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+        return int(smallest * MEMORY_SHARE / workers)
+
+
+def _follow(progress: Queue, view: LiveView) -> None:
+    while (line := progress.get()) is not None:
+        view.show(line)
+    view.close()

@@ -1,0 +1,125 @@
+"""Where a training worker gets the features of its batches from: memory, or the cache while it trains.
+
+Whichever it is, the batches are the same: a source is asked for image positions and gives their features.
+
+Dimension letters: N images, D numbers of one image (all scales, one after the other).
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import pyarrow as pa
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from csflow.training.cache import DTYPES, FeatureCache
+
+PREFETCHED = 4
+"""Batches that a streaming worker reads ahead."""
+
+
+class FeatureSource(Protocol):
+    channels: int
+    """Of the features at every scale."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def batches(self, epoch: int, shares: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """For each list of image positions, the features per scale (B, C, H, W), float32, on the device."""
+
+
+def open_features(
+    cache: FeatureCache, images: pa.Table, memory_bytes: int, device: torch.device
+) -> FeatureSource:
+    """The features of these images, kept in memory if they take no more than `memory_bytes`.
+
+    Args:
+        images: rows in the `INDEX` schema.
+    """
+    stored_bytes = sum(DTYPES[dtype].itemsize for dtype in images["dtype"].to_pylist()) * sum(cache.sizes)
+    if stored_bytes > memory_bytes:
+        return StreamedFeatures(cache, images, device)
+    if device.type == "cuda" and stored_bytes > torch.cuda.mem_get_info(device)[0] // 2:
+        return ResidentFeatures(cache, _load(cache, images), device)
+    return ResidentFeatures(cache, _load(cache, images).to(device), device)
+
+
+class ResidentFeatures:
+    """Features in memory, in the precision of the cache."""
+
+    def __init__(self, cache: FeatureCache, features_ND: Tensor, device: torch.device) -> None:
+        self.channels = cache.feature_shapes[0][0]
+        self._cache = cache
+        self._features_ND = features_ND
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self._features_ND)
+
+    def batches(self, epoch: int, shares: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        for share in shares:
+            share_ND = self._features_ND[share.to(self._features_ND.device)]
+            yield self._cache.split_scales(share_ND.to(self._device).float())
+
+
+class StreamedFeatures:
+    """Features read from the cache image by image, a few batches ahead; memory stays bounded.
+
+    A worker reads its own images only, so that more workers do not mean more traffic.
+    """
+
+    def __init__(self, cache: FeatureCache, images: pa.Table, device: torch.device) -> None:
+        self.channels = cache.feature_shapes[0][0]
+        self._cache = cache
+        self._images = images
+        self._device = device
+
+    def __len__(self) -> int:
+        return self._images.num_rows
+
+    def batches(self, epoch: int, shares: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        waiting: deque[Future[Tensor]] = deque()
+        with ThreadPoolExecutor(PREFETCHED, thread_name_prefix="feature-stream") as pool:
+            for share in shares:
+                waiting.append(pool.submit(self._read, share))
+                if len(waiting) > PREFETCHED:
+                    yield self._split(waiting.popleft())
+            while waiting:
+                yield self._split(waiting.popleft())
+
+    def _split(self, share: Future[Tensor]) -> list[Tensor]:
+        return self._cache.split_scales(share.result().to(self._device))
+
+    def _read(self, share: Tensor) -> Tensor:
+        """Features of some images as float32, in their order."""
+        rows = self._images.take(pa.array(share.numpy()))
+        features_ND = torch.empty(len(share), sum(self._cache.sizes))
+        dtypes = rows["dtype"].to_pylist()
+        for dtype in set(dtypes):
+            places = [place for place, found in enumerate(dtypes) if found == dtype]
+            some = rows.take(pa.array(places))
+            read_ND = self._cache.read_images(some["file"].to_pylist(), some["offset"].to_pylist(), dtype)
+            features_ND[places] = read_ND.float()
+        return features_ND
+
+
+def _load(cache: FeatureCache, images: pa.Table) -> Tensor:
+    """Features of these images, (N, D); each file of the cache is read once."""
+    dtypes = set(images["dtype"].to_pylist())
+    dtype = torch.float16 if dtypes == {"F16"} else torch.float32
+    features_ND = torch.empty(images.num_rows, sum(cache.sizes), dtype=dtype)
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(images["file"].to_pylist()):
+        places.setdefault(name, []).append(place)
+    offsets = images["offset"].to_pylist()
+    for (_, wanted), data in zip(places.items(), cache.read_files(places), strict=True):
+        stored_ND = safetensors.torch.load(data)["features"]
+        step = stored_ND[0].nbytes
+        start = 8 + int.from_bytes(data[:8], "little")
+        rows = [(offsets[place] - start) // step for place in wanted]
+        features_ND[wanted] = stored_ND[rows].to(dtype)
+    return features_ND

