@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
+import csflow
 from csflow.errors import WrongUse
 from csflow.images import DECODING_VERSION
 from csflow.model import Architecture, Detector
 from csflow.storage import Location, to_parquet
 
 FORMAT_VERSION = 1
-LIBRARIES = ("csflow", "torch", "timm", "safetensors", "pillow", "pyarrow", "ray")
+LIBRARIES = ("torch", "timm", "safetensors", "pillow", "pyarrow", "ray")
 
 CALIBRATION = pa.schema(
     [
@@ -75,7 +76,7 @@ def save_model(
             "std": detector.get_buffer("std").tolist(),
         },
         "feature_shapes": [list(shape) for shape in detector.feature_shapes],
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "libraries": {"csflow": csflow.__version__} | {name: version(name) for name in LIBRARIES},
         "training": dict(training),
         "data": dict(data),
     }

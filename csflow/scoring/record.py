@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
+import csflow
 from csflow.calibration import Drift
 from csflow.device import peak_memory_bytes
 from csflow.errors import ExitStatus
@@ -16,7 +17,7 @@ from csflow.scoring.output import Output
 from csflow.scoring.plan import Account
 from csflow.scoring.tally import Tally
 
-LIBRARIES = ("csflow", "ray", "torch", "timm", "pyarrow", "pillow", "fsspec", "s3fs")
+LIBRARIES = ("ray", "torch", "timm", "pyarrow", "pillow", "fsspec", "s3fs")
 DRIFT_P_VALUE = 0.001
 """With --exit_on_drift, scores have drifted if the two-sample test's p-value is below this."""
 
@@ -78,7 +79,8 @@ def run_record(
         "images_per_second": round(tally.images / clock.seconds["score"], 3),
         "seconds": _rounded(clock.seconds),
         "seconds_in_workers": _rounded(tally.seconds),
-        "libraries": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        "libraries": {"csflow": csflow.__version__, "python": platform.python_version()}
+        | {name: version(name) for name in LIBRARIES},
     }
 
 
