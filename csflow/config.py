@@ -96,8 +96,8 @@ def _refuse_credentials(config: JobConfig) -> None:
         for url in value if isinstance(value, list) else [value]:
             if isinstance(url, str) and holds_credentials(url):
                 raise WrongUse(
-                    f"--{name} holds credentials in a URL; give them by the AWS_* variables, a profile, a role, "
-                    "or --storage_options"
+                    f"--{name} holds credentials in a URL; give them by the AWS_* variables, a profile, "
+                    "a role, or --storage_options"
                 )
 
 

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,10 @@ def allowed(statements: list[dict[str, Any]], action: str, resource: str, prefix
 def test_scoring_may_read_its_input_and_write_its_output_and_nothing_else():
     score = policy("score")["Statement"]
     assert {s["Effect"] for s in score} == {"Allow"}
-    may = lambda verb, key: allowed(score, f"s3:{verb}Object", f"arn:aws:s3:::plant/{key}")  # noqa: E731
+
+    def may(verb: str, key: str) -> bool:
+        return allowed(score, f"s3:{verb}Object", f"arn:aws:s3:::plant/{key}")
+
     assert may("Get", "images/2026/a.png") and may("Get", "models/cells/config.json")
     assert may("Get", "scores/_plans/x.json") and may("Put", "scores/_plans/x.json")
     assert may("Delete", "scores/_writable-0")
@@ -301,7 +305,7 @@ def test_the_container_copies_what_its_context_holds():
 @pytest.mark.soak
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts and users need root")
 def test_the_steps_of_the_container_file_run_in_a_clean_environment(tmp_path):
-    """Each RUN in the folders of an empty image; packages come from this environment, not from the network."""
+    """Each RUN in the folders of an empty image; packages come from this environment, not from a network."""
     folders = {name: tmp_path / name.strip("/") for name in ("/etc", "/home", "/opt")}
     shutil.copytree("/etc", folders["/etc"], symlinks=True)
     folders["/home"].mkdir()
@@ -367,6 +371,22 @@ def test_the_working_folder_is_small_and_holds_the_jobs(tmp_path):
     assert not [name for name in names if name.startswith(("tests/", "docs/", ".git/", "cluster/kuberay/"))]
 
 
+def test_the_runtime_environment_has_the_pinned_dependencies():
+    pinned = yaml.safe_load((CLUSTER / "runtime-env.yaml").read_text())["pip"]
+    versions = dict(line.split("==") for line in pinned)
+    assert {name: constraint(name) for name in versions} == versions
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {re.match(r"[\w-]+", line)[0].lower() for line in project["dependencies"]} - {"ray"}
+    assert wanted <= {name.lower() for name in versions}
+
+
+def test_snippets_of_the_docs_are_python():
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "operations.md").read_text(), flags=re.S)
+    assert len(snippets) == 4
+    for snippet in snippets:
+        compile(snippet, "docs/operations.md", "exec")
+
+
 # Dashboards
 
 
@@ -376,7 +396,8 @@ def metrics_of(expression: str) -> set[str]:
 
 def known_metrics() -> set[str]:
     run = runpy.run_path(str(CLUSTER / "dashboards" / "run_metrics.py"))
-    live = {"ray_csflow_images_total", "ray_csflow_stage_seconds_total"}
+    # As scraped from Ray's agent during a run: its prefix, and the suffix of counters.
+    live = {f"ray_csflow_{name}_total" for name in ("images", "stage_seconds", "low_p_values")}
     nodes = {
         "ray_node_cpu_utilization",
         "ray_node_gpus_utilization",
