@@ -249,6 +249,21 @@ def test_three_nights_over_growing_input_score_what_is_new(local_cluster, cells,
 
 
 @pytest.mark.soak
+def test_a_job_does_not_start_where_its_workers_never_come(local_cluster):
+    waiting = [sys.executable, "cluster/wait_for_workers.py", "--workers", "50", "--cpus", "1"]
+    ran = subprocess.run(
+        [*waiting, "--timeout", "1", "--", "echo", "started"],
+        cwd=ROOT,
+        env=local_cluster.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 3, ran.stderr
+    assert "no room for 50 workers of 1 CPUs" in ran.stderr
+    assert "started" not in ran.stdout
+
+
+@pytest.mark.soak
 def test_the_snippet_of_the_docs_returns_the_exit_status_of_the_job(local_cluster):
     snippet = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "operations.md").read_text(), flags=re.S)[1]
     entrypoint = f"python {ROOT}/jobs/score.py --model /no/model --input /x --output /tmp/x"
