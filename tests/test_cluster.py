@@ -11,17 +11,20 @@ import subprocess
 import sys
 import tomllib
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+import faulty_s3
 import kuberay
 import kustomize
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, run_score
 
 from csflow.config import parse
+from csflow.errors import ExitStatus
 from csflow.scoring.config import ScoreConfig
 from csflow.training.config import TrainConfig
 
@@ -264,6 +267,37 @@ def test_scoring_may_read_its_input_and_write_its_output_and_nothing_else():
     train = policy("train")["Statement"]
     assert not allowed(train, "s3:PutObject", "arn:aws:s3:::plant/good/a.png")
     assert not allowed(train, "s3:GetObject", "arn:aws:s3:::plant/scores/a.parquet")
+
+
+def action_of(request: str) -> tuple[str, str, str]:
+    """S3 action, resource and listed prefix of an HTTP request to a bucket."""
+    verb, _, target = request.partition(" ")
+    path, _, query = target.partition("?")
+    _, _, key = urllib.parse.unquote(path).lstrip("/").partition("/")
+    if not key and verb == "GET":
+        return "s3:ListBucket", "arn:aws:s3:::plant", urllib.parse.parse_qs(query).get("prefix", [""])[0]
+    action = {"GET": "Get", "HEAD": "Get", "PUT": "Put", "DELETE": "Delete"}[verb]
+    return f"s3:{action}Object", f"arn:aws:s3:::plant/{key}", ""
+
+
+def test_a_scoring_run_asks_for_nothing_that_its_policy_denies(model, cells):
+    store = faulty_s3.FaultyS3()
+    try:
+        for path in sorted((cells / "defective").iterdir())[:4]:
+            store.put(f"images/{path.name}", path.read_bytes())
+        for path in model.glob("*.*"):
+            store.put(f"models/cells/{path.name}", path.read_bytes())
+        bucket = f"s3://{faulty_s3.BUCKET}"
+        arguments = ["--model", f"{bucket}/models/cells", "--input", f"{bucket}/images"]
+        arguments += ["--output", f"{bucket}/scores", "--storage_options", json.dumps(store.options)]
+        assert run_score(*arguments) == ExitStatus.DONE
+        asked = {action_of(request) for request in store.requests}
+    finally:
+        store.stop()
+    assert {action for action, _, _ in asked} == {
+        f"s3:{n}" for n in ("ListBucket", "GetObject", "PutObject", "DeleteObject")
+    }
+    assert [request for request in sorted(asked) if not allowed(policy("score")["Statement"], *request)] == []
 
 
 # Container
