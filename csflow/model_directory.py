@@ -15,6 +15,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
+import csflow
 from csflow.errors import WrongUse
 from csflow.images import DECODING_VERSION
 from csflow.storage import Location, to_parquet
@@ -23,7 +24,7 @@ if TYPE_CHECKING:  # the driver of a scoring run needs no torch, which takes sec
     from csflow.model import Detector
 
 FORMAT_VERSION = 1
-LIBRARIES = ("csflow", "torch", "timm", "safetensors", "pillow", "pyarrow", "ray")
+LIBRARIES = ("torch", "timm", "safetensors", "pillow", "pyarrow", "ray")
 
 CALIBRATION = pa.schema(
     [
@@ -94,7 +95,7 @@ def save_model(
             "std": detector.get_buffer("std").tolist(),
         },
         "feature_shapes": [list(shape) for shape in detector.feature_shapes],
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "libraries": {"csflow": csflow.__version__} | {name: version(name) for name in LIBRARIES},
         "training": dict(training),
         "data": dict(data),
     }

@@ -1,4 +1,4 @@
-"""What `kustomize build` does, as far as cluster/kuberay uses it; a test holds it against kustomize itself."""
+"""What `kustomize build` does, as far as cluster/kuberay uses it; a test compares it with kustomize."""
 
 import copy
 import re

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import kustomize
 import pyarrow.dataset as ds
 import pytest
 import s3fs
@@ -124,7 +126,7 @@ class LocalCluster:
         sockets = set()
         for pid in self.processes():
             try:
-                sockets |= {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+                sockets |= {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
             except OSError:
                 continue
         rows = [
@@ -204,6 +206,77 @@ def test_a_stopped_job_that_is_submitted_again_ends_with_the_right_rows(
     local_cluster.submit("again", "score", *arguments)
     assert local_cluster.end("again") == "SUCCEEDED", local_cluster.logs("again")
     assert local_cluster.scored(output) == Counter(photographs)
+
+
+@pytest.mark.soak
+def test_three_nights_over_growing_input_score_what_is_new(local_cluster, cells, model_url, tmp_path):
+    """What the CronJob of cluster/kuberay runs, with the paths of this machine for those of the image."""
+    resources = kustomize.build(ROOT / "cluster" / "kuberay" / "overlays" / "cpu-trial")
+    (cron,) = [resource for resource in resources if resource["kind"] == "CronJob"]
+    (container,) = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    settings = tmp_path / "score.yaml"
+    output = "s3://csflow/nights"
+    settings.write_text(f"model: {model_url}\ninput: s3://csflow/growing\noutput: {output}\n")
+    photographs = sorted((cells / "defective").iterdir())
+    for night in (1, 2, 3):
+        new = photographs[(night - 1) * 20 : night * 20]
+        for path in new:
+            local_cluster.s3.pipe_file(f"csflow/growing/{path.name}", path.read_bytes())
+        words = [word.replace("$(SUBMISSION)", f"night-{night}") for word in container["command"]]
+        words += [word.replace("/opt/csflow/", f"{ROOT}/") for word in container["args"]]
+        words = [
+            word.replace("/etc/csflow/", f"{tmp_path}/").replace("--cpus=2", "--cpus=1") for word in words
+        ]
+        ran = local_cluster.ray(*words[1:])
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        assert "2 workers of 1 CPUs and 0 GPUs can start" in ran.stdout
+        assert f"scored    {len(new)} images" in ran.stdout
+        assert local_cluster.scored(output) == Counter(path.name for path in photographs[: night * 20])
+    metrics = subprocess.run(
+        [sys.executable, "cluster/dashboards/run_metrics.py", output, "--name", "nightly"],
+        cwd=ROOT,
+        env=local_cluster.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert metrics.returncode == 0, metrics.stderr
+    values = dict(line.rsplit(" ", 1) for line in metrics.stdout.splitlines() if not line.startswith("#"))
+    (model_id,) = {re.search('model_id="(.*?)"', name)[1] for name in values}
+    labels = f'name="nightly",model_id="{model_id}"'
+    assert float(values[f"csflow_run_exit_status{{{labels}}}"]) == 0
+    assert float(values[f'csflow_run_images{{{labels},state="scored"}}']) == 60
+    assert time.time() - float(values[f"csflow_run_ended_timestamp_seconds{{{labels}}}"]) < 600
+
+
+@pytest.mark.soak
+def test_a_job_does_not_start_where_its_workers_never_come(local_cluster):
+    waiting = [sys.executable, "cluster/wait_for_workers.py", "--workers", "50", "--cpus", "1"]
+    ran = subprocess.run(
+        [*waiting, "--timeout", "1", "--", "echo", "started"],
+        cwd=ROOT,
+        env=local_cluster.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 3, ran.stderr
+    assert "no room for 50 workers of 1 CPUs" in ran.stderr
+    assert "started" not in ran.stdout
+
+
+@pytest.mark.soak
+def test_the_snippet_of_the_docs_returns_the_exit_status_of_the_job(local_cluster):
+    snippet = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "operations.md").read_text(), flags=re.S)[1]
+    entrypoint = f"python {ROOT}/jobs/score.py --model /no/model --input /x --output /tmp/x"
+    code = f"{snippet}\nraise SystemExit(run_on_ray({entrypoint!r}, 'snippet'))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=local_cluster.environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 2, ran.stdout + ran.stderr
+    assert "error: model file /no/model/config.json does not exist" in ran.stdout
 
 
 @pytest.mark.soak

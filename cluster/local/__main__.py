@@ -11,6 +11,7 @@ For Linux. What is in the S3 server is lost with it.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -154,10 +155,8 @@ class Cluster:
             pids = list(self.processes(name))
             for pid in pids:
                 ended.add(pid)
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
             return not pids
 
         wait_until(none_is_left, lambda: f"processes {list(self.processes(name))} do not end", STOP_SECONDS)

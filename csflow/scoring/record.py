@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
+import csflow
 from csflow.calibration import Drift
 from csflow.errors import ExitStatus
 from csflow.process import peak_memory_bytes, process_started_at
@@ -16,7 +17,7 @@ from csflow.scoring.output import Output
 from csflow.scoring.plan import Account
 from csflow.scoring.tally import Tally
 
-LIBRARIES = ("csflow", "ray", "torch", "timm", "pyarrow", "pillow", "fsspec", "s3fs")
+LIBRARIES = ("ray", "torch", "timm", "pyarrow", "pillow", "fsspec", "s3fs")
 DRIFT_P_VALUE = 0.001
 """With --exit_on_drift, scores have drifted if the two-sample test's p-value is below this."""
 
@@ -81,7 +82,8 @@ def run_record(
         "seconds_to_first_image": _seconds_to_first_image(tally),
         "seconds_in_workers": _rounded(tally.seconds),
         "cpu_seconds_in_workers": _rounded(tally.cpu_seconds),
-        "libraries": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        "libraries": {"csflow": csflow.__version__, "python": platform.python_version()}
+        | {name: version(name) for name in LIBRARIES},
     }
 
 

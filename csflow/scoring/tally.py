@@ -90,6 +90,10 @@ class LiveMetrics:
 
         self._images = counter("images", "Images by outcome: scored, or the error code.", "outcome")
         self._seconds = counter("stage_seconds", "Seconds of workers by stage.", "stage")
+        self._low = metrics.Counter(
+            "csflow_low_p_values", "Images with a p-value below 0.05.", tag_keys=("model_id",)
+        )
+        self._low.set_default_tags(tags)
 
     def add(self, row: Mapping[str, Any]) -> None:
         if not row["is_published"]:
@@ -98,6 +102,8 @@ class LiveMetrics:
         for outcome, images in outcomes.items():
             if images:
                 self._images.inc(images, {"outcome": outcome})
+        if row["p_values_below_5_percent"]:
+            self._low.inc(row["p_values_below_5_percent"])
         for stage, seconds in row["seconds"]:
             if seconds > 0:
                 self._seconds.inc(seconds, {"stage": stage})
