@@ -1,6 +1,7 @@
 # make demo   trains on real photographs, scores them all, asks a question in SQL, writes a report
 # make test   runs all tests
 # make lint   style and types
+# make docs   builds the docs site in build/docs
 
 PYTHON ?= python3
 ENV := .venv
@@ -11,7 +12,7 @@ $(ENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 demo: $(ENV)/installed
 	$(BIN)/python -m csflow.demo cells demo/cells
 	$(BIN)/python jobs/train.py --input demo/cells/functional/train --output demo/model --overwrite \
@@ -28,6 +29,9 @@ lint: $(ENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(ENV)/installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going docs build/docs
 
 clean:
 	rm -rf $(ENV) demo

@@ -110,14 +110,18 @@ def build_parser(
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it.")
     parser.add_argument("--print_config", action="store_true", help="Print the settings and exit.")
-    own_first = sorted(config_type.model_fields, key=lambda name: name in JobConfig.model_fields)
-    for name in own_first:
+    for name in setting_names(config_type):
         field = config_type.model_fields[name]
         flag, how = f"--{name}", _argument(field.annotation)
         if name == config_type.positional:
             flag, how = name, how | {"metavar": name.upper()}
         parser.add_argument(flag, help=help_text(field).replace("%", "%%"), **how)
     return parser
+
+
+def setting_names(config_type: type[JobConfig]) -> list[str]:
+    """The settings of a job, its own before those that all jobs have."""
+    return sorted(config_type.model_fields, key=lambda name: name in JobConfig.model_fields)
 
 
 def help_text(field: FieldInfo) -> str:

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from csflow import __version__
 from csflow.cli import COMMANDS, load
-from csflow.config import JobConfig, help_text
+from csflow.config import JobConfig, help_text, setting_names
 
 project = "csflow"
 version = release = __version__
@@ -24,9 +24,7 @@ html_title = f"csflow {__version__}"
 html_copy_source = html_show_sourcelink = html_show_sphinx = False
 default_role = "code"  # docstrings write `name` as Markdown does
 highlight_language = "none"
-myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-html_math_renderer = "mathml"  # the other renderers fetch scripts from elsewhere
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "undoc-members": False}
@@ -38,22 +36,15 @@ class Settings(SphinxDirective):
     """The settings of every command, one table each, from the docstrings of their fields."""
 
     def run(self) -> list[nodes.Node]:
-        lines = []
+        lines: list[str] = []
         for verb, command in COMMANDS.items():
             if importlib.util.find_spec(command.config.split(":")[0]):
-                lines += [
-                    f"## csflow {verb}",
-                    "",
-                    f"{command.summary}.",
-                    "",
-                    *self._table(load(command.config)),
-                    "",
-                ]
+                lines += [f"## csflow {verb}", "", f"{command.summary}.", ""]
+                lines += [*self._table(load(command.config)), ""]
         section = nodes.section()
         section.document = self.state.document
-        self.state.nested_parse(
-            StringList(lines, "settings"), self.content_offset, section, match_titles=True
-        )
+        content = StringList(lines, "settings")
+        self.state.nested_parse(content, self.content_offset, section, match_titles=True)
         return section.children
 
     def _table(self, config: type[JobConfig]) -> list[str]:
@@ -61,7 +52,7 @@ class Settings(SphinxDirective):
             flag = name.upper() if name == config.positional else f"--{name}"
             return f"| `{flag}` | {help_text(config.model_fields[name]).replace('|', chr(92) + '|')} |"
 
-        return ["| setting | |", "|---|---|", *map(row, config.model_fields)]
+        return ["| setting | |", "|---|---|", *map(row, setting_names(config))]
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -147,7 +147,9 @@ def test_partitions_are_pruned_by_the_formats_own_readers(output, tmp_path):
     assert len(list(scan.plan_files())) == 1
     Delta(tmp_path, str(output)).register()
     table = DeltaTable(str(output / "scores"))
-    assert len(table.file_uris(f"model_id = '{NEW_MODEL}' and date >= '2026-11-17'")) == 1
+    assert (
+        len(table.file_uris(file_pruning_predicate=f"model_id = '{NEW_MODEL}' and date >= '2026-11-17'")) == 1
+    )
 
 
 def test_a_delta_log_is_no_row_of_the_scores(output, tmp_path):
