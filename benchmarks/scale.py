@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from csflow.process import peak_memory_bytes
 from csflow.inputs.listing import list_images
 from csflow.model_directory import read_model
+from csflow.process import peak_memory_bytes
 from csflow.scores import SCORES
 from csflow.scoring.listing import Listing
 from csflow.scoring.output import Output

@@ -10,10 +10,11 @@ import types
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from csflow.errors import ExitStatus, Failed, StorageFailed, WrongUse
 from csflow.redaction import HIDDEN, holds_credentials, redact
@@ -53,6 +54,8 @@ class JobConfig(BaseModel):
     model_config = ConfigDict(
         use_attribute_docstrings=True, extra="forbid", frozen=True, protected_namespaces=()
     )
+    positional: ClassVar[str | None] = None
+    """Name of the setting, if any, that is given without a flag."""
 
     storage_options: StorageOptions = {}
     """Options of the object store client as JSON, for what the AWS_* variables do not say."""
@@ -61,8 +64,16 @@ class JobConfig(BaseModel):
 Config = TypeVar("Config", bound=JobConfig)
 
 
-def run_job(config_type: type[Config], main: Callable[[Config], ExitStatus], doc: str | None) -> None:
+def run_job(
+    config_type: type[Config],
+    main: Callable[[Config], ExitStatus],
+    doc: str | None,
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+) -> NoReturn:
     """Parses the command line, runs `main` and leaves the process with its exit status.
+
+    The command line is that of the process unless `argv` and `prog`, its name in messages, are given.
 
     What a user can act on becomes one line on standard error and a status: 2 for a `WrongUse`, 1 for a
     `Failed`, 3 for files that are out of reach for now. Anything else keeps its traceback. Secrets in
@@ -70,7 +81,7 @@ def run_job(config_type: type[Config], main: Callable[[Config], ExitStatus], doc
     """
     options: dict[str, Any] = {}
     try:
-        config = parse(config_type, doc)
+        config = parse(config_type, doc, argv, prog)
         options = config.storage_options
         status = main(config)
     except (WrongUse, Failed, StorageFailed, ConnectionError) as error:
@@ -89,14 +100,16 @@ def _status_of(error: Exception) -> ExitStatus:
     return ExitStatus.FAILED if isinstance(error, Failed) else ExitStatus.INCOMPLETE
 
 
-def parse(config_type: type[Config], doc: str | None, argv: Sequence[str] | None = None) -> Config:
+def parse(
+    config_type: type[Config], doc: str | None, argv: Sequence[str] | None = None, prog: str | None = None
+) -> Config:
     """Settings from `--config` (YAML) and flags; flags win.
 
     Raises:
         WrongUse: a setting is unknown, missing or out of its range.
         SystemExit: after `--help` or `--print_config`.
     """
-    parser = _build_parser(config_type, doc)
+    parser = build_parser(config_type, doc, prog)
     flags = vars(parser.parse_args(argv))
     print_config = flags.pop("print_config", False)
     values = _read_yaml(flags.pop("config", None)) | flags
@@ -131,8 +144,12 @@ class _OneLineParser(argparse.ArgumentParser):
         raise WrongUse(f"{message}; see {Path(self.prog).name} --help")
 
 
-def _build_parser(config_type: type[JobConfig], doc: str | None) -> argparse.ArgumentParser:
+def build_parser(
+    config_type: type[JobConfig], doc: str | None, prog: str | None = None
+) -> argparse.ArgumentParser:
+    """The command line of a job: a flag for every field, `--config` and `--print_config`."""
     parser = _OneLineParser(
+        prog=prog,
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -140,16 +157,26 @@ def _build_parser(config_type: type[JobConfig], doc: str | None) -> argparse.Arg
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it.")
     parser.add_argument("--print_config", action="store_true", help="Print the settings and exit.")
-    own_first = sorted(config_type.model_fields, key=lambda name: name in JobConfig.model_fields)
-    for name in own_first:
+    for name in setting_names(config_type):
         field = config_type.model_fields[name]
-        text = " ".join((field.description or "").split())
-        if field.is_required():
-            text += " [required]"
-        elif "[default: " not in text:
-            text += f" [default: {_shown(field.get_default())}]"
-        parser.add_argument(f"--{name}", help=text.replace("%", "%%"), **_argument(field.annotation))
+        flag, how = f"--{name}", _argument(field.annotation)
+        if name == config_type.positional:
+            flag, how = name, how | {"metavar": name.upper()}
+        parser.add_argument(flag, help=help_text(field).replace("%", "%%"), **how)
     return parser
+
+
+def setting_names(config_type: type[JobConfig]) -> list[str]:
+    """The settings of a job, its own before those that all jobs have."""
+    return sorted(config_type.model_fields, key=lambda name: name in JobConfig.model_fields)
+
+
+def help_text(field: FieldInfo) -> str:
+    """What a setting means, with its default, in one line."""
+    text = " ".join((field.description or "").split())
+    if field.is_required():
+        return f"{text} [required]"
+    return text if "[default: " in text else f"{text} [default: {_shown(field.get_default())}]"
 
 
 def _argument(annotation: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +48,7 @@ ERRORS = pa.schema(
     ]
 )
 
-_PARTITION = re.compile(r"/model_id=([^/]+)/date=[^/]+/[^/]+$")
+_PARTITION = re.compile(r"/model_id=([^/]+)/date=(\d{4}-\d{2}-\d{2})/[^/]+$")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,21 @@ class ScoringOutput:
     scores: ds.Dataset
     errors: ds.Dataset | None
     """None if no image ever failed."""
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A Parquet file of `scores` or `errors`, with the partition that its path names."""
+
+    location: Location
+    model_id: str
+    date: date
+
+
+def output_files(folder: Location) -> list[OutputFile]:
+    """All files below `scores` or `errors`, by path; none if there is no such folder."""
+    matches = ((file, _PARTITION.search(file.path)) for file in folder.find(".parquet"))
+    return [OutputFile(file, match[1], date.fromisoformat(match[2])) for file, match in matches if match]
 
 
 def open_scores(location: Location, model_id: str | None = None) -> ScoringOutput:
@@ -116,9 +132,8 @@ def _possible_roots(location: Location) -> Iterator[Location]:
 def _files_by_model(folder: Location) -> dict[str, list[str]]:
     """Paths of the Parquet files in `model_id=<id>/date=<date>/`, by model id."""
     files = defaultdict(list)
-    for file in folder.find(".parquet"):
-        if match := _PARTITION.search(file.path):
-            files[match[1]].append(file.path)
+    for file in output_files(folder):
+        files[file.model_id].append(file.location.path)
     return dict(sorted(files.items()))
 
 

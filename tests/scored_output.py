@@ -96,7 +96,7 @@ def p_value_of(score: float) -> float:
 
 
 def failures(night: int) -> list[dict[str, Any]]:
-    """The last part of each line fails every fifth night; that of line 1 is there twice, as it was tried twice.
+    """The last part of each line fails every fifth night; that of line 1 was tried twice.
 
     On other nights one image times out first and is scored by a later run of the same night.
     """
@@ -128,4 +128,5 @@ def write_rows(output: Path, kind: str, model_id: str, night: int, rows: list[di
         folder = output / kind / f"model_id={model_id}" / f"date={day_of(night)}"
         folder.mkdir(parents=True, exist_ok=True)
         table = pa.Table.from_pylist(rows, schema)
-        (folder / f"part-{night:06}-000.parquet").write_bytes(to_parquet(table))
+        name = f"part-{night:06}-000" if kind == "scores" else f"part-{night:06}-000-0badc0de"
+        (folder / f"{name}.parquet").write_bytes(to_parquet(table))

@@ -1,0 +1,131 @@
+"""A model directory or an output of scoring at a glance: from file names, JSON and Parquet footers alone."""
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+from csflow.config import JobConfig
+from csflow.errors import ExitStatus, WrongUse
+from csflow.scores import ERRORS, SCORES, OutputFile, output_files
+from csflow.storage import Location
+
+
+class InspectConfig(JobConfig):
+    """Settings of `csflow inspect`."""
+
+    positional: ClassVar[str | None] = "location"
+
+    location: str
+    """Model directory, or output of scoring jobs."""
+
+
+def inspect(config: InspectConfig) -> ExitStatus:
+    """Prints what a location holds.
+
+    Raises:
+        WrongUse: it holds neither a model nor scores.
+    """
+    location = Location(config.location, config.storage_options)
+    try:
+        lines = list(_model(location) if (location / "config.json").exists() else _output(location))
+    except WrongUse:
+        raise
+    except Exception as error:  # object stores' errors have no common base
+        reason = f"{type(error).__name__}: {error}"
+        raise WrongUse(f"{location} cannot be read ({reason}); check address and access") from None
+    if not lines:
+        raise WrongUse(
+            f"{location} holds neither a model (config.json) nor scores (scores/model_id=<id>/date=<date>/)"
+        )
+    print("\n".join(f"{name:<13}{value}".rstrip() for name, value in lines))
+    return ExitStatus.DONE
+
+
+Line = tuple[str, str]
+
+
+def _model(location: Location) -> Iterator[Line]:
+    config = json.loads((location / "config.json").read())
+    architecture, training = config["architecture"], config["training"]
+    held_out = pq.read_metadata(io.BytesIO((location / "calibration.parquet").read())).num_rows
+    height, width = architecture["image_size"]
+    kernels = architecture["kernel_sizes"]
+    yield "model", str(location)
+    yield "model_id", config["model_id"]
+    yield "backbone", f"{architecture['backbone']} up to {architecture['cut_after']}"
+    yield "images", f"{height} x {width} pixels, {architecture['scales']} scales"
+    yield (
+        "flow",
+        f"{_count(len(kernels), 'coupling block')} of {architecture['hidden_channels']} hidden channels",
+    )
+    yield "calibration", f"{_count(held_out, 'held-out image')}, smallest p-value {1 / (held_out + 1):.2g}"
+    if "epochs" in training:
+        yield "training", f"{_count(training['epochs'], 'epoch')} on {', '.join(training['input'])}"
+    yield "written by", ", ".join(f"{name} {number}" for name, number in config["libraries"].items())
+
+
+def _output(location: Location) -> Iterator[Line]:
+    scores, errors = output_files(location / "scores"), output_files(location / "errors")
+    models = sorted({file.model_id for file in [*scores, *errors]})
+    if not models:
+        return
+    yield "output", str(location)
+    yield "models", str(len(models))
+    for model_id in models:
+        yield "", ""
+        yield "model_id", model_id
+        yield "scored", _rows([file for file in scores if file.model_id == model_id], SCORES, "image")
+        logged = [file for file in errors if file.model_id == model_id]
+        yield "errors", _rows(logged, ERRORS, "row") if logged else "none"
+    yield "", ""
+    yield from _last_run(location)
+
+
+def _rows(files: Sequence[OutputFile], schema: pa.Schema, unit: str) -> str:
+    if not files:
+        return f"no {unit}s"
+    fs = PyFileSystem(FSSpecHandler(files[0].location.fs))
+    paths = [file.location.path for file in files]
+    # Counting reads nothing but footers, several at a time.
+    rows = ds.dataset(paths, schema, format="parquet", filesystem=fs).count_rows()
+    dates = sorted({file.date for file in files})
+    when = str(dates[0]) if len(dates) == 1 else f"{len(dates)} dates, {dates[0]} to {dates[-1]}"
+    return f"{_count(rows, unit)} in {_count(len(files), 'file')}; {when}"
+
+
+def _last_run(location: Location) -> Iterator[Line]:
+    folder = location / "_runs"
+    if not folder.exists():
+        return
+    # Run ids begin with the time.
+    run = folder / max(
+        path.rstrip("/").rsplit("/", 1)[-1] for path in folder.fs.ls(folder.path, detail=False)
+    )
+    yield "last run", run.name
+    record = run / "run.json"
+    if not record.exists():
+        yield "", "has no record: it is at work or was cut off; the same command continues"
+        return
+    content: dict[str, Any] = json.loads(record.read())
+    counts = content["counts"]
+    yield (
+        "status",
+        f"{content['status']} (exit status {content['exit_status']}), ended {content['ended_at'][:19]}Z",
+    )
+    yield (
+        "counts",
+        f"{counts['listed']:,} listed, {counts['scored_in_this_run']:,} scored by this run, "
+        f"{counts['permanent_errors']:,} permanent errors, {counts['missing']:,} missing",
+    )
+    if drift := content["drift"]:
+        yield "drift", f"{drift['share_below_5_percent']:.1%} of p-values below 0.05"
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number:,} {unit}{'s' * (number != 1)}"

@@ -1,0 +1,63 @@
+"""A Delta table over `scores` or `errors`: a log beside the files, which stay as they are."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+
+import pyarrow as pa
+from deltalake import DeltaTable, PostCommitHookProperties
+from deltalake.transaction import AddAction
+
+from csflow.scores import OutputFile
+from csflow.storage import Location
+from csflow.tables.files import Footer, not_among, read_footers, table_schema
+
+PARTITION_COLUMNS = ["model_id", "date"]
+
+
+def add_to_delta(folder: Location, files: Sequence[OutputFile], schema: pa.Schema) -> int:
+    """Adds the files that the table at `folder` does not hold yet; returns how many there were.
+
+    Two registrations at once are harmless: in Delta's log a path that is added twice is one file.
+    """
+    columns = table_schema(schema)
+    table = DeltaTable.create(
+        folder.url, columns, mode="ignore", partition_by=PARTITION_COLUMNS, storage_options=_options(folder)
+    )
+    known = set(pa.table(table.get_add_actions())["path"].to_pylist())
+    new = not_among(files, known, _path)
+    if new:
+        table.create_write_transaction(
+            [_add(footer) for footer in read_footers(new)],
+            mode="append",
+            schema=columns,
+            partition_by=PARTITION_COLUMNS,
+            # A checkpoint would be a Parquet file among the scores.
+            post_commithook_properties=PostCommitHookProperties(create_checkpoint=False),
+        )
+    return len(new)
+
+
+def _path(file: OutputFile) -> str:
+    """Relative to the table."""
+    return f"model_id={file.model_id}/date={file.date}/{file.location.name}"
+
+
+def _add(footer: Footer) -> AddAction:
+    return AddAction(
+        path=_path(footer.file),
+        size=footer.size,
+        partition_values={"model_id": footer.file.model_id, "date": footer.file.date.isoformat()},
+        modification_time=int(time.time() * 1000),
+        data_change=True,
+        stats=json.dumps({"numRecords": footer.metadata.num_rows}),
+    )
+
+
+def _options(folder: Location) -> dict[str, str]:
+    """The AWS_* variables are read by the library itself; plain HTTP it wants to be told."""
+    options = {name: str(value) for name, value in folder.storage_options.items()}
+    if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+        options.setdefault("AWS_ALLOW_HTTP", "true")
+    return options

@@ -1,0 +1,64 @@
+"""Which files of an output a table may hold, and what their footers say."""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from csflow.scores import OutputFile, output_files
+from csflow.storage import Location
+
+FOOTERS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What a table's metadata says about one file."""
+
+    file: OutputFile
+    size: int
+    metadata: pq.FileMetaData
+
+
+def table_schema(schema: pa.Schema) -> pa.Schema:
+    """The columns of `scores` or `errors` together with those that only paths hold."""
+    return pa.schema([*schema, pa.field("model_id", pa.string()), pa.field("date", pa.date32())])
+
+
+def final_files(output: Location) -> dict[str, list[OutputFile]]:
+    """Files of `scores` and `errors` that no run will write again.
+
+    A scores file is created once. The errors of a shard may be written again until its scores file is there.
+    """
+    scores = output_files(output / "scores")
+    finished = {(file.model_id, _shard(file)) for file in scores}
+    errors = output_files(output / "errors")
+    return {
+        "scores": scores,
+        "errors": [e for e in errors if (e.model_id, _shard(e).rsplit("-", 1)[0]) in finished],
+    }
+
+
+def read_footers(files: Sequence[OutputFile]) -> list[Footer]:
+    """Reads the footers of these files, several at a time."""
+
+    def read(file: OutputFile) -> Footer:
+        # Nothing but the last bytes of a file is wanted, so nothing is read ahead.
+        with file.location.fs.open(file.location.path, "rb", cache_type="none") as opened:
+            return Footer(file, opened.size, pq.read_metadata(opened))
+
+    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+        return list(pool.map(read, files))
+
+
+def not_among(
+    files: Iterable[OutputFile], known: set[str], name: Callable[[OutputFile], str]
+) -> list[OutputFile]:
+    """The files that a table does not hold yet, by the name under which it would."""
+    return [file for file in files if name(file) not in known]
+
+
+def _shard(file: OutputFile) -> str:
+    return file.location.name.removesuffix(".parquet")

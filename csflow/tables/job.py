@@ -1,0 +1,66 @@
+"""The registration job: finished Parquet files become an Iceberg or Delta table, without rewriting."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import pyarrow as pa
+
+from csflow.config import JobConfig
+from csflow.errors import ExitStatus, WrongUse
+from csflow.scores import ERRORS, SCORES, OutputFile
+from csflow.storage import Location
+from csflow.tables.files import final_files
+
+SCHEMAS = {"scores": SCORES, "errors": ERRORS}
+
+
+class RegisterConfig(JobConfig):
+    """Settings of `csflow register`."""
+
+    scores: str
+    """Location of the scores: the `--output` of scoring jobs."""
+    format: Literal["iceberg", "delta"]
+    """Table format. Delta keeps its log in the folders `scores` and `errors` themselves."""
+    catalog: str | None = None
+    """Iceberg: SQL database that is the catalogue, such as sqlite:///catalog.db, or the name of a catalogue
+    in PyIceberg's configuration."""
+    warehouse: str | None = None
+    """Iceberg: folder for the tables' metadata, with an SQL catalogue. [default: <scores>/_iceberg]"""
+    namespace: str = "csflow"
+    """Iceberg: namespace of the tables `scores` and `errors`."""
+
+
+def register(config: RegisterConfig) -> ExitStatus:
+    """Adds what is new in an output to its tables; a second time it adds nothing.
+
+    Raises:
+        WrongUse: there are no scores, the library is not installed, or a setting is missing.
+    """
+    if (config.format == "iceberg") != (config.catalog is not None):
+        raise WrongUse("--catalog is needed for Iceberg, and for Iceberg only")
+    output = Location(config.scores, config.storage_options)
+    files = final_files(output)
+    if not files["scores"]:
+        raise WrongUse(f"{output} holds no scores; --scores takes the --output of a scoring job")
+    try:
+        add = _adder(config, output)
+    except ModuleNotFoundError as error:
+        raise WrongUse(f"{error.name} is not installed; pip install 'csflow[{config.format}]'") from None
+    for kind, schema in SCHEMAS.items():
+        if files[kind]:
+            added = add(kind, files[kind], schema)
+            print(f"{kind}: {added} files added, {len(files[kind]) - added} were registered before")
+    return ExitStatus.DONE
+
+
+def _adder(config: RegisterConfig, output: Location) -> Callable[[str, list[OutputFile], pa.Schema], int]:
+    """What adds files to the table of a kind. Only the library that is asked for is imported."""
+    if config.catalog is None:
+        from csflow.tables.delta import add_to_delta
+
+        return lambda kind, files, schema: add_to_delta(output / kind, files, schema)
+    from csflow.tables.iceberg import add_to_iceberg, open_catalog
+
+    warehouse = Location(config.warehouse or f"{config.scores}/_iceberg", config.storage_options)
+    catalog = open_catalog(config.catalog, warehouse)
+    return lambda kind, files, schema: add_to_iceberg(catalog, (config.namespace, kind), files, schema)

@@ -1,0 +1,188 @@
+"""The `csflow` command: the jobs' functions under one name, with help, completion and `inspect`."""
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pytest
+from conftest import ROOT
+from scored_output import NEW_MODEL, OLD_MODEL, write_output
+
+from csflow import cli
+from csflow.config import JobConfig
+from csflow.model import Architecture, Detector
+from csflow.model_directory import CALIBRATION, save_model
+from csflow.storage import Location
+
+VERBS = [v for v in cli.COMMANDS if importlib.util.find_spec(cli.COMMANDS[v].config.split(":")[0])]
+
+
+@pytest.fixture
+def csflow(capsys: pytest.CaptureFixture[str]):
+    """Runs a command in this process; returns its exit status and what it printed and complained about."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = 0
+        try:
+            cli.main(list(map(str, arguments)))
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
+
+
+def test_the_console_script_is_the_command():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert cli.load(project["scripts"]["csflow"]) is cli.main
+
+
+def test_help_names_every_command_and_imports_none():
+    code = "import sys; from csflow.cli import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert all(f"\n  {verb} " in done.stdout for verb in cli.COMMANDS)
+    assert not {"pydantic", "yaml", "pyarrow", "torch", "ray"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("verb", ["train", "score", "evaluate", "report"])
+def test_a_command_is_the_same_function_as_the_job(verb):
+    script = ast.parse((ROOT / "jobs" / f"{verb}.py").read_text())
+    places = {
+        name.name: f"{node.module}:{name.name}"
+        for node in script.body
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    }
+    [call] = [node for node in ast.walk(script) if isinstance(node, ast.Call)]
+    command = cli.COMMANDS[verb]
+    assert [places[argument.id] for argument in call.args[:2]] == [command.config, command.main]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_command_explains_its_settings(verb, csflow):
+    command = cli.COMMANDS[verb]
+    assert callable(cli.load(command.main))
+    status, out, _ = csflow(verb, "--help")
+    assert status == 0
+    assert f"usage: csflow {verb}" in out
+    assert command.summary in out
+    config: type[JobConfig] = cli.load(command.config)
+    assert all(name in out.lower() for name in config.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "a command is needed; see csflow --help"),
+        (["scor"], "invalid choice: 'scor'"),
+        (["score", "--modle", "m"], "unrecognized arguments: --modle m; see csflow score --help"),
+        (["inspect"], "the following arguments are required: LOCATION; see csflow inspect --help"),
+        (["inspect", "/no/such"], "/no/such holds neither a model (config.json) nor scores"),
+        (["register", "--scores", "/no/such", "--format", "delta"], "/no/such holds no scores"),
+        (["report", "--scores", "/no/such", "--top", "0"], "--top: "),
+    ],
+)
+def test_wrong_use_is_said_in_one_line(arguments, complaint, csflow):
+    status, out, err = csflow(*arguments)
+    assert status == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith("error: ")
+    assert complaint in err
+
+
+def test_settings_are_those_of_the_job(csflow, tmp_path):
+    (tmp_path / "nightly.yaml").write_text("model: m\ninput: [a, b]\noutput: o\nworkers: 3\n")
+    status, out, _ = csflow("score", "--config", tmp_path / "nightly.yaml", "--workers", 5, "--print_config")
+    assert status == 0
+    assert "input:\n- a\n- b\noutput: o\n" in out
+    assert "workers: 5\n" in out
+
+
+@pytest.mark.skipif("import" not in VERBS, reason="csflow.import_model is missing")
+def test_bash_completes_commands_settings_and_choices(csflow, tmp_path):
+    status, script, _ = csflow("--print_completion", "bash")
+    assert status == 0
+    (tmp_path / "csflow.bash").write_text(script)
+
+    def complete(*words: str) -> set[str]:
+        line = " ".join(f'"{word}"' for word in words)
+        code = f"source {tmp_path}/csflow.bash; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
+        function = next(w for w in script.split() if w.startswith("_shtab") and w.endswith("csflow()"))[:-2]
+        done = subprocess.run(
+            ["bash", "-c", f'{code} {function}; echo "${{COMPREPLY[@]}}"'],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return set(done.stdout.split())
+
+    assert complete("csflow", "ev") == {"evaluate"}
+    assert complete("csflow", "score", "--ma") == {"--maps", "--max_error_rate"}
+    assert complete("csflow", "score", "--maps", "") == {"native", "none"}
+
+
+def test_inspect_shows_models_rows_dates_and_errors_of_an_output(csflow, tmp_path):
+    status, out, _ = csflow("inspect", write_output(tmp_path / "out"))
+    assert status == 0
+    first, second = out.split("model_id")[1:]
+    assert OLD_MODEL in first
+    assert "488 images in 21 files; 21 dates, 2026-11-02 to 2026-11-22" in first
+    assert "24 rows in 8 files; 8 dates, 2026-11-03 to 2026-11-20" in first
+    assert NEW_MODEL in second
+    assert "164 images in 7 files" in second
+
+
+def test_inspect_tells_of_the_last_run_and_whether_it_ended(csflow, tmp_path):
+    output = write_output(tmp_path / "out", range(1))
+    run = output / "_runs" / "20261102T020000000000Z-aaaaaaaa"
+    run.mkdir(parents=True)
+    record = {
+        "status": "incomplete",
+        "exit_status": 3,
+        "ended_at": "2026-11-02T02:10:00.123456+00:00",
+        "counts": {"listed": 1300, "scored_in_this_run": 1290, "permanent_errors": 6, "missing": 4},
+        "drift": {"share_below_5_percent": 0.125},
+    }
+    (run / "run.json").write_text(json.dumps(record))
+    _, out, _ = csflow("inspect", output)
+    assert "incomplete (exit status 3), ended 2026-11-02T02:10:00Z" in out
+    assert "1,300 listed, 1,290 scored by this run, 6 permanent errors, 4 missing" in out
+    assert "12.5% of p-values below 0.05" in out
+    (output / "_runs" / "20261103T020000000000Z-bbbbbbbb" / "listing").mkdir(parents=True)
+    _, out, _ = csflow("inspect", output)
+    assert "20261103T020000000000Z-bbbbbbbb" in out
+    assert "at work or was cut off" in out
+
+
+def test_inspect_reads_an_output_in_an_object_store(csflow, s3_bucket, tmp_path):
+    local = write_output(tmp_path / "out", range(2))
+    fsspec.filesystem("s3").put(f"{local}/", f"{s3_bucket}/out", recursive=True)
+    status, out, _ = csflow("inspect", f"{s3_bucket}/out")
+    assert status == 0
+    assert "48 images in 2 files; 2 dates, 2026-11-02 to 2026-11-03" in out
+
+
+def test_inspect_shows_what_a_model_is(csflow, tmp_path: Path):
+    detector = Detector(
+        Architecture("resnet10t", (64, 128), scales=2, hidden_channels=4, kernel_sizes=(3, 5))
+    )
+    calibration = pa.table([["a", "b", "c"]] * 2 + [[0.5, 1.0, 1.5]], schema=CALIBRATION)
+    training = {"input": ["good"], "epochs": 6}
+    location = Location(str(tmp_path))
+    model_id = save_model(location, detector, calibration, training=training, data={}, metrics={}, card={})
+    status, out, _ = csflow("inspect", tmp_path)
+    assert status == 0
+    assert model_id in out
+    assert "resnet10t up to " in out
+    assert "64 x 128 pixels, 2 scales" in out
+    assert "2 coupling blocks of 4 hidden channels" in out
+    assert "3 held-out images, smallest p-value 0.25" in out
+    assert "6 epochs on good" in out
