@@ -22,7 +22,7 @@ from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
 from csflow.inputs.listing import list_images
 from csflow.maps import colour_range
-from csflow.report import ReportConfig, report
+from csflow.report import ReportConfig, gallery, report
 from csflow.report.charts import folders, heat_map, histogram, time_line
 from csflow.report.gallery import LARGEST_SIDE, PictureMaker, picture_side
 from csflow.scores import ERRORS, SCORES, open_scores
@@ -475,3 +475,16 @@ def test_an_actor_makes_the_same_pictures_as_this_process(tmp_path: Path) -> Non
     assert made == [asdict(pictures) for pictures in maker.make(rows.to_pylist())]
     assert made[1]["original"] is None
     assert made[1]["problem"].startswith("not_found")
+
+
+def test_of_very_many_images_the_cluster_makes_the_pictures(
+    ray_cluster: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uris = write_scored_images(tmp_path, [3.0, 4.0, 5.0])
+    Path(uris[0]).unlink()
+    monkeypatch.setattr(gallery, "RAY_FROM", 3)
+    monkeypatch.setattr(gallery, "SHARD_IMAGES", 2)
+    _, page = make_report(tmp_path)
+    assert [card["data-uri"] for card in page.cards] == list(reversed(uris))
+    assert [picture["alt"] for picture in page.pictures][::2] == ["02.png", "01.png"]
+    assert page.text.count("not_found:") == 1
