@@ -191,6 +191,10 @@ class Folder:
     median: float | None
     """Of the anomaly scores that are numbers."""
 
+    @property
+    def flagged_share(self) -> float:
+        return self.flagged / self.images
+
 
 def folders(images: pa.Table, is_listed: NDArray[np.bool_]) -> tuple[list[Folder], int]:
     """Those with the most flagged images, the most first, and how many there are; none if there is one."""
