@@ -1,7 +1,8 @@
-"""Writes one HTML page about the anomaly scores of an archive, with its most anomalous images.
+"""Writes one HTML page about the anomaly scores of an archive, and a list of its defects.
 
 python jobs/report.py --scores out --output report.html
-python jobs/report.py --scores s3://bucket/out --output s3://bucket/report.html --top 60
+python jobs/report.py --scores s3://bucket/out --output s3://bucket/report.html --top 200
+python jobs/report.py --scores out --run_id latest --false_discovery_rate 0.05 --defects defects.csv
 """
 
 from csflow.config import run_job

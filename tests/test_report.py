@@ -22,11 +22,11 @@ from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
 from csflow.inputs.listing import list_images
 from csflow.maps import colour_range
-from csflow.report import ReportConfig, report
+from csflow.report import ReportConfig, gallery, report
 from csflow.report.charts import folders, heat_map, histogram, time_line
 from csflow.report.gallery import LARGEST_SIDE, PictureMaker, picture_side
 from csflow.scores import ERRORS, SCORES, open_scores
-from csflow.storage import Location, to_parquet
+from csflow.storage import Location, read_parquet, to_parquet
 
 NIGHT = datetime(2026, 9, 28, 2, tzinfo=UTC)
 
@@ -475,3 +475,36 @@ def test_an_actor_makes_the_same_pictures_as_this_process(tmp_path: Path) -> Non
     assert made == [asdict(pictures) for pictures in maker.make(rows.to_pylist())]
     assert made[1]["original"] is None
     assert made[1]["problem"].startswith("not_found")
+
+
+def test_of_very_many_images_the_cluster_makes_the_pictures(
+    ray_cluster: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uris = write_scored_images(tmp_path, [3.0, 4.0, 5.0])
+    Path(uris[0]).unlink()
+    monkeypatch.setattr(gallery, "RAY_FROM", 3)
+    monkeypatch.setattr(gallery, "SHARD_IMAGES", 2)
+    _, page = make_report(tmp_path)
+    assert [card["data-uri"] for card in page.cards] == list(reversed(uris))
+    assert [picture["alt"] for picture in page.pictures][::2] == ["02.png", "01.png"]
+    assert page.text.count("not_found:") == 1
+
+
+def test_scores_images_and_results_may_all_be_in_an_object_store(s3_bucket: str, tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    write_record(tmp_path / "out", "20260928T0000Z-b", write_model(tmp_path, [0.9, 1.0]))
+    (Location(s3_bucket) / "images" / "a.png").write((tmp_path / "a.png").read_bytes())
+    (image,) = pa.Table.from_batches(list_images([f"{s3_bucket}/images"], {})).to_pylist()
+    row = scored(image["image_uri"], image["image_version"], 3.0, p_value=0.01)
+    record = (tmp_path / "out" / "_runs" / "20260928T0000Z-b" / "run.json").read_bytes()
+    day = f"scores/model_id=m1/date={NIGHT.date()}/part-0.parquet"
+    (Location(s3_bucket) / "out" / day).write(to_parquet(pa.Table.from_pylist([row], SCORES)))
+    (Location(s3_bucket) / "out" / "_runs" / "20260928T0000Z-b" / "run.json").write(record)
+    config = ReportConfig(
+        scores=f"{s3_bucket}/out", output=f"{s3_bucket}/report.html", defects=f"{s3_bucket}/list.parquet"
+    )
+    assert report(config) == ExitStatus.DONE
+    page = Page((Location(s3_bucket) / "report.html").read().decode())
+    assert len(page.pictures) == 2
+    assert "20260928T0000Z-b done" in page.text
+    assert read_parquet(Location(s3_bucket) / "list.parquet")["image_uri"].to_pylist() == [image["image_uri"]]

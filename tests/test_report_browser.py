@@ -148,6 +148,11 @@ def test_an_image_is_enlarged_and_the_keyboard_goes_on_from_there(page: "Page") 
     page.keyboard.press("ArrowRight")
     assert dialog.get_by_role("heading").inner_text() == "Image 3 of 30"
     assert "02.png" in dialog.locator(".uri").inner_text()
+    in_page = page.locator("#gallery > li:visible img").first.bounding_box()
+    enlarged = dialog.locator("img").first.bounding_box()
+    assert in_page is not None
+    assert enlarged is not None
+    assert enlarged["width"] > 2 * in_page["width"]
     page.keyboard.press("Escape")
     assert not dialog.is_visible()
     assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Enlarge 02.png"

@@ -138,6 +138,8 @@ class TimeLine:
     moments: list[Moment]
     share_ticks: list[float]
     score_ticks: list[float]
+    score_range: tuple[float, float]
+    """Ends of the logarithmic scale of scores."""
 
     @property
     def highest_share(self) -> float:
@@ -145,13 +147,9 @@ class TimeLine:
         return self.share_ticks[-1]
 
     def score_place(self, score: float) -> float:
-        """0 at the bottom, 1 at the top; logarithmic."""
-        low, high = self.moments_range
+        """0 at the bottom, 1 at the top."""
+        low, high = self.score_range
         return float(np.log(score / low) / np.log(high / low))
-
-    @property
-    def moments_range(self) -> tuple[float, float]:
-        return min(m.low for m in self.moments) * 0.95, max(m.high for m in self.moments) * 1.05
 
 
 def time_line(images: pa.Table) -> TimeLine | None:
@@ -161,16 +159,12 @@ def time_line(images: pa.Table) -> TimeLine | None:
     moments = list(_moments(images, column))
     if len(moments) < 2:
         return None
-    drawn = TimeLine(by, moments, [], [])
+    low, high = min(m.low for m in moments) * 0.95, max(m.high for m in moments) * 1.05
     highest = max(moment.flagged_share for moment in moments) or 0.01
     ticks = _round_numbers(0, highest, at_most=3)
-    step = ticks[1] - ticks[0]
-    return TimeLine(
-        by,
-        moments,
-        share_ticks=[*ticks, ticks[-1] + step] if ticks[-1] < highest else ticks,
-        score_ticks=_score_ticks(*drawn.moments_range),
-    )
+    if ticks[-1] < highest:
+        ticks.append(2 * ticks[-1] - ticks[-2])
+    return TimeLine(by, moments, ticks, _score_ticks(low, high), (low, high))
 
 
 def _moments(images: pa.Table, column: pa.ChunkedArray) -> Iterator[Moment]:
@@ -196,6 +190,10 @@ class Folder:
     listed: int
     median: float | None
     """Of the anomaly scores that are numbers."""
+
+    @property
+    def flagged_share(self) -> float:
+        return self.flagged / self.images
 
 
 def folders(images: pa.Table, is_listed: NDArray[np.bool_]) -> tuple[list[Folder], int]:

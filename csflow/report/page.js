@@ -89,6 +89,7 @@ function startGallery(cards) {
   function unwrapped(button) {
     const box = document.createElement("div");
     box.className = button.className;
+    box.style.cssText = button.style.cssText;
     box.append(...button.childNodes);
     return box;
   }
