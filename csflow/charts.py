@@ -12,6 +12,8 @@ WIDTH, HEIGHT, MARGIN = 640, 320, 56
 MAX_POINTS = 600
 """Of a curve; more are finer than a pixel."""
 
+Range = tuple[float, float]
+
 
 class Curve(NamedTuple):
     name: str
@@ -21,11 +23,17 @@ class Curve(NamedTuple):
     """Down to the axis, as of a histogram."""
 
 
-def chart(curves: Sequence[Curve], x_label: str, y_label: str) -> bytes:
-    """An SVG file of up to three curves, on axes that span all of their points."""
+def chart(
+    curves: Sequence[Curve],
+    x_label: str,
+    y_label: str,
+    x_range: Range | None = None,
+    y_range: Range | None = None,
+) -> bytes:
+    """An SVG file of up to three curves; axes without a range span all of their points."""
     xs = [np.asarray(curve.x, np.float64) for curve in curves]
     ys = [np.asarray(curve.y, np.float64) for curve in curves]
-    x_range, y_range = _range(xs), _range(ys)
+    x_range, y_range = x_range or _range(xs), y_range or _range(ys)
     bottom, right = HEIGHT - MARGIN, WIDTH - MARGIN
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
@@ -57,7 +65,7 @@ def steps(values: ArrayLike, edges: ArrayLike) -> tuple[NDArray[np.float64], NDA
     return np.repeat(np.asarray(edges, np.float64), 2)[1:-1], np.repeat(np.asarray(values, np.float64), 2)
 
 
-def _range(arrays: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
+def _range(arrays: Sequence[NDArray[np.float64]]) -> Range:
     low = min(float(values.min()) for values in arrays)
     high = max(float(values.max()) for values in arrays)
     return low, high if high > low else low + 1
@@ -78,8 +86,8 @@ def _thinned(
 def _points(
     x: NDArray[np.float64],
     y: NDArray[np.float64],
-    x_range: tuple[float, float],
-    y_range: tuple[float, float],
+    x_range: Range,
+    y_range: Range,
 ) -> str:
     right = MARGIN + (WIDTH - 2 * MARGIN) * (x - x_range[0]) / (x_range[1] - x_range[0])
     down = HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * (y - y_range[0]) / (y_range[1] - y_range[0])

@@ -30,11 +30,6 @@ _FLOW_TENSOR = re.compile(
 )
 _EXTRACTOR_TENSOR = re.compile(r"(?P<network>.*feature_extractor\.(?:.*\.)?)features\.(?P<stage>[0-6])\..+")
 
-# 1 and 2 name the half that is read: what reads the second half transforms the first.
-_SUBNETWORKS = {
-    "subnetwork_first": ("s2", "cross_convolution2"),
-    "subnetwork_second": ("s1", "cross_convolution1"),
-}
 _LAYERS = {
     "enter": ("conv_scale0_0", "conv_scale1_0", "conv_scale2_0"),
     "same": ("conv_scale0_1", "conv_scale1_1", "conv_scale2_1"),
@@ -65,8 +60,9 @@ class ForeignModel:
     @property
     def image_size(self) -> tuple[int, int] | None:
         """Height and width, if the checkpoint says."""
-        size = self.preprocessing.get("Resize", {}).get("size")
-        return (int(size[0]), int(size[1])) if isinstance(size, Sequence) and len(size) == 2 else None
+        size: Any = self.preprocessing.get("Resize", {}).get("size")
+        is_pair = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(n, int) for n in size)
+        return (size[0], size[1]) if is_pair else None
 
 
 def read_foreign(checkpoint: Mapping[str, Any]) -> ForeignModel:
@@ -75,33 +71,30 @@ def read_foreign(checkpoint: Mapping[str, Any]) -> ForeignModel:
     Raises:
         ForeignModelError: see there.
     """
-    state = checkpoint.get("state_dict", checkpoint)
+    state = _tensors(checkpoint.get("state_dict", checkpoint))
     blocks = _blocks(state)
     source = "anomalib" if "cross_convolution1.gamma0" in blocks[0] else "official"
-    _check_clamp(checkpoint.get("hyper_parameters", {}))
-    converted: dict[str, Tensor] = {}
+    _check_clamp(checkpoint.get("hyper_parameters"))
     try:
-        for b, tensors in enumerate(blocks):
-            converted |= {f"blocks.{b}.{name}": value for name, value in _convert_block(tensors).items()}
-        entering = [
-            [converted[f"blocks.{b}.{half}.enter.0.weight"] for half in _SUBNETWORKS]
-            for b in range(len(blocks))
-        ]
-        kernel_sizes = tuple(int(weights[0].shape[2]) for weights in entering)
-        hidden, channels = entering[0][0].shape[0], sum(weight.shape[1] for weight in entering[0])
-        for b in range(len(blocks)):
-            for s, permutation_C in enumerate(permutations(source, b, channels)):
-                converted[f"blocks.{b}.permutation_{s}"] = permutation_C
-        flow = CrossScaleFlow(channels, SCALES, hidden, kernel_sizes)
-        flow.load_state_dict(converted)
-    except (KeyError, RuntimeError, ValueError) as error:
+        entering = [[tensors[f"{n}.conv_scale0_0.weight"] for n in _names(tensors)] for tensors in blocks]
+        kernel_sizes = tuple(weights[0].shape[2] for weights in entering)
+        hidden_channels, channels = entering[0][0].shape[0], sum(weight.shape[1] for weight in entering[0])
+        flow = CrossScaleFlow(channels, SCALES, hidden_channels, kernel_sizes)
+        flow.load_state_dict(
+            {
+                f"blocks.{b}.{name}": value
+                for b, tensors in enumerate(blocks)
+                for name, value in _convert_block(tensors, permutations(source, b, channels)).items()
+            }
+        )
+    except (IndexError, KeyError, RuntimeError, ValueError) as error:
         raise ForeignModelError(f"its tensors are not those of a three-scale CS-Flow: {error}") from None
     _check_gamma(flow)
     return ForeignModel(
         source,
         flow,
         channels,
-        hidden,
+        hidden_channels,
         kernel_sizes,
         extractor=_extractor(state),
         preprocessing=_transforms(checkpoint.get("anomalib_pre_processor_config")),
@@ -137,12 +130,17 @@ def load_extractor(backbone: Backbone, extractor: Mapping[str, Tensor]) -> None:
             module.running_var += _TORCHVISION_EPS - module.eps
 
 
-def _blocks(state: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+def _tensors(state: Any) -> dict[str, Tensor]:
+    if not isinstance(state, Mapping):
+        raise ForeignModelError("its state_dict is none")
+    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _blocks(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """The tensors of each coupling block; in the original's graph other nodes stand between them."""
     nodes: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for name, value in state.items():
-        match = _FLOW_TENSOR.fullmatch(name) if isinstance(value, Tensor) else None
-        if match:
+        if match := _FLOW_TENSOR.fullmatch(name):
             nodes[int(match["node"])][f"{match['subnetwork']}.{match['tensor']}"] = value
     if not nodes:
         raise ForeignModelError(
@@ -152,21 +150,29 @@ def _blocks(state: Mapping[str, Any]) -> list[dict[str, Tensor]]:
     return [nodes[node] for node in sorted(nodes)]
 
 
-def _convert_block(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    converted = {}
-    for ours, names in _SUBNETWORKS.items():
-        theirs = next((name for name in names if f"{name}.gamma0" in tensors), names[0])
+def _names(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    """What this code base calls the subnetworks that transform the first and the second half."""
+    # 1 and 2 name the half that is read: what reads the second half transforms the first.
+    if "cross_convolution1.gamma0" in tensors:
+        return "cross_convolution2", "cross_convolution1"
+    return "s2", "s1"
+
+
+def _convert_block(tensors: Mapping[str, Tensor], drawn: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The state dict of a `CouplingBlock`."""
+    converted = {f"permutation_{s}": permutation_C for s, permutation_C in enumerate(drawn)}
+    for ours, theirs in zip(("subnetwork_first", "subnetwork_second"), _names(tensors), strict=True):
         gamma = [tensors[f"{theirs}.gamma{s}"].reshape(()) for s in range(SCALES)]
         converted[f"{ours}.gamma_S"] = torch.stack(gamma)
-        for layer, layer_names in _LAYERS.items():
-            for s, name in enumerate(layer_names):
+        for layer, names in _LAYERS.items():
+            for s, name in enumerate(names):
                 for kind in ("weight", "bias"):
                     converted[f"{ours}.{layer}.{s}.{kind}"] = tensors[f"{theirs}.{name}.{kind}"]
     return converted
 
 
-def _check_clamp(settings: Mapping[str, Any]) -> None:
-    clamp = settings.get("clamp", SOFT_CLAMP)
+def _check_clamp(settings: Any) -> None:
+    clamp = settings.get("clamp", SOFT_CLAMP) if isinstance(settings, Mapping) else SOFT_CLAMP
     if clamp != SOFT_CLAMP:
         raise ForeignModelError(f"it was trained with clamp {clamp}; csflow's flow has {SOFT_CLAMP:g}")
 
@@ -179,7 +185,7 @@ def _check_gamma(flow: CrossScaleFlow) -> None:
         )
 
 
-def _extractor(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def _extractor(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     networks: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, value in state.items():
         if match := _EXTRACTOR_TENSOR.fullmatch(name):

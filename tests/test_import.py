@@ -225,6 +225,8 @@ def test_no_pickled_code_is_run(tmp_path, good_images, monkeypatch):
         (network(), r"pickled objects \(freia_funcs\.ReversibleGraphNet\), .*torch\.save\("),
         ([whole.weight], "is no state dict"),
         (whole.state_dict(), "holds no tensors of a flow"),
+        ({"state_dict": [1, 2], "hyper_parameters": None}, "its state_dict is none"),
+        ({1: whole.weight.detach()}, "holds no tensors of a flow"),
     ):
         torch.save(content, tmp_path / "model.pth")
         with pytest.raises(WrongUse, match=complaint):

@@ -11,6 +11,7 @@ from csflow.evaluate.pixel_metrics import FPR_LIMIT, PixelHistograms
 from csflow.evaluate.ranking import Ranking
 
 HISTOGRAM_BINS = 60
+RATE = (0.0, 1.0)
 
 
 def plots(
@@ -22,15 +23,19 @@ def plots(
     """SVG files by name."""
     precision, recall = ranking.precision_recall()
     files = {
-        "roc.svg": chart([Curve("ROC", *ranking.roc())], "false positive rate", "recall"),
-        "precision_recall.svg": chart([Curve("precision", recall, precision)], "recall", "precision"),
+        "roc.svg": chart([Curve("ROC", *ranking.roc())], "false positive rate", "recall", RATE, RATE),
+        "precision_recall.svg": chart(
+            [Curve("precision", recall, precision)], "recall", "precision", RATE, RATE
+        ),
         "score_histogram.svg": _score_histogram(normal, defective),
     }
     if histograms:
         fpr, pro = histograms.pro_curve()
         below = fpr <= FPR_LIMIT
         curve = Curve("PRO", fpr[below], pro[below])
-        files["pro.svg"] = chart([curve], "false positive rate of pixels", "per-region overlap")
+        files["pro.svg"] = chart(
+            [curve], "false positive rate of pixels", "per-region overlap", (0, FPR_LIMIT), RATE
+        )
     return files
 
 
