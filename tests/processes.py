@@ -32,7 +32,7 @@ def score_in_a_process(*arguments: object, **environment: str) -> tuple[int, str
 
 def scoring_workers() -> list[int]:
     """Process ids of the actors that score, in the clusters of this test session."""
-    return list(_ray_processes(rb"ray::.*ShardScorer"))
+    return list(_ray_processes(rb"ray::.*ScoringActor"))
 
 
 def workers() -> list[int]:
