@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from csflow.errors import ExitStatus
+
 
 @dataclass(frozen=True)
 class Command:
@@ -54,7 +56,7 @@ COMMANDS = {
         "Turn a model that other software trained into a model directory",
         "csflow.import_model:ImportConfig",
         "csflow.import_model:import_model",
-        ("import --help",),
+        ("import --checkpoint flow.pth --output s3://plant/models/cells --calibrate s3://plant/good",),
     ),
     "inspect": Command(
         "Show a model directory or an output of scoring at a glance",
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(completion(options.print_completion))
         return
     print("error: a command is needed; see csflow --help", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(int(ExitStatus.WRONG_USE))
 
 
 def load(place: str) -> Any:
@@ -114,7 +116,7 @@ def completion(shell: str) -> str:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         print(f"error: {message}; see csflow --help", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(int(ExitStatus.WRONG_USE))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from csflow.scores import ERRORS, SCORES
 from csflow.storage import to_parquet
 
-OLD_MODEL, NEW_MODEL = "0123456789012345", "8c1f09e2a7b3d456"
+OLD_MODEL, NEW_MODEL = "1234567890123456", "8c1f09e2a7b3d456"
 """An id of digits only is what readers that guess types take for a number."""
 FIRST_NIGHT = date(2026, 11, 2)  # a Monday
 NIGHTS = 21

@@ -219,6 +219,8 @@ def test_an_output_without_errors_or_a_second_model_answers_all_other_questions(
             answer = connection.execute(statements(questions("sql")[heading])[0]).df()
             in_polars = run_python(questions("python")[heading], names)
             assert len(answer) == len(in_polars), heading
+            if "model_id" in answer:  # of digits only, and text all the same
+                assert list(answer.model_id) == list(in_polars["model_id"]) == [OLD_MODEL]
             assert len(answer) or "new model" in heading, heading
 
 

@@ -128,13 +128,13 @@ def test_registering_at_the_same_time_adds_each_file_once(tables, output):
 def test_errors_of_an_unfinished_shard_wait_for_the_shard(tables, output):
     """Another attempt at the shard may write them again."""
     finished = files_read(output, "errors")
-    [scores] = output.glob("scores/model_id=0*/date=2026-11-15/*.parquet")
+    [scores] = output.glob("scores/model_id=1*/date=2026-11-15/*.parquet")
     hidden = scores.rename(output / "later")
     tables.register()
     night = {row["image_uri"] for row in finished if "2026-11-15" in str(row["image_uri"])}
     assert night
     registered = {(row["model_id"], row["image_uri"]) for row in rows(tables.read("errors"))}
-    assert not {("0123456789012345", uri) for uri in night} & registered
+    assert not {("1234567890123456", uri) for uri in night} & registered
     hidden.rename(scores)
     tables.register()
     assert rows(tables.read("errors")) == finished
