@@ -117,8 +117,8 @@ def load_model(location: Location) -> Model:
         with torch.device("meta"):
             detector = Detector(architecture, config["feature_shapes"])
         detector.load_state_dict(state, assign=True)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise _damaged(location, str(error)) from None
+    except (RuntimeError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise _damaged(location, f"{type(error).__name__}: {error}") from None
     return Model(config["model_id"], detector.eval().requires_grad_(False), scores)
 
 
