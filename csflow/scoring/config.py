@@ -28,7 +28,7 @@ class ScoreConfig(JobConfig):
     """Stop, or end, with exit status 3 when more than this share of the images fails."""
     batch_size: int | None = Field(None, ge=1)
     """Images per forward pass. [default: 8 on CPUs, 32 on GPUs]"""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
     """Of convolutions and matrix products; sums are float32. auto: bfloat16 where the processor has units
     for its matrix products."""
     workers: int | None = Field(None, ge=1)
