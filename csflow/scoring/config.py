@@ -29,8 +29,8 @@ class ScoreConfig(JobConfig):
     batch_size: int | None = Field(None, ge=1)
     """Images per forward pass. [default: 8 on CPUs, 32 on GPUs]"""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Of convolutions and matrix products; sums are float32. auto: bfloat16 where the processor has units
-    for its matrix products."""
+    """Of convolutions and matrix products; sums are float32. bfloat16 moves scores by several percent
+    (docs/performance.md); auto takes it where the processor has units for its matrix products."""
     workers: int | None = Field(None, ge=1)
     """Scoring actors. [default: one per GPU, or one per CPU]"""
     stall_timeout: float = Field(1800.0, gt=0)
