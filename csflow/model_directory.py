@@ -147,7 +147,7 @@ def load_model(location: Location) -> Model:
             detector = Detector(Architecture.from_json(files.architecture), files.feature_shapes)
         state = {name: torch.from_numpy(value) for name, value in files.state.items()}
         detector.load_state_dict(state, assign=True)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise _damaged(location, f"{type(error).__name__}: {error}") from None
     return Model(files.model_id, detector.eval().requires_grad_(False), files.calibration_scores)
 

@@ -39,6 +39,14 @@ def test_a_loaded_model_scores_like_the_saved_one(detector, tmp_path):
     assert not any(parameter.requires_grad for parameter in model.detector.parameters())
 
 
+def test_loading_needs_no_pass_through_the_network(detector, tmp_path, monkeypatch):
+    save(Location(str(tmp_path)), detector)
+    monkeypatch.delattr("csflow.model.Backbone._probe")
+    loaded = load_model(Location(str(tmp_path))).detector
+    assert (loaded.backbone.channels, loaded.backbone.stride) == (512, 32)
+    assert loaded.feature_shapes == detector.feature_shapes
+
+
 def test_the_id_is_the_same_wherever_the_model_lies(detector, tmp_path, s3_bucket):
     here = save(Location(str(tmp_path)), detector)
     there = save(Location(f"{s3_bucket}/model"), detector)

@@ -34,9 +34,9 @@ class ScoreConfig(JobConfig):
     """Stop, or end, with exit status 3 when more than this share of the images fails."""
     batch_size: int | None = Field(None, ge=1)
     """Images per forward pass. [default: 8 on CPUs, 32 on GPUs]"""
-    precision: Precision = "auto"
-    """Of convolutions and matrix products; sums are float32. auto: bfloat16 where the processor has units
-    for its matrix products."""
+    precision: Precision = "float32"
+    """Of convolutions and matrix products; sums are float32. bfloat16 moves scores by several percent
+    (docs/performance.md); auto takes it where the processor has units for its matrix products."""
     workers: int | None = Field(None, ge=1)
     """Scoring actors. [default: one per GPU, or one per CPU]"""
     stall_timeout: float = Field(1800.0, gt=0)

@@ -1,0 +1,242 @@
+"""Images per second of the bare model: the inference form, the trained form and anomalib's CsflowModel.
+
+    python benchmarks/model.py --image_size 256 --anomalib_python /path/to/env/bin/python
+    python benchmarks/model.py --accuracy_model demo/model --cells demo/cells
+
+The paper's settings (EfficientNet-B5, four coupling blocks of 1,024 hidden channels) with random weights.
+Each variant lives in a process of its own; they take turns, one batch each, and the median of the rounds is
+printed and appended to benchmarks/results.md. anomalib 2.7.0 needs an environment of its own. The share of
+the peak is that of the rate of a large matrix product in the same precision in the same process, with the
+multiplications of the trained form counted. `--accuracy_model` compares the precisions on the demo's
+photographs instead.
+"""
+
+import argparse
+import csv
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results.md")
+VARIANTS = {
+    # name: (program, precision)
+    "inference form, default": ("inference", "auto"),
+    "inference form, float32": ("inference", "float32"),
+    "trained form, float32": ("trained", "float32"),
+    "trained form, bfloat16 autocast": ("trained", "bfloat16"),
+    "anomalib, float32": ("anomalib", "float32"),
+    "anomalib, bfloat16 autocast": ("anomalib", "bfloat16"),
+}
+MATRIX_SIDE = 2048
+
+
+def serve(program: str, precision: str, image_size: int, batch: int) -> None:
+    """Builds a variant, then times what it is told to on standard input, one line each."""
+    import torch
+
+    torch.set_num_threads(2)
+    torch.set_grad_enabled(False)
+    builder = {"inference": _inference, "trained": _trained, "anomalib": _anomalib}[program]
+    parts = builder(precision, image_size, batch)
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    if precision == "auto":
+        dtype = parts.pop("dtype")
+    matrix = torch.randn(MATRIX_SIDE, MATRIX_SIDE).to(dtype)
+    parts["matrix_product"] = lambda: matrix @ matrix
+    is_autocast = program != "inference" and precision == "bfloat16"
+
+    def seconds(part: Callable[[], Any]) -> float:
+        started = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+            part()
+        return time.perf_counter() - started
+
+    for part in parts.values():
+        seconds(part)
+    print(" ".join(parts), flush=True)
+    for line in sys.stdin:
+        print(seconds(parts[line.strip()]), flush=True)
+
+
+def _pixels(image_size: int, batch: int) -> Any:
+    import torch
+
+    return torch.randint(0, 256, (batch, image_size, image_size, 3), dtype=torch.uint8)
+
+
+def _detector(image_size: int) -> Any:
+    import torch
+
+    from csflow.model import Architecture, Detector
+
+    detector = Detector(Architecture("tf_efficientnet_b5", (image_size, image_size)))
+    for block in detector.flow.blocks:
+        for subnetwork in (block.subnetwork_first, block.subnetwork_second):
+            torch.nn.init.uniform_(subnetwork.gamma_S, 0.1, 0.3)
+    return detector.eval().requires_grad_(False)
+
+
+def _inference(precision: str, image_size: int, batch: int) -> dict[str, Any]:
+    from csflow import device
+    from csflow.model import InferenceDetector
+
+    device.set_up(2, gpus=0)
+    form = InferenceDetector(_detector(image_size), precision)  # type: ignore[arg-type]
+    return _parts(form, image_size, batch) | ({"dtype": form.dtype} if precision == "auto" else {})
+
+
+def _trained(precision: str, image_size: int, batch: int) -> dict[str, Any]:
+    return _parts(_detector(image_size), image_size, batch)
+
+
+def _parts(detector: Any, image_size: int, batch: int) -> dict[str, Any]:
+    pixels_BHWC = _pixels(image_size, batch)
+    y = detector.features(pixels_BHWC)
+    return {
+        "whole": lambda: detector(pixels_BHWC),
+        "backbone": lambda: detector.features(pixels_BHWC),
+        "flow": lambda: detector.score_features(y),
+    }
+
+
+def _anomalib(precision: str, image_size: int, batch: int) -> dict[str, Any]:
+    import torch
+    from anomalib.models.image.csflow import torch_model
+
+    # Its weights are a download; speed does not depend on them.
+    build = torch_model.efficientnet_b5
+    torch_model.efficientnet_b5 = lambda weights: build(weights=None)
+    model = torch_model.CsFlowModel((image_size, image_size), 1024).eval()
+    image_BCHW = _pixels(image_size, batch).permute(0, 3, 1, 2).float() / 255
+    for name, value in model.named_parameters():
+        if "gamma" in name:
+            torch.nn.init.uniform_(value, 0.1, 0.3)
+    return {"whole": lambda: model(image_BCHW)}
+
+
+def multiplications(image_size: int) -> dict[str, float]:
+    """Multiply-adds of the trained form's convolutions for one image, backbone and flow."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    detector = _detector(image_size)
+    counts = {}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        y = detector.features(_pixels(image_size, 1))
+    counts["backbone"] = counter.get_total_flops() / 2
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        detector.score_features(y)
+    counts["flow"] = counter.get_total_flops() / 2
+    return counts
+
+
+def speed(arguments: argparse.Namespace) -> list[str]:
+    """Lines of a table: a row per variant."""
+    counts = multiplications(arguments.image_size)
+    servers = {}
+    for name, (program, precision) in VARIANTS.items():
+        python = arguments.anomalib_python if program == "anomalib" else sys.executable
+        if python and (not arguments.only or name in arguments.only):
+            command = [python, __file__, "--serve", program, precision]
+            command += ["--image_size", str(arguments.image_size), "--batch_size", str(arguments.batch_size)]
+            servers[name] = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            )
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for name, server in servers.items():
+        assert server.stdout is not None
+        seconds[name] = {part: [] for part in server.stdout.readline().split()}
+    for _ in range(arguments.rounds):
+        for name, server in servers.items():
+            assert server.stdin is not None and server.stdout is not None
+            for part, values in seconds[name].items():
+                server.stdin.write(part + "\n")
+                values.append(float(server.stdout.readline()))
+    for server in servers.values():
+        server.communicate()
+    rows = [
+        "| variant | images/s | backbone | flow | share of peak: backbone | flow |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, parts in seconds.items():
+        median = {part: statistics.median(values) for part, values in parts.items()}
+        peak = MATRIX_SIDE**3 / median["matrix_product"]
+        rate = {p: arguments.batch_size / t for p, t in median.items()}
+        cells = [f"{rate['whole']:.2f}"]
+        cells += [f"{rate[part]:.1f}" if part in rate else "" for part in counts]
+        cells += [f"{rate[part] * counts[part] / peak:.0%}" if part in rate else "" for part in counts]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return rows
+
+
+def accuracy(arguments: argparse.Namespace) -> list[str]:
+    """Lines of a table: AUROC on labelled cells and the largest difference of a score, by precision."""
+    import numpy as np
+    import torch
+    from sklearn.metrics import roc_auc_score
+
+    from csflow.images import decode
+    from csflow.model import InferenceDetector
+    from csflow.model_directory import load_model
+    from csflow.storage import Location
+
+    detector = load_model(Location(arguments.accuracy_model)).detector
+    folder = Path(arguments.cells)
+    with (folder / "labels.csv").open() as file:
+        labels = [(row["image_uri"], int(row["label"])) for row in csv.DictReader(file)][:: arguments.every]
+    forms: dict[str, Callable[[Any], Any]] = {"trained form, float32": detector}
+    for precision in ("float32", "bfloat16"):
+        forms[f"inference form, {precision}"] = InferenceDetector(detector, precision)
+    scores: dict[str, list[Any]] = {name: [] for name in forms}
+    size = detector.architecture.image_size
+    for start in range(0, len(labels), 8):
+        group = [decode((folder / uri).read_bytes(), size).pixels_HWC for uri, _ in labels[start : start + 8]]
+        pixels_BHWC = torch.from_numpy(np.stack(group))
+        for name, form in forms.items():
+            scores[name].append(form(pixels_BHWC).anomaly_score_B.numpy())
+    truth = [label for _, label in labels]
+    exact = np.concatenate(scores["trained form, float32"])
+    rows = [f"| {len(labels)} cells | AUROC | largest difference of a score |", "|---|---|---|"]
+    for name, values in scores.items():
+        found = np.concatenate(values)
+        rows.append(f"| {name} | {roc_auc_score(truth, found):.5f} | {np.abs(found / exact - 1).max():.3%} |")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--image_size", type=int, default=256)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--anomalib_python", help="of an environment with anomalib 2.7.0")
+    parser.add_argument("--only", action="append", help="variant; more than one may be named")
+    parser.add_argument("--accuracy_model", help="model directory of the demo")
+    parser.add_argument("--cells", default="demo/cells")
+    parser.add_argument("--every", type=int, default=1, help="take every so many labelled cells")
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(*arguments.serve, arguments.image_size, arguments.batch_size)
+        return
+    import torch
+
+    rows = accuracy(arguments) if arguments.accuracy_model else speed(arguments)
+    cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
+    command = " ".join(arg for arg in sys.argv if not arg.startswith("/"))
+    heading = f"\n## {time.strftime('%Y-%m-%d')} `{command}`\n\n{cpu.split(':')[-1].strip()}, 2 cores; "
+    heading += f"Python {platform.python_version()}, PyTorch {torch.__version__}\n"
+    text = "\n".join([heading, *rows, ""])
+    print(text)
+    with RESULTS.open("a") as file:
+        file.write(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The inference form: the scores of the trained detector, whatever the model and the batch."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from csflow.model import Architecture, Detector, InferenceDetector, Scores
+
+
+def random_detector(
+    backbone: str, image_size: tuple[int, int], scales: int, kernel_sizes: tuple[int, ...], seed: int = 0
+) -> Detector:
+    """A detector in which everything that folding moves differs from what it is at the start of training."""
+    torch.manual_seed(seed)
+    architecture = Architecture(
+        backbone, image_size, scales=scales, hidden_channels=24, kernel_sizes=kernel_sizes, seed=seed
+    )
+    detector = Detector(architecture).eval().requires_grad_(False)
+    for name, value in detector.named_parameters():
+        if name.endswith("gamma_S"):
+            value.uniform_(0.2, 0.6)
+    for module in detector.backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.8, 1.2)
+            module.weight.uniform_(0.8, 1.2)
+            module.bias.normal_(0, 0.1)
+    return detector
+
+
+def random_images(detector: Detector, batch: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    shape = (batch, *detector.architecture.image_size, 3)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def assert_scores_close(actual: Scores, expected: Scores, tolerance: float) -> None:
+    """Within the tolerance, relative to the largest value of its kind."""
+    for actual_values, expected_values in zip(actual, expected, strict=True):
+        assert actual_values.dtype == torch.float32
+        limit = tolerance * expected_values.abs().max().item()
+        torch.testing.assert_close(actual_values, expected_values, rtol=0, atol=limit)
+
+
+MODELS = [
+    ("resnet10t", (64, 96), 1, (3,)),
+    ("tf_efficientnet_lite0", (128, 192), 2, (5, 3)),
+    ("regnety_002", (128, 256), 3, (1, 3, 7)),
+    ("resnet10t", (256, 256), 4, (3, 5)),
+    ("convnext_atto", (64, 128), 2, (3,)),
+]
+
+
+@pytest.mark.parametrize(("backbone", "image_size", "scales", "kernel_sizes"), MODELS)
+def test_float32_scores_are_those_of_the_trained_form(backbone, image_size, scales, kernel_sizes):
+    detector = random_detector(backbone, image_size, scales, kernel_sizes)
+    images = random_images(detector)
+    assert_scores_close(InferenceDetector(detector, "float32")(images), detector(images), 1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["resnet10t", "regnety_002"])
+def test_bfloat16_scores_are_within_one_percent(backbone):
+    detector = random_detector(backbone, (128, 128), 3, (3, 5))
+    images = random_images(detector)
+    exact, rounded = detector(images), InferenceDetector(detector, "bfloat16")(images)
+    torch.testing.assert_close(rounded.anomaly_score_B, exact.anomaly_score_B, rtol=0.01, atol=0)
+    assert rounded.anomaly_score_B.dtype == torch.float32
+
+
+@pytest.mark.parametrize("channels", [2, 5, 6])
+def test_odd_and_even_channel_counts_are_split_alike(channels):
+    detector = random_detector("resnet10t", (64, 128), 2, (3, 3))
+    shapes = [(3, channels, 2 >> s, 4 >> s) for s in range(2)]
+    y = [torch.randn(shape) for shape in shapes]
+    flow = type(detector.flow)(channels, 2, 8, (3, 3), seed=4).requires_grad_(False)
+    for name, value in flow.named_parameters():
+        if name.endswith("gamma_S"):
+            value.uniform_(0.2, 0.6)
+    detector.flow = flow
+    actual = InferenceDetector(detector, "float32").score_features(y)
+    assert_scores_close(actual, detector.score_features(y), 1e-5)
+
+
+def test_a_score_does_not_depend_on_the_other_images_of_the_batch():
+    detector = random_detector("resnet10t", (128, 128), 3, (3, 5))
+    form = InferenceDetector(detector, "float32")
+    images = random_images(detector, batch=4)
+    together = form(images)
+    alone = [form(images[b : b + 1]) for b in range(4)]
+    assert_scores_close(Scores(*map(torch.cat, zip(*alone, strict=True))), together, 1e-5)
+
+
+def test_the_trained_form_stays_as_it_was():
+    detector = random_detector("tf_efficientnet_lite0", (64, 64), 1, (3,))
+    before = copy.deepcopy(detector.state_dict())
+    InferenceDetector(detector, "bfloat16")(random_images(detector))
+    after = detector.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("backbone", ["resnet10t", "tf_efficientnet_lite0", "regnety_002"])
+def test_no_batch_norm_is_left(backbone):
+    form = InferenceDetector(random_detector(backbone, (64, 64), 1, (3,)), "float32")
+    assert not [name for name, module in form.named_modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def test_images_that_the_model_was_not_trained_on_are_refused():
+    form = InferenceDetector(random_detector("resnet10t", (64, 64), 1, (3,)), "float32")
+    with pytest.raises(ValueError, match="expected uint8 images"):
+        form(torch.zeros(1, 128, 128, 3, dtype=torch.uint8))
