@@ -20,6 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+# A call after the benchmark's cluster has gone must not join, or start, another.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+
 import numpy as np
 import plant
 import pyarrow as pa

@@ -1,11 +1,11 @@
 """A whole scoring job, S3 to Parquet, against the bare model and against a plain script, on the same cores.
 
-    python benchmarks/pipeline.py --setting light --images 1200
+    python benchmarks/pipeline.py --setting light --images 2000
     python benchmarks/pipeline.py --setting paper --images 160
 
 The three take turns; medians of the rounds are printed. *Bare* is the scorer's own forward pass on pixels in
-memory, in as many processes of one thread as there are cores. *Steady* leaves out the first and the last
-tenth of a run's images, and with them start-up and end; *whole* is images over seconds of the command.
+memory, in as many processes of one thread as there are cores. *Steady* is the middle half of a run's images,
+without start-up, the workers' uneven beginnings and the end; *whole* is images over seconds of the command.
 The S3 server runs on the same cores, for the job and the script alike.
 """
 
@@ -126,7 +126,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--setting", choices=plant.SETTINGS, default="light")
-    parser.add_argument("--images", type=int, default=1200)
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
