@@ -18,6 +18,7 @@ from csflow.errors import WrongUse
 from csflow.inputs.listing import list_images
 from csflow.model import Architecture, Detector, load_weights
 from csflow.storage import Location
+from csflow.training.augmentation import AugmentedFeatures, augment
 from csflow.training.cache import (
     BACKBONE_FILE,
     INDEX,
@@ -301,3 +302,31 @@ def test_p_values_of_unseen_normals_are_uniform_and_flag_as_many_as_wanted(cache
         k = int(rate * (len(heldout) + 1))
         low, high = betabinom.interval(0.99, len(p), k, len(heldout) + 1 - k)
         assert low <= (p <= rate).sum() <= high
+
+
+def test_augmented_copies_depend_on_seed_epoch_and_image_and_on_no_worker(cached):
+    cache, rows = cached
+    source = AugmentedFeatures(cache, ARCHITECTURE, rows.slice(0, 6), CPU.device)
+
+    def features(epoch: int, *shares: list[int]) -> torch.Tensor:
+        return torch.cat([y[0] for y in source.batches(epoch, list(map(torch.tensor, shares)))])
+
+    together = features(1, [0, 1, 2, 3, 4, 5])
+    # The backbone's rounding differs by batch size.
+    torch.testing.assert_close(features(1, [0, 1], [2, 3, 4, 5]), together, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(features(1, [4, 2]), together[[4, 2]], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(features(2, [0, 1, 2, 3, 4, 5]), together, rtol=0.1)
+
+
+def test_augmentation_keeps_the_shape_and_the_pixels_but_for_their_brightness():
+    pixels_HWC = np.random.default_rng(0).integers(0, 200, (4, 6, 3), dtype=np.uint8)
+    seen = set()
+    for seed in range(40):
+        augmented_HWC = augment(pixels_HWC, np.random.default_rng(seed))
+        assert augmented_HWC.shape == pixels_HWC.shape
+        ratio = augmented_HWC.sum() / pixels_HWC.sum()
+        assert 0.89 < ratio < 1.11
+        seen.add(np.argsort(augmented_HWC, axis=None)[-1])
+    assert len(seen) >= 4
+    square_HWC = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    assert len({augment(square_HWC, np.random.default_rng(s)).tobytes() for s in range(100)}) >= 8

@@ -59,7 +59,7 @@ class Run:
             precision=config.precision,
         )
         parts = data.split["part"].to_pylist(), data.split["content_digest"].to_pylist()
-        decides = [asdict(self._loop), cache.folder.name, fingerprint(*parts)]
+        decides = [asdict(self._loop), config.augment, cache.folder.name, fingerprint(*parts)]
         self.name = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
         self._folder = work_dir / "training" / self.name
         self._split = work_dir / "splits" / f"{self.name}.parquet"
@@ -98,6 +98,7 @@ class Run:
             loop=self._loop,
             cache=self._cache,
             split=self._split,
+            augment=self._config.augment,
             memory_bytes=self._memory_bytes(resources.workers),
             checkpoint_epochs=self._config.checkpoint_epochs,
             resources=resources,
