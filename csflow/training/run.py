@@ -71,8 +71,7 @@ class Run:
             self._folder.fs.rm(self._folder.path, recursive=True)
         self._split.write(to_parquet(self._data.split))
         progress = Queue(actor_options={"num_cpus": 0})
-        view = LiveView(self._config, self._tensorboard)
-        follower = threading.Thread(target=_follow, args=(progress, view), daemon=True)
+        follower = threading.Thread(target=self._follow, args=(progress,), daemon=True)
         follower.start()
         try:
             result = self._trainer(progress).fit()
@@ -127,8 +126,9 @@ class Run:
         smallest = min(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
         return int(smallest * MEMORY_SHARE / workers)
 
-
-def _follow(progress: Queue, view: LiveView) -> None:
-    while (line := progress.get()) is not None:
-        view.show(line)
-    view.close()
+    def _follow(self, progress: Queue) -> None:
+        # In one thread from start to end: MLflow's runs belong to threads.
+        view = LiveView(self._config, self._tensorboard)
+        while (line := progress.get()) is not None:
+            view.show(line)
+        view.close()
