@@ -1,6 +1,7 @@
 """Split, feature cache and training loop, in this process: real photographs and weights, no cluster."""
 
 import hashlib
+import json
 import shutil
 import tarfile
 from dataclasses import replace
@@ -330,3 +331,33 @@ def test_augmentation_keeps_the_shape_and_the_pixels_but_for_their_brightness():
     assert len(seen) >= 4
     square_HWC = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     assert len({augment(square_HWC, np.random.default_rng(s)).tobytes() for s in range(100)}) >= 8
+
+
+def train_as_one_of(
+    rank: int, world_size: int, folder: Path, cache: FeatureCache, data: TrainingData
+) -> None:
+    """A worker of a training of 25 steps; the first one writes the curve."""
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/rendezvous-{world_size}"
+    torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=world_size)
+    sources = [
+        open_features(cache, data.part(name), ROOMY, CPU.device) for name in ("training", "validation")
+    ]
+    trainer = run(Trainer(replace(SETTINGS, epochs=5), Worker(rank, world_size, CPU.device), *sources))
+    if rank == 0:
+        (folder / f"{world_size}.json").write_text(json.dumps(trainer.history))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.soak
+def test_one_two_and_four_workers_have_one_loss_curve(cached, data, tmp_path):
+    curves = []
+    for world_size in (1, 2, 4):
+        torch.multiprocessing.spawn(
+            train_as_one_of, (world_size, tmp_path, cached[0], data), nprocs=world_size
+        )
+        history = json.loads((tmp_path / f"{world_size}.json").read_text())
+        curves.append([(line["loss"], line["validation_loss"], line["grad_norm"]) for line in history])
+    assert len(curves[0]) == 5
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
+    np.testing.assert_allclose(curves[2], curves[0], rtol=1e-4)
