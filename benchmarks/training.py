@@ -5,7 +5,8 @@
 
 All contenders train a flow of the same shape on the same number of images, size and batch, on the same cores.
 Their epochs take turns: each contender is a process of its own that trains one epoch when told to, and the
-others wait. The first epoch of each is not counted.
+others wait. The first epoch of each is not counted. CPU seconds, over all threads and processes, are printed
+beside those of the clock: on a machine that is busy otherwise they are the ones to compare.
 
 - *plain*: one process with all threads, float32, PyTorch's default Adam, features in memory.
 - *csflow*: the loop of `jobs/train.py`, as one worker with all threads or as several of one thread each.
@@ -127,9 +128,9 @@ def contend(arguments: argparse.Namespace) -> None:
     epoch = csflow(arguments, rank, workers) if name == "csflow" else globals()[name](arguments)
     print("ready", flush=True)
     for _ in sys.stdin:
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         epoch()
-        print(time.perf_counter() - started, flush=True)
+        print(time.perf_counter() - started, time.process_time() - cpu_started, flush=True)
 
 
 class Contender:
@@ -153,12 +154,14 @@ class Contender:
             if line != "ready":
                 raise RuntimeError(f"{name} did not start")
 
-    def epoch(self) -> float:
+    def epoch(self) -> tuple[float, float]:
+        """Seconds of the slowest process, and CPU seconds of all."""
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.write("epoch\n")
             process.stdin.flush()
-        return max(float(line) for line in self._lines())
+        seconds, cpu_seconds = zip(*(map(float, line.split()) for line in self._lines()), strict=True)
+        return max(seconds), sum(cpu_seconds)
 
     def close(self) -> None:
         for process in self._processes:
@@ -200,8 +203,10 @@ def main() -> None:
     kinds: dict[str, tuple[Any, ...]] = {
         f"plain, {arguments.threads} threads": ("plain", 1, sys.executable),
         f"csflow, 1 worker of {arguments.threads} threads": ("csflow", 1, sys.executable),
-        f"csflow, {arguments.threads} workers of 1 thread": ("csflow", arguments.threads, sys.executable),
     }
+    if arguments.threads > 1:
+        workers = f"csflow, {arguments.threads} workers of 1 thread"
+        kinds[workers] = ("csflow", arguments.threads, sys.executable)
     if arguments.anomalib:
         if arguments.backbone != "tf_efficientnet_b5":
             raise SystemExit(
@@ -209,20 +214,21 @@ def main() -> None:
             )
         kinds[f"anomalib, {arguments.threads} threads"] = ("anomalib", 1, arguments.anomalib)
     contenders = {name: Contender(arguments, *kind) for name, kind in kinds.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for _ in range(arguments.epochs):
         for name, contender in contenders.items():
             seconds[name].append(contender.epoch())
     for contender in contenders.values():
         contender.close()
-    print("| contender | s per epoch, median | minimum | maximum | images/s |\n|---|---|---|---|---|")
+    print(
+        "| contender | s per epoch, median | minimum | maximum | CPU s, median | minimum | maximum |\n"
+        "|---|---|---|---|---|---|---|"
+    )
     for name, values in seconds.items():
-        counted = values[1:]
-        median = statistics.median(counted)
-        print(
-            f"| {name} | {median:.2f} | {min(counted):.2f} | {max(counted):.2f} | "
-            f"{arguments.images / median:.1f} |"
-        )
+        columns = []
+        for column in zip(*values[1:], strict=True):
+            columns += [f"{statistics.median(column):.2f}", f"{min(column):.2f}", f"{max(column):.2f}"]
+        print(f"| {name} | {' | '.join(columns)} |")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, SMALL_MODEL, copy_some, wait_for
+from ray.util.state import list_actors
 
 from csflow.config import parse
 from csflow.errors import ExitStatus
@@ -109,15 +110,17 @@ def test_tensorboard_has_the_curves(model):
 
 
 @pytest.mark.soak
-def test_a_killed_training_resumes_to_the_weights_of_an_unbroken_one(model, good_cells, tmp_path, capfd):
-    arguments = ["--input", good_cells, *SMALL_MODEL, "--epochs", 30, "--checkpoint_epochs", 1]
-    arguments += ["--work_dir", tmp_path / "work"]
-    broken = [*map(str, arguments), "--output", str(tmp_path / "broken")]
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_a_killed_training_resumes_to_the_weights_of_an_unbroken_one(
+    model, good_cells, tmp_path, s3_bucket, capfd, where
+):
+    work = f"{s3_bucket}/work" if where == "s3" else str(tmp_path / "work")
+    arguments = ["--input", good_cells, *SMALL_MODEL, "--epochs", 30, "--patience", 30]
+    arguments += ["--checkpoint_epochs", 1]
+    broken = [*map(str, arguments), "--output", str(tmp_path / "broken"), "--work_dir", work]
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), *broken]
     process = subprocess.Popen(command, start_new_session=True, cwd=ROOT, text=True)
-    # Ray Train writes down which checkpoints count some time after they are stored.
-    noted = "training/*/checkpoint_manager_snapshot.json"
-    wait_for(lambda: any("checkpoint_2" in p.read_text() for p in (tmp_path / "work").glob(noted)), process)
+    wait_for(lambda: "checkpoint_2" in noted_checkpoints(Location(work)), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "broken" / "config.json").exists()
@@ -135,3 +138,27 @@ def test_a_killed_training_resumes_to_the_weights_of_an_unbroken_one(model, good
     for name, value in whole_flow.items():
         torch.testing.assert_close(broken_flow[name], value, rtol=1e-5, atol=1e-6)
     assert len(history(tmp_path / "broken")) == 30
+
+
+@pytest.mark.soak
+def test_a_training_worker_killed_between_checkpoints_does_not_change_the_result(model, good_cells, tmp_path):
+    arguments = ["--input", good_cells, *SMALL_MODEL, "--epochs", 40, "--patience", 40]
+    arguments += ["--checkpoint_epochs", 5, "--work_dir", tmp_path / "work", "--overwrite"]
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), *map(str, arguments)]
+    process = subprocess.Popen([*command, "--output", str(tmp_path / "killed")], cwd=ROOT, text=True)
+    wait_for(lambda: "checkpoint_2" in noted_checkpoints(Location(str(tmp_path / "work"))), process)
+    workers = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
+    os.kill(workers[0].pid, signal.SIGKILL)
+    assert process.wait() == ExitStatus.DONE
+    assert train(parse(TrainConfig, None, [*map(str, arguments), "--output", str(tmp_path / "whole")])) == 0
+    killed, whole = (
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("killed", "whole")
+    )
+    assert killed["heldout_loss"] == pytest.approx(whole["heldout_loss"], rel=1e-4)
+    assert len(killed["history"]) == 40
+
+
+def noted_checkpoints(work: Location) -> str:
+    """What Ray Train has written down of checkpoints, some time after they were stored."""
+    noted = [found.read().decode() for found in work.find("checkpoint_manager_snapshot.json")]
+    return "".join(noted)

@@ -1,6 +1,7 @@
 """Split, feature cache and training loop, in this process: real photographs and weights, no cluster."""
 
 import hashlib
+import json
 import shutil
 import tarfile
 from dataclasses import replace
@@ -18,6 +19,7 @@ from csflow.errors import WrongUse
 from csflow.inputs.listing import list_images
 from csflow.model import Architecture, Detector, load_weights
 from csflow.storage import Location
+from csflow.training.augmentation import AugmentedFeatures, augment
 from csflow.training.cache import (
     BACKBONE_FILE,
     INDEX,
@@ -301,3 +303,61 @@ def test_p_values_of_unseen_normals_are_uniform_and_flag_as_many_as_wanted(cache
         k = int(rate * (len(heldout) + 1))
         low, high = betabinom.interval(0.99, len(p), k, len(heldout) + 1 - k)
         assert low <= (p <= rate).sum() <= high
+
+
+def test_augmented_copies_depend_on_seed_epoch_and_image_and_on_no_worker(cached):
+    cache, rows = cached
+    source = AugmentedFeatures(cache, ARCHITECTURE, rows.slice(0, 6), CPU.device)
+
+    def features(epoch: int, *shares: list[int]) -> torch.Tensor:
+        return torch.cat([y[0] for y in source.batches(epoch, list(map(torch.tensor, shares)))])
+
+    together = features(1, [0, 1, 2, 3, 4, 5])
+    # The backbone's rounding differs by batch size.
+    torch.testing.assert_close(features(1, [0, 1], [2, 3, 4, 5]), together, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(features(1, [4, 2]), together[[4, 2]], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(features(2, [0, 1, 2, 3, 4, 5]), together, rtol=0.1)
+
+
+def test_augmentation_keeps_the_shape_and_the_pixels_but_for_their_brightness():
+    pixels_HWC = np.random.default_rng(0).integers(0, 200, (4, 6, 3), dtype=np.uint8)
+    seen = set()
+    for seed in range(40):
+        augmented_HWC = augment(pixels_HWC, np.random.default_rng(seed))
+        assert augmented_HWC.shape == pixels_HWC.shape
+        ratio = augmented_HWC.sum() / pixels_HWC.sum()
+        assert 0.89 < ratio < 1.11
+        seen.add(np.argsort(augmented_HWC, axis=None)[-1])
+    assert len(seen) >= 4
+    square_HWC = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    assert len({augment(square_HWC, np.random.default_rng(s)).tobytes() for s in range(100)}) >= 8
+
+
+def train_as_one_of(
+    rank: int, world_size: int, folder: Path, cache: FeatureCache, data: TrainingData
+) -> None:
+    """A worker of a training of 25 steps; the first one writes the curve."""
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/rendezvous-{world_size}"
+    torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=world_size)
+    sources = [
+        open_features(cache, data.part(name), ROOMY, CPU.device) for name in ("training", "validation")
+    ]
+    trainer = run(Trainer(replace(SETTINGS, epochs=5), Worker(rank, world_size, CPU.device), *sources))
+    if rank == 0:
+        (folder / f"{world_size}.json").write_text(json.dumps(trainer.history))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.soak
+def test_one_two_and_four_workers_have_one_loss_curve(cached, data, tmp_path):
+    curves = []
+    for world_size in (1, 2, 4):
+        torch.multiprocessing.spawn(
+            train_as_one_of, (world_size, tmp_path, cached[0], data), nprocs=world_size
+        )
+        history = json.loads((tmp_path / f"{world_size}.json").read_text())
+        curves.append([(line["loss"], line["validation_loss"], line["grad_norm"]) for line in history])
+    assert len(curves[0]) == 5
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
+    np.testing.assert_allclose(curves[2], curves[0], rtol=1e-4)

@@ -60,7 +60,7 @@ class FeatureFile:
     """URI, version and message of images that cannot be read and never will."""
 
     def to_bytes(self) -> bytes:
-        """In half precision if it holds the numbers: scores move by 1e-4 of their size at most."""
+        """In half precision if it holds the numbers: scores then move by less than 2e-4 of their size."""
         half_ND = self.features_ND.half()
         stored_ND = half_ND if bool(half_ND.isfinite().all()) else self.features_ND.float()
         images = {

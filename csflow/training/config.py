@@ -36,6 +36,8 @@ class TrainConfig(JobConfig):
     """Most passes over the training images."""
     patience: int = Field(10, ge=1)
     """Epochs without a lower validation loss after which training stops."""
+    augment: bool = False
+    """Train on flipped, turned and brighter or darker copies; every epoch then runs the backbone anew."""
     batch_size: int = Field(16, ge=1)
     """Images per optimiser step, over all workers."""
     micro_batch_size: int | None = Field(None, ge=1)

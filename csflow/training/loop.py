@@ -73,7 +73,7 @@ class Trainer:
         self.plain_flow = new_flow(settings.architecture, training.channels).to(worker.device)
         self._flow: nn.Module = self.plain_flow
         if worker.world_size > 1:
-            self._flow = DistributedDataParallel(self.plain_flow, broadcast_buffers=False)
+            self._flow = DistributedDataParallel(self.plain_flow, forward_sync_buffers=False)
         self.optimizer = new_optimizer(self.plain_flow.parameters(), settings.learning_rate)
         self.history: list[dict[str, Any]] = []
         self.best_epoch = 0

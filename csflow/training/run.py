@@ -59,7 +59,7 @@ class Run:
             precision=config.precision,
         )
         parts = data.split["part"].to_pylist(), data.split["content_digest"].to_pylist()
-        decides = [asdict(self._loop), cache.folder.name, fingerprint(*parts)]
+        decides = [asdict(self._loop), config.augment, cache.folder.name, fingerprint(*parts)]
         self.name = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
         self._folder = work_dir / "training" / self.name
         self._split = work_dir / "splits" / f"{self.name}.parquet"
@@ -71,8 +71,7 @@ class Run:
             self._folder.fs.rm(self._folder.path, recursive=True)
         self._split.write(to_parquet(self._data.split))
         progress = Queue(actor_options={"num_cpus": 0})
-        view = LiveView(self._config, self._tensorboard)
-        follower = threading.Thread(target=_follow, args=(progress, view), daemon=True)
+        follower = threading.Thread(target=self._follow, args=(progress,), daemon=True)
         follower.start()
         try:
             result = self._trainer(progress).fit()
@@ -98,6 +97,7 @@ class Run:
             loop=self._loop,
             cache=self._cache,
             split=self._split,
+            augment=self._config.augment,
             memory_bytes=self._memory_bytes(resources.workers),
             checkpoint_epochs=self._config.checkpoint_epochs,
             resources=resources,
@@ -126,8 +126,9 @@ class Run:
         smallest = min(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
         return int(smallest * MEMORY_SHARE / workers)
 
-
-def _follow(progress: Queue, view: LiveView) -> None:
-    while (line := progress.get()) is not None:
-        view.show(line)
-    view.close()
+    def _follow(self, progress: Queue) -> None:
+        # In one thread from start to end: MLflow's runs belong to threads.
+        view = LiveView(self._config, self._tensorboard)
+        while (line := progress.get()) is not None:
+            view.show(line)
+        view.close()

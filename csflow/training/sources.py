@@ -22,8 +22,9 @@ PREFETCHED = 4
 
 
 class FeatureSource(Protocol):
-    channels: int
-    """Of the features at every scale."""
+    @property
+    def channels(self) -> int:
+        """Of the features at every scale."""
 
     def __len__(self) -> int:
         """Number of images."""

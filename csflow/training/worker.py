@@ -12,6 +12,7 @@ from torch import Tensor
 from csflow import device
 from csflow.cluster import WorkerResources
 from csflow.storage import Location, read_parquet
+from csflow.training.augmentation import AugmentedFeatures
 from csflow.training.cache import FeatureCache
 from csflow.training.checkpoint import restore, written_checkpoint
 from csflow.training.loop import LoopSettings, Trainer, Worker
@@ -26,6 +27,7 @@ class WorkerSettings:
     cache: FeatureCache
     split: Location
     """Parquet file with the images of each part and where their features are."""
+    augment: bool
     memory_bytes: int
     """For features; what is more is streamed."""
     checkpoint_epochs: int
@@ -38,10 +40,8 @@ def train_worker(settings: WorkerSettings, progress: Queue | None) -> None:
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     split = read_parquet(settings.split)
-    training, validation = (
-        _open(settings, worker, split, "training"),
-        _open(settings, worker, split, "validation"),
-    )
+    training = _open(settings, worker, split, "training", settings.augment)
+    validation = _open(settings, worker, split, "validation")
     trainer = Trainer(settings.loop, worker, training, validation)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
@@ -58,8 +58,12 @@ def train_worker(settings: WorkerSettings, progress: Queue | None) -> None:
     _report(trainer, {"calibration": scores_N, "heldout_loss": losses_N.double().mean()})
 
 
-def _open(settings: WorkerSettings, worker: Worker, split: pa.Table, part: str) -> FeatureSource:
+def _open(
+    settings: WorkerSettings, worker: Worker, split: pa.Table, part: str, augmented: bool = False
+) -> FeatureSource:
     images = split.filter(pc.field("part") == part)
+    if augmented:
+        return AugmentedFeatures(settings.cache, settings.loop.architecture, images, worker.device)
     return open_features(settings.cache, images, settings.memory_bytes, worker.device)
 
 
