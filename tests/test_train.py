@@ -104,8 +104,8 @@ def test_an_unreadable_image_is_left_out_and_named(ray_cluster, good_cells, tmp_
 
 
 def test_tensorboard_has_the_curves(model):
-    (events,) = (model / "_work" / "tensorboard").rglob("events.*")
-    data = events.read_bytes()
+    # Other trainings may have used this model's working folder since.
+    data = b"".join(path.read_bytes() for path in (model / "_work" / "tensorboard").rglob("events.*"))
     assert all(name in data for name in (b"loss", b"validation_loss", b"grad_norm", b"images_per_second"))
 
 
