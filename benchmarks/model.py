@@ -13,7 +13,6 @@ photographs instead.
 
 import argparse
 import csv
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,10 +21,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).with_name("results.md")
+from results import record
+
 VARIANTS = {
     # name: (program, precision)
-    "inference form, default": ("inference", "auto"),
+    "inference form, mixed (default)": ("inference", "mixed"),
+    "inference form, bfloat16": ("inference", "bfloat16"),
     "inference form, float32": ("inference", "float32"),
     "trained form, float32": ("trained", "float32"),
     "trained form, bfloat16 autocast": ("trained", "bfloat16"),
@@ -43,11 +44,10 @@ def serve(program: str, precision: str, image_size: int, batch: int) -> None:
     torch.set_grad_enabled(False)
     builder = {"inference": _inference, "trained": _trained, "anomalib": _anomalib}[program]
     parts = builder(precision, image_size, batch)
-    dtype = torch.float32 if precision == "float32" else torch.bfloat16
-    if precision == "auto":
-        dtype = parts.pop("dtype")
-    matrix = torch.randn(MATRIX_SIDE, MATRIX_SIDE).to(dtype)
-    parts["matrix_product"] = lambda: matrix @ matrix
+    for part in ("backbone", "flow"):
+        is_float32 = precision == "float32" or (precision == "mixed" and part == "backbone")
+        matrix = torch.randn(MATRIX_SIDE, MATRIX_SIDE).to(torch.float32 if is_float32 else torch.bfloat16)
+        parts[f"peak_{part}"] = lambda matrix=matrix: matrix @ matrix
     is_autocast = program != "inference" and precision == "bfloat16"
 
     def seconds(part: Callable[[], Any]) -> float:
@@ -86,8 +86,7 @@ def _inference(precision: str, image_size: int, batch: int) -> dict[str, Any]:
     from csflow.model import InferenceDetector
 
     device.set_up(2, gpus=0)
-    form = InferenceDetector(_detector(image_size), precision)  # type: ignore[arg-type]
-    return _parts(form, image_size, batch) | ({"dtype": form.dtype} if precision == "auto" else {})
+    return _parts(InferenceDetector(_detector(image_size), precision), image_size, batch)  # type: ignore[arg-type]
 
 
 def _trained(precision: str, image_size: int, batch: int) -> dict[str, Any]:
@@ -165,11 +164,11 @@ def speed(arguments: argparse.Namespace) -> list[str]:
     ]
     for name, parts in seconds.items():
         median = {part: statistics.median(values) for part, values in parts.items()}
-        peak = MATRIX_SIDE**3 / median["matrix_product"]
         rate = {p: arguments.batch_size / t for p, t in median.items()}
         cells = [f"{rate['whole']:.2f}"]
         cells += [f"{rate[part]:.1f}" if part in rate else "" for part in counts]
-        cells += [f"{rate[part] * counts[part] / peak:.0%}" if part in rate else "" for part in counts]
+        peak = {part: MATRIX_SIDE**3 / median[f"peak_{part}"] for part in counts}
+        cells += [f"{rate[part] * counts[part] / peak[part]:.0%}" if part in rate else "" for part in counts]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return rows
 
@@ -190,7 +189,7 @@ def accuracy(arguments: argparse.Namespace) -> list[str]:
     with (folder / "labels.csv").open() as file:
         labels = [(row["image_uri"], int(row["label"])) for row in csv.DictReader(file)][:: arguments.every]
     forms: dict[str, Callable[[Any], Any]] = {"trained form, float32": detector}
-    for precision in ("float32", "bfloat16"):
+    for precision in ("float32", "mixed", "bfloat16"):
         forms[f"inference form, {precision}"] = InferenceDetector(detector, precision)
     scores: dict[str, list[Any]] = {name: [] for name in forms}
     size = detector.architecture.image_size
@@ -225,17 +224,13 @@ def main() -> None:
     if arguments.serve:
         serve(*arguments.serve, arguments.image_size, arguments.batch_size)
         return
-    import torch
-
-    rows = accuracy(arguments) if arguments.accuracy_model else speed(arguments)
-    cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
-    command = " ".join(arg for arg in sys.argv if not arg.startswith("/"))
-    heading = f"\n## {time.strftime('%Y-%m-%d')} `{command}`\n\n{cpu.split(':')[-1].strip()}, 2 cores; "
-    heading += f"Python {platform.python_version()}, PyTorch {torch.__version__}\n"
-    text = "\n".join([heading, *rows, ""])
-    print(text)
-    with RESULTS.open("a") as file:
-        file.write(text)
+    words = ["…/python" if word == arguments.anomalib_python else word for word in sys.argv[1:]]
+    command = " ".join(["python benchmarks/model.py", *words])
+    if arguments.accuracy_model:
+        record("Precision of the model", "\n".join(accuracy(arguments)), command)
+    else:
+        title = f"Bare model, paper's settings, {arguments.image_size} px, batch {arguments.batch_size}"
+        record(title, "\n".join(speed(arguments)), command)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ Moment = Annotated[datetime, BeforeValidator(_moment), AfterValidator(_in_utc)]
 StorageOptions = Annotated[dict[str, Any], BeforeValidator(_json_object)]
 
 
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["auto", "float32", "mixed", "bfloat16"]
 
 
 class JobConfig(BaseModel):

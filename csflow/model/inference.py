@@ -1,8 +1,8 @@
 """The inference form: a trained detector rebuilt for scoring alone, with the same call and the same scores.
 
 Backbone: batch norms are folded into the convolutions before them, activations fused behind them. Flow: γ is
-folded into the last convolutions and there is no log-determinant. On CPUs the weights are packed once, in the
-order in which oneDNN's kernels read them.
+folded into the last convolutions and there is no log-determinant. bfloat16 weights are packed once on CPUs,
+in the order in which oneDNN's kernels read them.
 
 The flow's convolutions see the images of a batch side by side, as one wide *strip* with columns of zeros
 in between: maps of 8 × 8 and less leave matrix units idle, a strip of them does not (docs/performance.md).
@@ -13,6 +13,7 @@ the next image of the strip, S scales.
 
 import copy
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal, cast
 
 import torch
@@ -25,8 +26,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from csflow.model.detector import Detector, Scores
 from csflow.model.flow import LEAKY_SLOPE, SOFT_CLAMP, CouplingBlock, CrossScaleSubnetwork
 
-Precision = Literal["float32", "bfloat16"]
-PrecisionSetting = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["float32", "mixed", "bfloat16"]
+PrecisionSetting = Literal["auto", "float32", "mixed", "bfloat16"]
 
 FUSED_ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
     nn.ReLU: ("relu", []),
@@ -44,17 +45,18 @@ class InferenceDetector(nn.Module):
 
         Args:
             precision: of convolutions and matrix products; the flow's state and all sums are float32.
-                `auto` is bfloat16 where the processor multiplies matrices in it.
+                `mixed` is float32 in the backbone, whose roundings the flow would take for anomalies, and
+                bfloat16 in the flow; `auto` is `mixed` where the processor multiplies matrices in bfloat16.
         """
         super().__init__()
         device = detector.get_buffer("mean").device
         self.precision: Precision = _native_precision(device) if precision == "auto" else precision
         self.architecture = detector.architecture
-        dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
-        self.dtype = dtype
-        self.backbone = _inference_backbone(detector.backbone.layers, dtype)
+        self.dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+        self.backbone = _inference_backbone(detector.backbone.layers, self.dtype)
+        flow_dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
         self.blocks = nn.ModuleList(
-            _InferenceBlock(cast(CouplingBlock, block), dtype) for block in detector.flow.blocks
+            _InferenceBlock(cast(CouplingBlock, block), flow_dtype) for block in detector.flow.blocks
         )
         for name in ("mean", "std"):
             self.register_buffer(name, detector.get_buffer(name))
@@ -66,7 +68,7 @@ class InferenceDetector(nn.Module):
 
     @torch.inference_mode()
     def features(self, image_BHWC: Tensor) -> list[Tensor]:
-        """The flow's input, as `Detector.features` gives it, in this form's precision."""
+        """The flow's input, as `Detector.features` gives it, in the backbone's precision."""
         shape = (*self.architecture.image_size, 3)
         if image_BHWC.dtype != torch.uint8 or tuple(image_BHWC.shape[1:]) != shape:
             found = f"{image_BHWC.dtype} of {tuple(image_BHWC.shape)}"
@@ -100,8 +102,8 @@ class InferenceDetector(nn.Module):
 
 def _native_precision(device: torch.device) -> Precision:
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
+        return "mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "mixed" if torch.cpu._is_amx_tile_supported() else "float32"
 
 
 class _InferenceBlock(nn.Module):
@@ -216,6 +218,7 @@ def _upsample(strip_HBPC: Tensor, width: int, pitches: tuple[int, int]) -> Tenso
     return wide.view(2 * height, batch, pitches[1], channels)
 
 
+@lru_cache
 def _interpolation(size: int, padded: tuple[int, int]) -> Tensor:
     """The matrix (padded[1], padded[0]) that doubles `size` samples linearly; what is beyond them is zero."""
     identity = torch.eye(size)[None]
@@ -241,7 +244,9 @@ class Convolution(nn.Module):
         self.padding = (0, 0) if self.pads_like_tensorflow else cast(tuple[int, int], trained.padding)
         self.kernel_size = trained.kernel_size
         self.activation, self.constants = activation
-        self.is_packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        # In float32, oneDNN takes packed weights to kernels four times as slow.
+        is_cpu_bfloat16 = weight.device.type == "cpu" and dtype == torch.bfloat16
+        self.is_packed = is_cpu_bfloat16 and torch.backends.mkldnn.is_available()
         weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
         if self.is_packed:
             weight = torch.ops.mkldnn._reorder_convolution_weight(
