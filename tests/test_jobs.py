@@ -59,7 +59,7 @@ def test_train_names_what_is_wrong(wrong_use, good_cells, tmp_path):
     assert "--epochs: Input should be greater than or equal to 1 (was '0')" in wrong(
         "--input", good_cells, "--epochs", "0"
     )
-    assert "leaves 0 for calibration" in wrong("--input", good_cells, "--holdout", "0.001")
+    assert "leave 0 for calibration" in wrong("--input", good_cells, "--holdout", "0.001")
     assert "unrecognized arguments: --epoch 3" in wrong("--input", good_cells, "--epoch", "3")
 
 
@@ -75,7 +75,8 @@ def test_outputs_that_cannot_be_written_are_named(wrong_use, good_cells, model, 
     for verb in ("evaluate", "report"):
         labels = ["--labels", "labels.csv"] if verb == "evaluate" else []
         line = wrong_use(verb, "--scores", tmp_path, "--output", inside_a_file, *labels)
-        assert f"{inside_a_file.parent} cannot be written to" in line
+        folder = inside_a_file if verb == "evaluate" else inside_a_file.parent
+        assert f"{folder} cannot be written to" in line
     assert "nosuchscheme://x" in wrong_use(
         "score", "--model", model, "--input", good_cells, "--output", "nosuchscheme://x"
     )

@@ -111,7 +111,7 @@ def test_one_shard_scored_by_two_calls_at_once_is_published_once(scorer, shards,
     with ThreadPoolExecutor(2) as calls:
         rows = list(calls.map(lambda _: call(scorer, shards[0]), range(2)))
     assert sorted(row["is_published"] for row in rows) == [False, True]
-    assert list(output.finished_shards()) == [shards[0].name]
+    assert list(output.finished_shards([shards[0].date])) == [shards[0].name]
 
 
 def test_batches_are_full_whatever_could_not_be_read(scorer, shards, monkeypatch):

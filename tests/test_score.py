@@ -597,6 +597,7 @@ def test_a_large_run_keeps_a_fair_sample_of_its_scores(monkeypatch):
         "seconds": [],
         "cpu_seconds": [],
         "first_scored_at": None,
+        "precision": "float32",
     }
     for shard in range(200):
         tally.add(row | {"shard": str(shard), "anomaly_scores": [float(shard)] * 50})

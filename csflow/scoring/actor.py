@@ -25,7 +25,7 @@ class ScoringSettings:
     keep_maps: bool
     false_positive_rate: float
     batch_size: int | None
-    precision: Precision
+    precision: Precision = "auto"
     is_isolated: bool = False
     """Read and decode each image in a child process, since the shards' workers died before."""
 
