@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     os.environ["PYTHONPATH"] = str(plant.ROOT)
-    csflow.scoring.job.ShardScorer = FixedCostScorer
+    csflow.scoring.job.ScoringActor = FixedCostScorer
     rates: dict[tuple[int, str], list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="csflow-cluster-") as name:
         folder = Path(name)
