@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from PIL import Image
+from results import record
 
 from csflow.inputs.listing import list_images
 from csflow.model_directory import read_model
@@ -47,36 +48,37 @@ def main() -> None:
     if arguments.plan:
         print(json.dumps(plan(arguments.model, *arguments.plan)))
         return
-    print(
-        "| images planned | list s | plan s | MB | run with nothing new: list s | plan s | account s | MB |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    lines = [
+        "| images planned | list s | plan s | MB | run with nothing new: list s | plan s | account s | MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for images in arguments.planned:
         with tempfile.TemporaryDirectory() as folder:
             archive, output = make_archive(Path(folder), images), f"{folder}/output"
             command = [sys.executable, __file__, "--model", arguments.model, "--plan", str(archive), output]
             first = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            record = score(arguments.model, archive, output)
-            assert record["counts"]["scored"] == images and not record["counts"]["scored_in_this_run"]
-            again = record["seconds"]
-            print(
+            run = score(arguments.model, archive, output)
+            assert run["counts"]["scored"] == images and not run["counts"]["scored_in_this_run"]
+            again = run["seconds"]
+            lines.append(
                 f"| {images:,} | {first['list']:.1f} | {first['plan']:.1f} | {first['peak_bytes'] / 1e6:.0f} "
                 f"| {again['list']:.1f} | {again['plan']:.1f} | {again['account']:.1f} "
-                f"| {record['peak_memory_bytes']['driver'] / 1e6:.0f} |",
-                flush=True,
+                f"| {run['peak_memory_bytes']['driver'] / 1e6:.0f} |"
             )
-    print("\n| images scored | s per 1000 images | driver MB | worker MB |\n|---|---|---|---|")
+            print(lines[-1], flush=True)
+    lines.append("\n| images scored | s per 1000 images | driver MB | worker MB |\n|---|---|---|---|")
     for images in arguments.scored:
         with tempfile.TemporaryDirectory() as folder:
             archive = make_archive(Path(folder), images)
-            record = score(arguments.model, archive, f"{folder}/output")
-            assert record["counts"]["scored_in_this_run"] == images
-            memory = record["peak_memory_bytes"]
-            print(
-                f"| {images:,} | {record['seconds']['score'] / images * 1000:.2f} "
-                f"| {memory['driver'] / 1e6:.0f} | {memory['worker'] / 1e6:.0f} |",
-                flush=True,
+            run = score(arguments.model, archive, f"{folder}/output")
+            assert run["counts"]["scored_in_this_run"] == images
+            memory = run["peak_memory_bytes"]
+            lines.append(
+                f"| {images:,} | {run['seconds']['score'] / images * 1000:.2f} "
+                f"| {memory['driver'] / 1e6:.0f} | {memory['worker'] / 1e6:.0f} |"
             )
+            print(lines[-1], flush=True)
+    record("Scale", "\n".join(lines), "python benchmarks/scale.py --model demo/model")
 
 
 def make_archive(folder: Path, images: int) -> Path:
