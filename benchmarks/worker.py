@@ -29,6 +29,7 @@ def measure(model: str, threads: int, batch_size: int, keeps_memory: bool, image
     import torch
 
     from csflow import device
+    from csflow.model import InferenceDetector
     from csflow.model_directory import load_model
     from csflow.storage import Location
 
@@ -36,15 +37,14 @@ def measure(model: str, threads: int, batch_size: int, keeps_memory: bool, image
         if keeps_memory:
             device.set_up(threads, gpus=0)
         torch.set_num_threads(threads)
-        detector = load_model(Location(model)).detector
+        detector = InferenceDetector(load_model(Location(model)).detector, "auto")
         shape = (batch_size, *detector.architecture.image_size, 3)
         pixels_BHWC = torch.randint(0, 256, shape, dtype=torch.uint8)
-        with torch.inference_mode():
-            for _ in range(max(1, 16 // batch_size)):
-                detector(pixels_BHWC)
-            started = time.perf_counter()
-            for _ in range(images // batch_size):
-                detector(pixels_BHWC)
+        for _ in range(max(1, 16 // batch_size)):
+            detector(pixels_BHWC)
+        started = time.perf_counter()
+        for _ in range(images // batch_size):
+            detector(pixels_BHWC)
         print(images // batch_size * batch_size / (time.perf_counter() - started))
 
     thread = threading.Thread(target=forward)
