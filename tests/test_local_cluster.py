@@ -154,7 +154,7 @@ def local_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalClu
 def photographs(local_cluster: LocalCluster, cells: Path) -> list[str]:
     """Names of the photographs below s3://csflow/night; those below s3://csflow/good are to train on."""
     good = sorted((cells / "functional" / "train").iterdir())[:48]
-    night = sorted((cells / "functional" / "test").iterdir())[:200]
+    night = sorted((cells / "functional" / "test").iterdir())[:500]
     for folder, paths in (("good", good), ("night", night)):
         for path in paths:
             local_cluster.s3.pipe_file(f"csflow/{folder}/{path.name}", path.read_bytes())
@@ -187,7 +187,7 @@ def test_scoring_goes_on_while_one_node_is_lost_and_another_joins(local_cluster,
     local_cluster.run("add")
     assert local_cluster.end("score") == "SUCCEEDED", local_cluster.logs("score")
     assert local_cluster.scored(output) == Counter(photographs)
-    assert "scored    200 images" in local_cluster.logs("score")
+    assert "scored    500 images" in local_cluster.logs("score")
 
 
 @pytest.mark.soak
@@ -196,6 +196,8 @@ def test_a_stopped_job_that_is_submitted_again_ends_with_the_right_rows(
 ):
     output = "s3://csflow/stopped"
     arguments = ["--model", model_url, "--input", "s3://csflow/night", "--output", output]
+    # Slowly, so that it is not done before it is stopped.
+    arguments += ["--workers", "1", "--batch_size", "1"]
     local_cluster.submit("stopped", "score", *arguments)
     local_cluster.wait_for("stopped", lambda: local_cluster.scored(output))
     assert local_cluster.ray("job", "stop", "stopped").returncode == 0
@@ -282,7 +284,7 @@ def test_the_snippet_of_the_docs_returns_the_exit_status_of_the_job(local_cluste
 @pytest.mark.soak
 def test_logs_of_a_job_are_its_own_lines(local_cluster, model_url):
     lines = local_cluster.ray("job", "logs", "train").stdout.splitlines()
-    assert "48 images listed, 10 of them held out for calibration" in lines
+    assert "48 images listed" in lines
     own = [
         line for line in lines if not line.startswith(("20", "Job", "---", "Next", "    ray", "    Query"))
     ]
