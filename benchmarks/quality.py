@@ -117,15 +117,7 @@ def measure(config: TrainConfig, images: pa.Table, work: Path) -> dict[str, Any]
 
 
 def fit(config: TrainConfig, cache: FeatureCache, data: TrainingData) -> Trainer:
-    loop = LoopSettings(
-        architecture=config.architecture(),
-        epochs=config.epochs,
-        patience=config.patience,
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
-        learning_rate=config.learning_rate,
-        precision=config.precision,
-    )
+    loop = LoopSettings.of(config)
     training, validation = (
         open_features(cache, data.part(name), 1 << 40, WORKER.device) for name in ("training", "validation")
     )

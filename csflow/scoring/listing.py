@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,14 @@ class Listing:
         """The listing in its order; a part at a time is in memory."""
         for part in self.folder.find(".parquet"):
             yield from read_parquet(part, LISTING).to_batches(max_chunksize=65_536)
+
+    @cached_property
+    def keys(self) -> KeySet:
+        """Keys of the listed image versions, with their positions; plan and account need the same."""
+        listed = KeySet()
+        for batch in self.batches():
+            listed.add(keys(batch), np.arange(len(listed), len(listed) + batch.num_rows))
+        return listed
 
 
 def rebatched(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:

@@ -94,7 +94,6 @@ def make_plan(listing: Listing, output: Output, run_id: str, retry_errors: bool)
     plan for the images that have no place yet, if there are any.
     """
     plans = output.folder("_plans")
-    listed = _listed_keys(listing)
     while True:
         log = read_log(plans)
         concerned = [plan for plan in log if plan.concerns(listing)]
@@ -104,7 +103,7 @@ def make_plan(listing: Listing, output: Output, run_id: str, retry_errors: bool)
         finished = output.finished_shards(dates)
         unfinished = [s for plan in concerned for s in plan.planned_shards(plans) if s.name not in finished]
         settled = KeySet()
-        adopted = _adopt(unfinished, listed, settled)
+        adopted = _adopt(unfinished, listing.keys, settled)
         _add(scored_images(list(finished.values())), settled)
         if not retry_errors:
             _add(output.permanent_errors(dates), settled)
@@ -112,7 +111,7 @@ def make_plan(listing: Listing, output: Output, run_id: str, retry_errors: bool)
         random.Random(run_id).shuffle(adopted)
         settled_rows = Omitted(
             part["number"][np.isin(part["key"], settled_part["key"])]
-            for part, settled_part in zip(listed.parts(), settled.parts(), strict=True)
+            for part, settled_part in zip(listing.keys.parts(), settled.parts(), strict=True)
         )
         left = listing.images - len(settled_rows)
         if not left:
@@ -149,9 +148,7 @@ def account(listing: Listing, output: Output) -> Account:
     _add(scored_images(list(output.finished_shards(dates).values())), scored)
     _add(output.permanent_errors(dates), failed)
     scored_count = failed_count = duplicates = 0
-    for listed_part, *others in zip(
-        _listed_keys(listing).parts(), scored.parts(), failed.parts(), strict=True
-    ):
+    for listed_part, *others in zip(listing.keys.parts(), scored.parts(), failed.parts(), strict=True):
         scored_keys, failed_keys = (part["key"] for part in others)
         is_scored = np.isin(listed_part["key"], scored_keys)
         scored_count += int(is_scored.sum())
@@ -176,14 +173,6 @@ def read_log(plans: Location) -> list[Plan]:
             f"{plans} has lost entry {min(missing):06d}.json; restore it, or choose another --output"
         )
     return log
-
-
-def _listed_keys(listing: Listing) -> KeySet:
-    """Keys of the listed images, with their positions."""
-    listed = KeySet()
-    for batch in listing.batches():
-        listed.add(keys(batch), np.arange(len(listed), len(listed) + batch.num_rows))
-    return listed
 
 
 def _add(images: Iterable[pa.RecordBatch], to: KeySet) -> None:

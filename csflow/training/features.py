@@ -58,7 +58,7 @@ def extract(
 
 def load_backbone(architecture: Architecture, cache: FeatureCache) -> Detector:
     """A detector with the cache's backbone; its flow is untrained."""
-    detector = Detector(architecture)
+    detector = Detector(architecture, cache.feature_shapes)
     state = safetensors.torch.load((cache.folder / BACKBONE_FILE).read())
     detector.load_state_dict(state, strict=False)
     return detector

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from csflow.model import Architecture, negative_log_likelihood, new_flow, score_latents
+from csflow.training.config import TrainConfig
 from csflow.training.precision import Precision, uses_bfloat16
 from csflow.training.sources import FeatureSource
 from csflow.training.step import new_optimizer, optimizer_step
@@ -33,6 +34,19 @@ class LoopSettings:
     """Most images in one pass of a worker."""
     learning_rate: float
     precision: Precision
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "LoopSettings":
+        """Those of a training job."""
+        return cls(
+            architecture=config.architecture(),
+            epochs=config.epochs,
+            patience=config.patience,
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            learning_rate=config.learning_rate,
+            precision=config.precision,
+        )
 
 
 @dataclass(frozen=True)

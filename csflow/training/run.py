@@ -49,15 +49,7 @@ class Run:
         self, config: TrainConfig, cache: FeatureCache, data: TrainingData, work_dir: Location
     ) -> None:
         self._config, self._cache, self._data = config, cache, data
-        self._loop = LoopSettings(
-            architecture=config.architecture(),
-            epochs=config.epochs,
-            patience=config.patience,
-            batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch_size,
-            learning_rate=config.learning_rate,
-            precision=config.precision,
-        )
+        self._loop = LoopSettings.of(config)
         parts = data.split["part"].to_pylist(), data.split["content_digest"].to_pylist()
         decides = [asdict(self._loop), config.augment, cache.folder.name, fingerprint(*parts)]
         self.name = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
