@@ -188,6 +188,21 @@ def test_sums_accumulate_in_float32_under_autocast():
     assert len({round(v, 6) for v in output.log_det_B.tolist()}) == 3
 
 
+@pytest.mark.parametrize("kernel_size", [5, 7])
+def test_gradients_in_bfloat16_hold_where_a_kernel_is_larger_than_the_map(kernel_size):
+    flow = random_flow(128, 2, (kernel_size,), hidden=128).float()
+    y = random_features(128, 2, batch=16, size=(2, 2), dtype=torch.float32)
+    gradients = []
+    for is_rounded in (False, True):
+        flow.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_rounded):
+            output = flow(y)
+        negative_log_likelihood(output).mean().backward()
+        gradients.append([value.grad for value in flow.parameters()])
+    for exact, rounded in zip(*gradients, strict=True):
+        assert (rounded - exact).norm() <= 0.2 * exact.norm()
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -124,8 +124,7 @@ class CrossScaleSubnetwork(nn.Module):
         super().__init__()
 
         def convolutions(count: int, channels: int, out: int, stride: int = 1) -> nn.ModuleList:
-            padding = kernel_size // 2
-            return nn.ModuleList(nn.Conv2d(channels, out, kernel_size, stride, padding) for _ in range(count))
+            return nn.ModuleList(MapConvolution(channels, out, kernel_size, stride) for _ in range(count))
 
         self.enter = convolutions(scales, in_channels, hidden_channels)
         self.same = convolutions(scales, hidden_channels, out_channels)
@@ -151,6 +150,21 @@ class CrossScaleSubnetwork(nn.Module):
                 out_BCHW = out_BCHW + self.up[s](upsampled_BCHW)
             out.append(out_BCHW * self.gamma_S[s])
         return out
+
+
+class MapConvolution(nn.Conv2d):
+    """A convolution with padding of half its kernel, on maps that may be smaller than the kernel reaches."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, kernel_size // 2)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        # Taps that meet padding alone are left out. They add nothing to the result, but oneDNN gives them
+        # whatever is in memory as gradient (PyTorch 2.15, bfloat16, AVX-512 without AMX).
+        reach = self.kernel_size[0] // 2
+        rows, columns = (max(reach - size + 1, 0) for size in x_BCHW.shape[2:])
+        weight = self.weight[:, :, rows : 2 * reach + 1 - rows, columns : 2 * reach + 1 - columns]
+        return F.conv2d(x_BCHW, weight, self.bias, self.stride, (reach - rows, reach - columns))
 
 
 def negative_log_likelihood(output: FlowOutput) -> Tensor:
