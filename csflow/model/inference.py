@@ -1,14 +1,15 @@
 """The inference form: a trained detector rebuilt for scoring alone, with the same call and the same scores.
 
 Backbone: batch norms are folded into the convolutions before them, activations fused behind them. Flow: γ is
-folded into the last convolutions and there is no log-determinant. bfloat16 weights are packed once on CPUs,
-in the order in which oneDNN's kernels read them.
+folded into the last convolutions and there is no log-determinant. Weights are packed once on CPUs, in the
+order in which oneDNN's kernels read them.
 
-The flow's convolutions see the images of a batch side by side, as one wide *strip* with columns of zeros
-in between: maps of 8 × 8 and less leave matrix units idle, a strip of them does not (docs/performance.md).
+The flow's maps are *interleaved*, (H, W, B, C): the pixels of a batch at one place lie side by side. On maps
+of 8 × 8 and less a convolution image by image leaves matrix units idle and multiplies padding
+(docs/performance.md).
 
-Dimension letters: B batch, C channels, H height, W width (of the scale at hand), P pitch: W and the gap to
-the next image of the strip, S scales.
+Dimension letters: B batch, C channels, H height, W width (of the scale at hand), K taps of a kernel along one
+side, N columns of a product, S scales.
 """
 
 import copy
@@ -29,12 +30,17 @@ from csflow.model.flow import LEAKY_SLOPE, SOFT_CLAMP, CouplingBlock, CrossScale
 Precision = Literal["float32", "mixed", "bfloat16"]
 PrecisionSetting = Literal["auto", "float32", "mixed", "bfloat16"]
 
-FUSED_ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
+Activation = tuple[str, list[float]]
+"""oneDNN's name of it and its constants."""
+
+FUSED_ACTIVATIONS: dict[type[nn.Module], Activation] = {
     nn.ReLU: ("relu", []),
     nn.ReLU6: ("hardtanh", [0.0, 6.0]),
     nn.SiLU: ("swish", []),
 }
 """What oneDNN applies to a convolution's result while it is in registers."""
+NO_ACTIVATION: Activation = ("none", [])
+ONEDNN = torch.ops.mkldnn
 
 
 class InferenceDetector(nn.Module):
@@ -86,28 +92,29 @@ class InferenceDetector(nn.Module):
     @torch.inference_mode()
     def score_features(self, y: Sequence[Tensor]) -> Scores:
         """Scores of images whose features are known."""
-        # Height outermost, so that the rows of a strip are contiguous.
-        z = [y_BCHW.permute(2, 0, 3, 1).float() for y_BCHW in y]
+        z = [y_BCHW.permute(2, 3, 0, 1).float() for y_BCHW in y]
         for block in self.blocks:
             z = block(z)
-        squares = [z_HBWC.square() for z_HBWC in z]
-        energy_BS = torch.stack([square_HBWC.sum((0, 2, 3)) for square_HBWC in squares], dim=1)
-        sizes_S = torch.tensor([z_HBWC[:, 0].numel() for z_HBWC in z], device=energy_BS.device)
+        squares = [z_HWBC.square() for z_HWBC in z]
+        energy_BS = torch.stack([square_HWBC.sum((0, 1, 3)) for square_HWBC in squares], dim=1)
+        sizes_S = torch.tensor([z_HWBC[:, :, 0].numel() for z_HWBC in z], device=energy_BS.device)
         return Scores(
             anomaly_score_B=energy_BS.sum(1) / sizes_S.sum() / 2,
             scale_scores_BS=energy_BS / sizes_S / 2,
-            anomaly_map_BHW=squares[0].mean(3).transpose(0, 1),
+            anomaly_map_BHW=squares[0].mean(3).permute(2, 0, 1),
         )
 
 
 def _native_precision(device: torch.device) -> Precision:
     if device.type == "cuda":
-        return "mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "mixed" if torch.cpu._is_amx_tile_supported() else "float32"
+        multiplies_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        multiplies_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "mixed" if multiplies_bfloat16 else "float32"
 
 
 class _InferenceBlock(nn.Module):
-    """`CouplingBlock` on (H, B, W, C) float32 maps, without the log-determinant."""
+    """`CouplingBlock` on (H, W, B, C) float32 maps, without the log-determinant."""
 
     def __init__(self, block: CouplingBlock, dtype: torch.dtype) -> None:
         super().__init__()
@@ -121,11 +128,11 @@ class _InferenceBlock(nn.Module):
     def forward(self, y: Sequence[Tensor]) -> list[Tensor]:
         # The order within a half could be folded into the weights; which channels share a half could not.
         permuted = [
-            y_HBWC.index_select(3, self.get_buffer(name))
-            for y_HBWC, name in zip(y, self.permutations, strict=True)
+            y_HWBC.index_select(3, self.get_buffer(name))
+            for y_HWBC, name in zip(y, self.permutations, strict=True)
         ]
-        first = [x_HBWC[..., : self.first] for x_HBWC in permuted]
-        second = [x_HBWC[..., self.first :] for x_HBWC in permuted]
+        first = [x_HWBC[..., : self.first] for x_HWBC in permuted]
+        second = [x_HWBC[..., self.first :] for x_HWBC in permuted]
         _transform_(first, self.subnetwork_first(second))
         _transform_(second, self.subnetwork_second(first))
         return permuted
@@ -133,151 +140,211 @@ class _InferenceBlock(nn.Module):
 
 def _transform_(x: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
     """x · exp(σ(s)) + t in place, on every scale."""
-    for x_HBWC, parameters_HBWC in zip(x, parameters, strict=True):
-        scaling_HBWC, shift_HBWC = parameters_HBWC.chunk(2, dim=3)
-        clamped_HBWC = scaling_HBWC.div(SOFT_CLAMP).atan_().mul_(SOFT_CLAMP * 0.636)
-        x_HBWC.mul_(clamped_HBWC.exp_()).add_(shift_HBWC)
+    for x_HWBC, parameters_HWBC in zip(x, parameters, strict=True):
+        scaling_HWBC, shift_HWBC = parameters_HWBC.chunk(2, dim=3)
+        clamped_HWBC = scaling_HWBC.div(SOFT_CLAMP).atan_().mul_(SOFT_CLAMP * 0.636)
+        x_HWBC.mul_(clamped_HWBC.exp_()).add_(shift_HWBC)
 
 
 class _InferenceSubnetwork(nn.Module):
-    """`CrossScaleSubnetwork` on strips, with γ in the weights of its second layer."""
+    """`CrossScaleSubnetwork` on interleaved maps, with γ in the weights of its second layer."""
 
     def __init__(self, trained: CrossScaleSubnetwork, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
         self.scales = len(trained.enter)
-        self.reach = cast(nn.Conv2d, trained.enter[0]).kernel_size[0] // 2
         gamma_S = trained.gamma_S.detach()
         leaky = ("leaky_relu", [LEAKY_SLOPE])
-        none: tuple[str, list[float]] = ("none", [])
-
-        def scaled(convolution: nn.Module, gamma: Tensor) -> Convolution:
-            convolution = cast(nn.Conv2d, convolution)
-            weight, bias = (
-                convolution.weight.detach() * gamma,
-                cast(Tensor, convolution.bias).detach() * gamma,
-            )
-            return Convolution(convolution, weight, bias, none, dtype)
-
         self.enter = nn.ModuleList(
-            Convolution(
-                convolution,
-                convolution.weight.detach(),
-                cast(Tensor, convolution.bias).detach(),
-                leaky,
-                dtype,
-            )
-            for convolution in cast(Sequence[nn.Conv2d], trained.enter)
+            _InterleavedConvolution(*_parameters(convolution), leaky, dtype) for convolution in trained.enter
         )
-        self.same = nn.ModuleList(map(scaled, trained.same, gamma_S))
-        self.down = nn.ModuleList(map(scaled, trained.down, gamma_S[1:]))
-        self.up = nn.ModuleList(map(scaled, trained.up, gamma_S))
+        self.same = nn.ModuleList(
+            _InterleavedConvolution(*_parameters(convolution, gamma), NO_ACTIVATION, dtype)
+            for convolution, gamma in zip(trained.same, gamma_S, strict=True)
+        )
+        self.down = nn.ModuleList(
+            _DownConvolution(*_parameters(convolution, gamma), dtype)
+            for convolution, gamma in zip(trained.down, gamma_S[1:], strict=True)
+        )
+        self.up = nn.ModuleList(
+            _UpConvolution(*_parameters(convolution, gamma), dtype)
+            for convolution, gamma in zip(trained.up, gamma_S[:-1], strict=True)
+        )
 
     def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
-        """Scaling and shift (H, B, W, 2 · half) of each scale, given the other half (H, B, W, half)."""
-        hidden = []
-        for s, x_HBWC in enumerate(x):
-            height, batch, width, channels = x_HBWC.shape
-            strip_HBPC = x_HBWC.new_zeros(height, batch, width + self._gap(s), channels, dtype=self.dtype)
-            strip_HBPC[:, :, :width] = x_HBWC
-            hidden_HBPC = self._convolve(self.enter[s], strip_HBPC)
-            hidden_HBPC[:, :, width:] = 0
-            hidden.append(hidden_HBPC)
+        """Scaling and shift (H, W, B, 2 · half) of each scale, given the other half (H, W, B, half)."""
+        hidden = [
+            enter(x_HWBC.to(self.dtype).contiguous()) for enter, x_HWBC in zip(self.enter, x, strict=True)
+        ]
         out = []
-        for s, hidden_HBPC in enumerate(hidden):
-            width = x[s].shape[2]
-            out_HBWC = self._convolve(self.same[s], hidden_HBPC)[:, :, :width].float()
+        for s, hidden_HWBC in enumerate(hidden):
+            out_HWBC = self.same[s](hidden_HWBC).float()
             if s > 0:
-                out_HBWC += self._convolve(self.down[s - 1], hidden[s - 1])[:, :, :width]
+                out_HWBC += self.down[s - 1](hidden[s - 1])
             if s + 1 < self.scales:
-                pitches = (hidden[s + 1].shape[2], hidden_HBPC.shape[2])
-                upsampled_HBPC = _upsample(hidden[s + 1], width // 2, pitches)
-                out_HBWC += self._convolve(self.up[s], upsampled_HBPC)[:, :, :width]
-            out.append(out_HBWC)
+                out_HWBC += self.up[s](hidden[s + 1])
+            out.append(out_HWBC)
         return out
 
-    def _gap(self, scale: int) -> int:
-        """Columns of zeros between images: what a kernel reaches; even where a stride of 2 follows."""
-        return self.reach + self.reach % 2 if scale + 1 < self.scales else self.reach
 
-    @staticmethod
-    def _convolve(convolution: nn.Module, strip_HBPC: Tensor) -> Tensor:
-        batch = strip_HBPC.shape[1]
-        strip_1CHW = strip_HBPC.flatten(1, 2).permute(2, 0, 1).unsqueeze(0)
-        out_HWC = convolution(strip_1CHW)[0].permute(1, 2, 0)
-        return cast(Tensor, out_HWC.unflatten(1, (batch, -1)))
+def _parameters(convolution: nn.Module, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """Weight (out, in, k, k) and bias of a trained convolution, times a scalar."""
+    convolution = cast(nn.Conv2d, convolution)
+    return convolution.weight.detach() * scale, cast(Tensor, convolution.bias).detach() * scale
 
 
-def _upsample(strip_HBPC: Tensor, width: int, pitches: tuple[int, int]) -> Tensor:
-    """Bilinear upsampling by 2 of a strip of maps `width` wide; gaps are zero."""
-    height, batch, _, channels = strip_HBPC.shape
-    vertical = _interpolation(height, (height, 2 * height)).to(strip_HBPC)
-    horizontal = _interpolation(width, pitches).to(strip_HBPC)
-    tall_HX = vertical @ strip_HBPC.reshape(height, -1)
-    wide = horizontal @ tall_HX.view(2 * height * batch, pitches[0], channels)
-    return wide.view(2 * height, batch, pitches[1], channels)
+class _InterleavedConvolution(nn.Module):
+    """A convolution of stride 1 with its activation, on interleaved maps (H, W, B, C).
+
+    For a kernel, a row of interleaved maps is one row of W · B pixels in which an image's neighbours are B
+    apart: a convolution of dilation B. oneDNN leaves out multiplications with the padding.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: Activation, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.reach = weight.shape[2] // 2
+        self.kernel = _Kernel(weight, bias, activation, dtype)
+
+    def forward(self, x_HWBC: Tensor) -> Tensor:
+        batch = x_HWBC.shape[2]
+        x_1CHW = x_HWBC.flatten(1, 2).permute(2, 0, 1).unsqueeze(0)
+        y_1CHW = self.kernel(x_1CHW, (self.reach, self.reach * batch), (1, batch))
+        return cast(Tensor, y_1CHW[0].permute(1, 2, 0).unflatten(1, (-1, batch)))
+
+
+class _DownConvolution(nn.Module):
+    """A convolution of stride 2 on interleaved maps (H, W, B, C), as one matrix product."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.kernel_size = weight.shape[2]
+        # As `F.pad` wants it, from the last dimension on: channels, batch, width, height.
+        self.padding = [0, 0, 0, 0] + 4 * [self.kernel_size // 2]
+        self.product = _MatrixProduct(weight.permute(0, 2, 3, 1).flatten(1), bias, dtype)
+
+    def forward(self, x_HWBC: Tensor) -> Tensor:
+        windows = F.pad(x_HWBC, self.padding).unfold(0, self.kernel_size, 2).unfold(1, self.kernel_size, 2)
+        # (H, W, B, C, k, k) to (H, W, B, k · k · C)
+        return cast(Tensor, self.product(windows.permute(0, 1, 2, 4, 5, 3).flatten(3)))
+
+
+class _UpConvolution(nn.Module):
+    """Bilinear upsampling by 2 and a convolution behind it, on interleaved maps (H, W, B, C).
+
+    Both are linear, so the weights go first, where there are a quarter of the pixels: each pixel gives its
+    contribution through each of the k · k taps. Then two small products, along height and width, interpolate
+    the contributions, move them to where their tap puts them and add them up.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.kernel_size = weight.shape[2]
+        weight_NC = weight.permute(2, 3, 0, 1).flatten(0, 2)
+        self.product = _MatrixProduct(weight_NC, None, dtype)
+        self.bias = nn.Buffer(bias.float())
+
+    def forward(self, x_HWBC: Tensor) -> Tensor:
+        height, width, batch, _ = x_HWBC.shape
+        k = self.kernel_size
+        taps_HWBKKC = self.product(x_HWBC).unflatten(3, (k, k, -1))
+        taps_HKWKBC = taps_HWBKKC.permute(0, 3, 1, 4, 2, 5).float()
+        vertical = _upsampled_taps(height, k).to(taps_HKWKBC)
+        horizontal = _upsampled_taps(width, k).to(taps_HKWKBC)
+        tall = (vertical @ taps_HKWKBC.reshape(height * k, -1)).view(2 * height, width * k, -1)
+        wide = (horizontal @ tall).view(2 * height, 2 * width, batch, -1)
+        return wide + self.bias
 
 
 @lru_cache
-def _interpolation(size: int, padded: tuple[int, int]) -> Tensor:
-    """The matrix (padded[1], padded[0]) that doubles `size` samples linearly; what is beyond them is zero."""
+def _upsampled_taps(size: int, kernel_size: int) -> Tensor:
+    """The matrix (2 · size, size · k) from contributions through taps to where they arrive when upsampled."""
+    reach = kernel_size // 2
     identity = torch.eye(size)[None]
     doubled = F.interpolate(identity, scale_factor=2, mode="linear", align_corners=False)[0].T
-    return F.pad(doubled, (0, padded[0] - size, 0, padded[1] - 2 * size))
+    padded = F.pad(doubled, (0, 0, reach, reach))
+    return torch.stack([padded[tap : tap + 2 * size] for tap in range(kernel_size)], dim=2).flatten(1)
 
 
-class Convolution(nn.Module):
-    """A convolution with its activation; on CPUs one oneDNN kernel with weights packed for it."""
+class _Kernel(nn.Module):
+    """A convolution and its activation: on CPUs oneDNN's, whatever PyTorch's heuristics would choose.
+
+    They take single-threaded convolutions in float32 to matrix products of rearranged copies.
+    """
 
     def __init__(
         self,
-        trained: nn.Conv2d,
         weight: Tensor,
         bias: Tensor,
-        activation: tuple[str, list[float]],
+        activation: Activation,
         dtype: torch.dtype,
+        stride: tuple[int, ...] = (1, 1),
+        groups: int = 1,
+        is_packed: bool = True,
     ) -> None:
         super().__init__()
-        self.stride, self.dilation, self.groups = trained.stride, trained.dilation, trained.groups
+        self.activation, self.constants = activation
+        self.stride, self.groups = stride, groups
+        self.is_onednn = _has_onednn(weight)
+        self.is_packed = self.is_onednn and is_packed
+        weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+        if self.is_packed:
+            padding = [size // 2 for size in weight.shape[2:]]
+            weight = ONEDNN._reorder_convolution_weight(weight, padding, stride, (1, 1), groups, None)
+        self.weight = nn.Buffer(weight)
+        self.bias = nn.Buffer(bias.to(dtype))
+
+    def forward(self, x_BCHW: Tensor, padding: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
+        where = (padding, self.stride, dilation, self.groups)
+        if self.is_packed:
+            fused = (self.activation, self.constants, "")
+            y_BCHW = ONEDNN._convolution_pointwise(x_BCHW, self.weight, self.bias, *where, *fused)
+            return cast(Tensor, y_BCHW)
+        if self.is_onednn:
+            y_BCHW = torch.mkldnn_convolution(x_BCHW, self.weight, self.bias, *where)
+        else:
+            y_BCHW = F.conv2d(x_BCHW, self.weight, self.bias, self.stride, padding, dilation, self.groups)
+        return _activate(y_BCHW, self.activation, self.constants)
+
+
+class _MatrixProduct(nn.Module):
+    """`nn.Linear`, on CPUs with packed weights in bfloat16."""
+
+    def __init__(self, weight_NC: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.is_packed = dtype == torch.bfloat16 and _has_onednn(weight_NC)
+        weight_NC = weight_NC.to(dtype).contiguous()
+        self.weight = nn.Buffer(ONEDNN._reorder_linear_weight(weight_NC) if self.is_packed else weight_NC)
+        self.bias = None if bias is None else nn.Buffer(bias.to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_packed:
+            return cast(Tensor, ONEDNN._linear_pointwise(x, self.weight, self.bias, *NO_ACTIVATION, ""))
+        return F.linear(x, self.weight, self.bias)
+
+
+class _BackboneConvolution(nn.Module):
+    """A convolution of the backbone, with the batch norm and the activation behind it."""
+
+    def __init__(
+        self, trained: nn.Conv2d, weight: Tensor, bias: Tensor, activation: Activation, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
         # timm's convolutions with TensorFlow's padding say how much only when they see the image.
         self.pads_like_tensorflow = isinstance(trained, Conv2dSame)
         self.padding = (0, 0) if self.pads_like_tensorflow else cast(tuple[int, int], trained.padding)
-        self.kernel_size = trained.kernel_size
-        self.activation, self.constants = activation
-        # In float32, oneDNN takes packed weights to kernels four times as slow.
-        is_cpu_bfloat16 = weight.device.type == "cpu" and dtype == torch.bfloat16
-        self.is_packed = is_cpu_bfloat16 and torch.backends.mkldnn.is_available()
-        weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
-        if self.is_packed:
-            weight = torch.ops.mkldnn._reorder_convolution_weight(
-                weight, self.padding, self.stride, self.dilation, self.groups, None
-            )
-        self.weight = nn.Buffer(weight)
-        self.bias = nn.Buffer(bias.to(dtype))
+        self.kernel_size, self.stride, self.dilation = trained.kernel_size, trained.stride, trained.dilation
+        # In float32, packed weights gain nothing on large maps, and were four times as slow on Xeons.
+        is_packed = dtype == torch.bfloat16
+        self.kernel = _Kernel(weight, bias, activation, dtype, trained.stride, trained.groups, is_packed)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if self.pads_like_tensorflow:
             x_BCHW = pad_same(x_BCHW, list(self.kernel_size), list(self.stride), list(self.dilation))
-        if self.is_packed:
-            return cast(
-                Tensor,
-                torch.ops.mkldnn._convolution_pointwise(
-                    x_BCHW,
-                    self.weight,
-                    self.bias,
-                    self.padding,
-                    self.stride,
-                    self.dilation,
-                    self.groups,
-                    self.activation,
-                    self.constants,
-                    "",
-                ),
-            )
-        y_BCHW = F.conv2d(
-            x_BCHW, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
-        return _activate(y_BCHW, self.activation, self.constants)
+        return cast(Tensor, self.kernel(x_BCHW, self.padding, self.dilation))
+
+
+def _has_onednn(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
 
 
 def _activate(x: Tensor, activation: str, constants: Sequence[float]) -> Tensor:
@@ -323,7 +390,7 @@ def _fuse(traced: fx.GraphModule, node: fx.Node, dtype: torch.dtype) -> None:
     """Replaces a convolution and what can be fused behind it."""
     convolution = cast(nn.Conv2d, _module(traced, node))
     weight, bias = convolution.weight, convolution.bias
-    activation: tuple[str, list[float]] | None = None
+    activation: Activation | None = None
     while activation is None and len(node.users) == 1:
         follower = next(iter(node.users))
         module = _module(traced, follower)
@@ -346,7 +413,9 @@ def _fuse(traced: fx.GraphModule, node: fx.Node, dtype: torch.dtype) -> None:
         traced.graph.erase_node(follower)
     if bias is None:
         bias = weight.new_zeros(len(weight))
-    fused = Convolution(convolution, weight.detach(), bias.detach(), activation or ("none", []), dtype)
+    fused = _BackboneConvolution(
+        convolution, weight.detach(), bias.detach(), activation or NO_ACTIVATION, dtype
+    )
     traced.add_submodule(str(node.target), fused)
 
 
