@@ -1,10 +1,12 @@
 """How time and memory of a scoring run grow with the archive.
 
-    python benchmarks/scale.py --model demo/model
+    python benchmarks/scale.py
+    python benchmarks/scale.py --planned --scored 1000 10000 100000
 
 Planning: archives of tiny images (links to one file) are listed, frozen and planned, the shards are filled
 with rows as a finished run leaves them, and the job itself runs over the complete output. Scoring: the job
-scores whole archives. Every figure comes from a process of its own.
+scores whole archives with a small model (128 px, random weights), so that costs beside the model would be
+seen if they grew. Every figure comes from a process of its own.
 """
 
 import argparse
@@ -15,14 +17,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import plant
 import pyarrow as pa
+import pyarrow.dataset as ds
 from PIL import Image
 from results import record
 
 from csflow.inputs.listing import list_images
+from csflow.model import Architecture
 from csflow.model_directory import read_model
 from csflow.process import peak_memory_bytes
 from csflow.scores import SCORES
@@ -33,31 +39,40 @@ from csflow.storage import Location, to_parquet
 
 ROOT = Path(__file__).parent.parent
 FILES_PER_FOLDER = 1000
-MAP_SIDE = 8
+MAP_SIDE = 4
+SMALL = Architecture("tf_efficientnet_lite0", (128, 128), hidden_channels=64, kernel_sizes=(3,))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="model directory")
-    parser.add_argument("--planned", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--planned", type=int, nargs="*", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--scored", type=int, nargs="*", default=[1_000, 10_000])
-    parser.add_argument("--plan", nargs=2, metavar=("ARCHIVE", "OUTPUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--plan", nargs=3, metavar=("MODEL", "ARCHIVE", "OUTPUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.plan:
-        print(json.dumps(plan(arguments.model, *arguments.plan)))
+        print(json.dumps(plan(*arguments.plan)))
         return
+    with tempfile.TemporaryDirectory() as folder:
+        model = str(plant.write_model(Path(folder) / "model", SMALL))
+        if arguments.planned:
+            measure_planning(model, arguments.planned)
+        if arguments.scored:
+            measure_scoring(model, arguments.scored)
+
+
+def measure_planning(model: str, archives: Sequence[int]) -> None:
     lines = [
         "| images planned | list s | plan s | MB | run with nothing new: list s | plan s | account s | MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for images in arguments.planned:
+    for images in archives:
         with tempfile.TemporaryDirectory() as folder:
             archive, output = make_archive(Path(folder), images), f"{folder}/output"
-            command = [sys.executable, __file__, "--model", arguments.model, "--plan", str(archive), output]
+            command = [sys.executable, __file__, "--plan", model, str(archive), output]
             first = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            run = score(arguments.model, archive, output)
+            run = score(model, archive, output)
             assert run["counts"]["scored"] == images and not run["counts"]["scored_in_this_run"]
             again = run["seconds"]
             lines.append(
@@ -66,19 +81,31 @@ def main() -> None:
                 f"| {run['peak_memory_bytes']['driver'] / 1e6:.0f} |"
             )
             print(lines[-1], flush=True)
-    lines.append("\n| images scored | s per 1000 images | driver MB | worker MB |\n|---|---|---|---|")
-    for images in arguments.scored:
+    numbers = " ".join(map(str, archives))
+    record("Scale: planning", "\n".join(lines), f"python benchmarks/scale.py --planned {numbers} --scored")
+
+
+def measure_scoring(model: str, archives: Sequence[int]) -> None:
+    lines = [
+        "| images scored | ms an image, steady | s | s to the first image | driver MB | worker MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for images in archives:
         with tempfile.TemporaryDirectory() as folder:
             archive = make_archive(Path(folder), images)
-            run = score(arguments.model, archive, f"{folder}/output")
+            run = score(model, archive, f"{folder}/output")
             assert run["counts"]["scored_in_this_run"] == images
+            table = ds.dataset(f"{folder}/output/scores").to_table(columns=["scored_at"])
+            rate = plant.steady_rate(table["scored_at"].cast("int64").to_numpy() / 1e6)
             memory = run["peak_memory_bytes"]
             lines.append(
-                f"| {images:,} | {run['seconds']['score'] / images * 1000:.2f} "
+                f"| {images:,} | {1000 / rate:.2f} | {sum(run['seconds'].values()):.0f} "
+                f"| {run['seconds_to_first_image']:.0f} "
                 f"| {memory['driver'] / 1e6:.0f} | {memory['worker'] / 1e6:.0f} |"
             )
             print(lines[-1], flush=True)
-    record("Scale", "\n".join(lines), "python benchmarks/scale.py --model demo/model")
+    numbers = " ".join(map(str, archives))
+    record("Scale: scoring", "\n".join(lines), f"python benchmarks/scale.py --planned --scored {numbers}")
 
 
 def make_archive(folder: Path, images: int) -> Path:

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from results import record
 
 CHANNELS = {"tf_efficientnet_lite0": 192, "tf_efficientnet_b5": 304}
 STRIDE = 32
@@ -220,15 +221,19 @@ def main() -> None:
             seconds[name].append(contender.epoch())
     for contender in contenders.values():
         contender.close()
-    print(
-        "| contender | s per epoch, median | minimum | maximum | CPU s, median | minimum | maximum |\n"
-        "|---|---|---|---|---|---|---|"
-    )
+    lines = [
+        "| contender | s per epoch, median | minimum | maximum | CPU s, median | minimum | maximum |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, values in seconds.items():
         columns = []
         for column in zip(*values[1:], strict=True):
             columns += [f"{statistics.median(column):.2f}", f"{min(column):.2f}", f"{max(column):.2f}"]
-        print(f"| {name} | {' | '.join(columns)} |")
+        lines.append(f"| {name} | {' | '.join(columns)} |")
+    flags = [f"--{flag} {getattr(arguments, flag)}" for flag in (*FLAGS, "epochs")]
+    anomalib = ["--anomalib …/python"] if arguments.anomalib else []
+    title = f"Training: {arguments.backbone}, {arguments.blocks} blocks, {arguments.hidden} hidden channels"
+    record(title, "\n".join(lines), " ".join(["python benchmarks/training.py", *flags, *anomalib]))
 
 
 if __name__ == "__main__":

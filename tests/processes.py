@@ -10,9 +10,9 @@ from pathlib import Path
 from conftest import ROOT
 
 
-def start_job(*arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """`python jobs/score.py …`, started; its standard output and error come together."""
-    command = [sys.executable, str(ROOT / "jobs" / "score.py"), *map(str, arguments)]
+def start_job(*arguments: object, job: str = "score", **environment: str) -> subprocess.Popen[str]:
+    """`python jobs/score.py …`, or another job, started; its standard output and error come together."""
+    command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *map(str, arguments)]
     return subprocess.Popen(
         command,
         cwd=ROOT,

@@ -59,6 +59,9 @@ def test_train_names_what_is_wrong(wrong_use, good_cells, tmp_path):
     assert "--epochs: Input should be greater than or equal to 1 (was '0')" in wrong(
         "--input", good_cells, "--epochs", "0"
     )
+    assert "--min_workers 3 is more than --workers 2" in wrong(
+        "--input", good_cells, "--workers", 2, "--min_workers", 3
+    )
     assert "leave 0 for calibration" in wrong("--input", good_cells, "--holdout", "0.001")
     assert "unrecognized arguments: --epoch 3" in wrong("--input", good_cells, "--epoch", "3")
 

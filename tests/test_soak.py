@@ -20,7 +20,7 @@ import bad_images
 import faulty_s3
 import fsspec
 import pytest
-from conftest import read_errors, read_scores, run_score, wait_for
+from conftest import SMALL_MODEL, read_errors, read_scores, run_score, wait_for
 from plain_loop import contents
 from processes import score_in_a_process, start_job, workers
 from ray.cluster_utils import Cluster
@@ -134,6 +134,30 @@ def test_a_node_lost_and_another_one_added(model, photographs, plain_loop, nodes
     assert job.returncode == ExitStatus.DONE, printed
     assert at_the_loss < len(list(output.glob("scores/*/*/part-*.parquet")))
     plain_loop.assert_same(read_scores(output), contents(images))
+
+
+def test_training_goes_on_with_fewer_workers_after_a_node_is_lost(good_cells, nodes, tmp_path):
+    arguments = ["--input", good_cells, *SMALL_MODEL, "--epochs", 30, "--patience", 30, "--workers", 2]
+    # Differences of rounding grow from step to step; these settings keep them small.
+    arguments += ["--precision", "float32", "--learning_rate", "2e-4"]
+    arguments += ["--checkpoint_epochs", 2, "--work_dir", tmp_path / "work", "--overwrite"]
+    arguments += ["--output", tmp_path / "model"]
+    losses = []
+    for loses_a_node in (True, False):
+        flags = ["--min_workers", 1] if loses_a_node else []
+        job = start_job(*arguments, *flags, job="train", RAY_ADDRESS=nodes.address)
+        if loses_a_node:
+            snapshots = tmp_path / "work" / "training"
+            wait_for(lambda: list(snapshots.glob("*/checkpoint_*")), job)  # noqa: B023
+            nodes.remove_node(min(nodes.worker_nodes, key=lambda node: node.node_id), allow_graceful=False)
+        printed = job.communicate(timeout=400)[0]
+        assert job.returncode == ExitStatus.DONE, printed
+        history = json.loads((tmp_path / "model" / "metrics.json").read_text())["history"]
+        losses.append([line["loss"] for line in history])
+        if loses_a_node:
+            nodes.add_node(num_cpus=1)
+    assert len(losses[1]) == 30
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["local", "s3"])

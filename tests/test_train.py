@@ -95,6 +95,15 @@ def test_two_workers_give_the_loss_curve_of_one_and_reuse_its_features(
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
+def test_training_starts_with_the_workers_that_have_room(model, good_cells, tmp_path):
+    arguments = ["--input", good_cells, "--output", tmp_path / "elastic", "--work_dir", model / "_work"]
+    # The cluster has room for two.
+    assert train(configure(*arguments, "--workers", 4, "--min_workers", 1)) == ExitStatus.DONE
+    for one, some in zip(history(model), history(tmp_path / "elastic"), strict=True):
+        assert some["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert some["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-4)
+
+
 def test_an_unreadable_image_is_left_out_and_named(ray_cluster, good_cells, tmp_path, capfd):
     images = copy_some(good_cells, tmp_path / "images", 12)
     (images / "broken.png").write_bytes(next(images.iterdir()).read_bytes()[:5000])

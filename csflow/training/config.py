@@ -54,6 +54,9 @@ class TrainConfig(JobConfig):
     """Share of the images whose loss chooses the epoch to keep; 0 keeps the last one."""
     workers: int = Field(1, ge=1)
     """Data-parallel training workers."""
+    min_workers: int | None = Field(None, ge=1)
+    """Fewest workers to train with while the cluster has no room for all, as after a node's death; the result
+    is the same. [default: --workers]"""
     seed: int = Field(0, ge=0)
     """Of initial weights, permutations, batches and the choice of validation and held-out images."""
     resume: bool = False

@@ -27,6 +27,8 @@ def train(config: TrainConfig) -> ExitStatus:
     output = Location(config.output, config.storage_options)
     if holds_model(output) and not (config.overwrite or config.resume):
         raise WrongUse(f"--output {output} already holds a model; choose another, or pass --overwrite")
+    if config.min_workers is not None and config.min_workers > config.workers:
+        raise WrongUse(f"--min_workers {config.min_workers} is more than --workers {config.workers}")
     output.check_writable()
     detector = _build_detector(config)
     images = list_table(config.input, config.storage_options)

@@ -94,10 +94,13 @@ class Run:
             checkpoint_epochs=self._config.checkpoint_epochs,
             resources=resources,
         )
+        workers: int | tuple[int, int] = resources.workers
+        if self._config.min_workers is not None:
+            workers = (self._config.min_workers, resources.workers)
         return ray.train.torch.TorchTrainer(
             lambda: train_worker(settings, progress),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=resources.workers,
+                num_workers=workers,  # type: ignore[arg-type]  # a pair is what makes it elastic
                 use_gpu=resources.gpus > 0,
                 resources_per_worker={"CPU": resources.cpus},
             ),
