@@ -1,12 +1,14 @@
 """Seconds per epoch of training: csflow against a plain PyTorch loop, and against anomalib's `Csflow`.
 
     python benchmarks/training.py --blocks 1 --hidden 128 --backbone tf_efficientnet_lite0 --images 320
-    python benchmarks/training.py --blocks 4 --hidden 1024 --images 32 --anomalib /tmp/anomalib/bin/python
+    python benchmarks/training.py --blocks 4 --hidden 1024 --images 32 --one_worker \
+        --anomalib /path/to/env/bin/python
 
 All contenders train a flow of the same shape on the same number of images, size and batch, on the same cores.
 Their epochs take turns: each contender is a process of its own that trains one epoch when told to, and the
 others wait. The first epoch of each is not counted. CPU seconds, over all threads and processes, are printed
-beside those of the clock: on a machine that is busy otherwise they are the ones to compare.
+beside those of the clock: on a machine that is busy otherwise they are the ones to compare. All contenders
+are in memory at once, about 6 GB each with the paper's settings.
 
 - *plain*: one process with all threads, float32, PyTorch's default Adam, features in memory.
 - *csflow*: the loop of `jobs/train.py`, as one worker with all threads or as several of one thread each.
@@ -190,6 +192,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--epochs", type=int, default=4, help="of each contender, the first not counted")
+    parser.add_argument("--one_worker", action="store_true", help="leave out csflow with several workers")
     parser.add_argument("--anomalib", help="Python of an environment with anomalib")
     parser.add_argument("--contender", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--rendezvous", help=argparse.SUPPRESS)
@@ -205,7 +208,7 @@ def main() -> None:
         f"plain, {arguments.threads} threads": ("plain", 1, sys.executable),
         f"csflow, 1 worker of {arguments.threads} threads": ("csflow", 1, sys.executable),
     }
-    if arguments.threads > 1:
+    if arguments.threads > 1 and not arguments.one_worker:
         workers = f"csflow, {arguments.threads} workers of 1 thread"
         kinds[workers] = ("csflow", arguments.threads, sys.executable)
     if arguments.anomalib:
@@ -231,9 +234,10 @@ def main() -> None:
             columns += [f"{statistics.median(column):.2f}", f"{min(column):.2f}", f"{max(column):.2f}"]
         lines.append(f"| {name} | {' | '.join(columns)} |")
     flags = [f"--{flag} {getattr(arguments, flag)}" for flag in (*FLAGS, "epochs")]
-    anomalib = ["--anomalib …/python"] if arguments.anomalib else []
+    flags += ["--one_worker"] if arguments.one_worker else []
+    flags += ["--anomalib …/python"] if arguments.anomalib else []
     title = f"Training: {arguments.backbone}, {arguments.blocks} blocks, {arguments.hidden} hidden channels"
-    record(title, "\n".join(lines), " ".join(["python benchmarks/training.py", *flags, *anomalib]))
+    record(title, "\n".join(lines), " ".join(["python benchmarks/training.py", *flags]))
 
 
 if __name__ == "__main__":
