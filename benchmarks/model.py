@@ -86,7 +86,7 @@ def _inference(precision: str, image_size: int, batch: int) -> dict[str, Any]:
     from csflow.model import InferenceDetector
 
     device.set_up(2, gpus=0)
-    return _parts(InferenceDetector(_detector(image_size), precision), image_size, batch)  # type: ignore[arg-type]
+    return _parts(InferenceDetector(_detector(image_size), precision, batch), image_size, batch)  # type: ignore[arg-type]
 
 
 def _trained(precision: str, image_size: int, batch: int) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def accuracy(arguments: argparse.Namespace) -> list[str]:
         labels = [(row["image_uri"], int(row["label"])) for row in csv.DictReader(file)][:: arguments.every]
     forms: dict[str, Callable[[Any], Any]] = {"trained form, float32": detector}
     for precision in ("float32", "mixed", "bfloat16"):
-        forms[f"inference form, {precision}"] = InferenceDetector(detector, precision)
+        forms[f"inference form, {precision}"] = InferenceDetector(detector, precision, 8)
     scores: dict[str, list[Any]] = {name: [] for name in forms}
     size = detector.architecture.image_size
     for start in range(0, len(labels), 8):

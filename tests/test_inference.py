@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from csflow.model import Architecture, Detector, InferenceDetector, Scores
+from csflow.model import Architecture, Detector, InferenceDetector, Scores, compilation
+from csflow.model.compilation import compiled
+from csflow.model.inference import _ScoringFlow
 
 
 def random_detector(
@@ -57,14 +59,14 @@ MODELS = [
 def test_float32_scores_are_those_of_the_trained_form(backbone, image_size, scales, kernel_sizes):
     detector = random_detector(backbone, image_size, scales, kernel_sizes)
     images = random_images(detector)
-    assert_scores_close(InferenceDetector(detector, "float32")(images), detector(images), 1e-5)
+    assert_scores_close(InferenceDetector(detector, "float32", 3)(images), detector(images), 1e-5)
 
 
 @pytest.mark.parametrize("backbone", ["resnet10t", "regnety_002", "tf_efficientnet_lite0"])
 def test_mixed_scores_are_within_one_percent(backbone):
     detector = random_detector(backbone, (128, 128), 3, (3, 5))
     images = random_images(detector)
-    exact, rounded = detector(images), InferenceDetector(detector, "mixed")(images)
+    exact, rounded = detector(images), InferenceDetector(detector, "mixed", 3)(images)
     torch.testing.assert_close(rounded.anomaly_score_B, exact.anomaly_score_B, rtol=0.01, atol=0)
     assert rounded.anomaly_score_B.dtype == torch.float32
 
@@ -79,13 +81,13 @@ def test_odd_and_even_channel_counts_are_split_alike(channels):
         if name.endswith("gamma_S"):
             value.uniform_(0.2, 0.6)
     detector.flow = flow
-    actual = InferenceDetector(detector, "float32").score_features(y)
+    actual = InferenceDetector(detector, "float32", 3).score_features(y)
     assert_scores_close(actual, detector.score_features(y), 1e-5)
 
 
 def test_a_score_does_not_depend_on_the_other_images_of_the_batch():
     detector = random_detector("resnet10t", (128, 128), 3, (3, 5))
-    form = InferenceDetector(detector, "float32")
+    form = InferenceDetector(detector, "float32", 4)
     images = random_images(detector, batch=4)
     together = form(images)
     alone = [form(images[b : b + 1]) for b in range(4)]
@@ -95,19 +97,43 @@ def test_a_score_does_not_depend_on_the_other_images_of_the_batch():
 def test_the_trained_form_stays_as_it_was():
     detector = random_detector("tf_efficientnet_lite0", (64, 64), 1, (3,))
     before = copy.deepcopy(detector.state_dict())
-    InferenceDetector(detector, "bfloat16")(random_images(detector))
+    InferenceDetector(detector, "bfloat16", 3)(random_images(detector))
     after = detector.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize("backbone", ["resnet10t", "tf_efficientnet_lite0", "regnety_002"])
-def test_no_batch_norm_is_left(backbone):
-    form = InferenceDetector(random_detector(backbone, (64, 64), 1, (3,)), "float32")
-    assert not [name for name, module in form.named_modules() if isinstance(module, nn.BatchNorm2d)]
-
-
 def test_images_that_the_model_was_not_trained_on_are_refused():
-    form = InferenceDetector(random_detector("resnet10t", (64, 64), 1, (3,)), "float32")
+    form = InferenceDetector(random_detector("resnet10t", (64, 64), 1, (3,)), "float32", 2)
     with pytest.raises(ValueError, match="expected uint8 images"):
         form(torch.zeros(1, 128, 128, 3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="3 images are more than a batch of 2"):
+        form(torch.zeros(3, 64, 64, 3, dtype=torch.uint8))
+
+
+def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == compilation.__name__]
+
+
+@pytest.mark.parametrize("dynamic", [False, None])
+def test_compiled_or_not_a_module_computes_the_same(dynamic, caplog):
+    # What GPUs run, compiled for this processor.
+    flow = random_detector("resnet10t", (64, 64), 2, (3,)).flow
+    module = _ScoringFlow(flow)
+    run = compiled(module, torch.device("cpu"), torch.float32, dynamic)
+    for batch in (3, 2):
+        y = [torch.randn(batch, 512, 2 >> s, 2 >> s) for s in range(2)]
+        assert_scores_close(run(y), module(y), 1e-5)
+    assert not complaints(caplog)
+
+
+def test_without_a_compiler_a_module_runs_as_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    torch._dynamo.reset()
+    module = nn.Sequential(nn.Linear(7, 7), nn.SiLU()).requires_grad_(False)
+    run = compiled(module, torch.device("cpu"), torch.float32, dynamic=False)
+    x = torch.randn(5, 7)
+    for _ in range(2):
+        torch.testing.assert_close(run(x), module(x))
+    (complaint,) = complaints(caplog)
+    assert "runs uncompiled" in complaint

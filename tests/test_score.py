@@ -78,7 +78,7 @@ def scored(model: Path, archive: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_scores_are_what_the_detector_gives_for_each_photograph(scored, model, archive):
     frame = read_scores(scored)
     loaded = load_model(Location(str(model)))
-    form = InferenceDetector(loaded.detector, "auto")
+    form = InferenceDetector(loaded.detector, "auto", batch_size=1)
     for row in frame.sample(6, random_state=0).itertuples():
         pixels = torch.from_numpy(decode(Path(row.image_uri).read_bytes(), (128, 128)).pixels_HWC)
         expected, trained = form(pixels[None]), loaded.detector(pixels[None])

@@ -1,9 +1,10 @@
-"""The CS-Flow model: torch and timm only; no Ray, no files, no object store."""
+"""The CS-Flow model: torch, timm and OpenVINO only; no Ray, no files, no object store."""
 
 from csflow.model.backbone import Backbone, BackboneError, download_weights, load_weights
 from csflow.model.detector import Architecture, Detector, Scores, new_flow, score_latents
 from csflow.model.flow import CrossScaleFlow, FlowOutput, negative_log_likelihood
 from csflow.model.inference import InferenceDetector, PrecisionSetting
+from csflow.model.inference_backbone import InferenceBackbone
 
 __all__ = [
     "Architecture",
@@ -12,6 +13,7 @@ __all__ = [
     "CrossScaleFlow",
     "Detector",
     "FlowOutput",
+    "InferenceBackbone",
     "InferenceDetector",
     "PrecisionSetting",
     "Scores",

@@ -78,9 +78,10 @@ class ShardScorer:
                 f"{settings.model} holds model {model.model_id}, and {settings.output.model_id} when the run "
                 "began; start the run again"
             )
-        self._detector = InferenceDetector(model.detector.to(self._device), settings.precision)
         self._calibration_scores = model.calibration_scores
         self._batch_size = settings.batch_size or (GPU_BATCH_SIZE if resources.gpus else CPU_BATCH_SIZE)
+        detector = model.detector.to(self._device)
+        self._detector = InferenceDetector(detector, settings.precision, self._batch_size)
         storage_options = settings.output.location.storage_options
         image_size = model.detector.architecture.image_size
         self._loader: ImageLoader | IsolatedLoader

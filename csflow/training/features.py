@@ -15,7 +15,7 @@ from csflow.cluster import WorkerResources, map_shards
 from csflow.errors import ImageError
 from csflow.inputs.loading import ImageLoader, batches
 from csflow.inputs.reading import ImageReader
-from csflow.model import Architecture, Detector
+from csflow.model import Architecture, Detector, InferenceBackbone
 from csflow.training.cache import BACKBONE_FILE, FeatureCache, FeatureFile, backbone_bytes
 from csflow.training.shards import cut
 
@@ -69,7 +69,8 @@ class FeatureExtractor:
 
     def __init__(self, architecture: Architecture, cache: FeatureCache, resources: WorkerResources) -> None:
         self._device = device.set_up(resources.cpus, resources.gpus)
-        self._detector = load_backbone(architecture, cache).to(self._device)
+        detector = load_backbone(architecture, cache).to(self._device)
+        self._backbone = InferenceBackbone(detector, torch.float32, BATCH_SIZE)
         self._cache = cache
         self._reader = _DigestingReader(cache.folder.storage_options)
         self._loader = ImageLoader(self._reader, architecture.image_size, READ_THREADS)
@@ -101,7 +102,7 @@ class FeatureExtractor:
                 else:
                     failed.append((image.image_uri, image.image_version, str(image.content)))
             if pixels:
-                features = self._detector.features(torch.from_numpy(np.stack(pixels)).to(self._device))
+                features = self._backbone(torch.from_numpy(np.stack(pixels)).to(self._device))
                 parts.append(torch.cat([y_BCHW.flatten(1) for y_BCHW in features], dim=1).float().cpu())
         digests = [self._reader.digests.pop(uri) for uri in uris]
         return FeatureFile(uris, versions, digests, torch.cat(parts), failed), failed_for_now

@@ -1,0 +1,233 @@
+"""The flow as CPUs score with it: γ folded into the last convolutions, no log-determinant, packed weights.
+
+Maps are *interleaved*, (H, W, B, C): the pixels of a batch at one place lie side by side. On maps of 8 × 8
+and less a convolution image by image leaves matrix units idle and multiplies padding
+(docs/performance.md).
+
+Dimension letters: B batch, C channels, H height, W width (of the scale at hand), K taps of a kernel along one
+side, N columns of a product, S scales.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from csflow.model.detector import Scores
+from csflow.model.flow import LEAKY_SLOPE, SOFT_CLAMP, CouplingBlock, CrossScaleFlow, CrossScaleSubnetwork
+
+Activation = tuple[str, list[float]]
+"""oneDNN's name of what it applies to a result while it is in registers, and its constants."""
+NO_ACTIVATION: Activation = ("none", [])
+LEAKY: Activation = ("leaky_relu", [LEAKY_SLOPE])
+ONEDNN = torch.ops.mkldnn
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+
+class InterleavedFlow(nn.Module):
+    """Scores of a trained flow's latents, given features. The flow stays as it is."""
+
+    def __init__(self, flow: CrossScaleFlow, dtype: torch.dtype) -> None:
+        """Convolutions and matrix products are of this type; the flow's state and all sums are float32."""
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            _InterleavedBlock(cast(CouplingBlock, block), dtype) for block in flow.blocks
+        )
+
+    def forward(self, y: Sequence[Tensor]) -> Scores:
+        z = [y_BCHW.permute(2, 3, 0, 1).float() for y_BCHW in y]
+        for block in self.blocks:
+            z = block(z)
+        squares = [z_HWBC.square() for z_HWBC in z]
+        energy_BS = torch.stack([square_HWBC.sum((0, 1, 3)) for square_HWBC in squares], dim=1)
+        sizes_S = torch.tensor([z_HWBC[:, :, 0].numel() for z_HWBC in z])
+        return Scores(
+            anomaly_score_B=energy_BS.sum(1) / sizes_S.sum() / 2,
+            scale_scores_BS=energy_BS / sizes_S / 2,
+            anomaly_map_BHW=squares[0].mean(3).permute(2, 0, 1),
+        )
+
+
+class _InterleavedBlock(nn.Module):
+    """`CouplingBlock` on (H, W, B, C) float32 maps, without the log-determinant."""
+
+    def __init__(self, block: CouplingBlock, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.first = block.halves[0]
+        self.permutations = [name for name, _ in block.named_buffers(recurse=False)]
+        for name in self.permutations:
+            self.register_buffer(name, block.get_buffer(name))
+        self.subnetwork_first = _InterleavedSubnetwork(block.subnetwork_first, dtype)
+        self.subnetwork_second = _InterleavedSubnetwork(block.subnetwork_second, dtype)
+
+    def forward(self, y: Sequence[Tensor]) -> list[Tensor]:
+        # The order within a half could be folded into the weights; which channels share a half could not.
+        permuted = [
+            y_HWBC.index_select(3, self.get_buffer(name))
+            for y_HWBC, name in zip(y, self.permutations, strict=True)
+        ]
+        first = [x_HWBC[..., : self.first] for x_HWBC in permuted]
+        second = [x_HWBC[..., self.first :] for x_HWBC in permuted]
+        _transform_(first, self.subnetwork_first(second))
+        _transform_(second, self.subnetwork_second(first))
+        return permuted
+
+
+def _transform_(x: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    """x · exp(σ(s)) + t in place, on every scale."""
+    for x_HWBC, parameters_HWBC in zip(x, parameters, strict=True):
+        scaling_HWBC, shift_HWBC = parameters_HWBC.chunk(2, dim=3)
+        clamped_HWBC = scaling_HWBC.div(SOFT_CLAMP).atan_().mul_(SOFT_CLAMP * 0.636)
+        x_HWBC.mul_(clamped_HWBC.exp_()).add_(shift_HWBC)
+
+
+class _InterleavedSubnetwork(nn.Module):
+    """`CrossScaleSubnetwork` on interleaved maps, with γ in the weights of its second layer."""
+
+    def __init__(self, trained: CrossScaleSubnetwork, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.scales = len(trained.enter)
+        gamma_S = trained.gamma_S.detach()
+        self.enter = nn.ModuleList(
+            _InterleavedConvolution(*_parameters(convolution), LEAKY, dtype) for convolution in trained.enter
+        )
+        self.same = nn.ModuleList(
+            _InterleavedConvolution(*_parameters(convolution, gamma), NO_ACTIVATION, dtype)
+            for convolution, gamma in zip(trained.same, gamma_S, strict=True)
+        )
+        self.down = nn.ModuleList(
+            _DownConvolution(*_parameters(convolution, gamma), dtype)
+            for convolution, gamma in zip(trained.down, gamma_S[1:], strict=True)
+        )
+        self.up = nn.ModuleList(
+            _UpConvolution(*_parameters(convolution, gamma), dtype)
+            for convolution, gamma in zip(trained.up, gamma_S[:-1], strict=True)
+        )
+
+    def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
+        """Scaling and shift (H, W, B, 2 · half) of each scale, given the other half (H, W, B, half)."""
+        hidden = [
+            enter(x_HWBC.to(self.dtype).contiguous()) for enter, x_HWBC in zip(self.enter, x, strict=True)
+        ]
+        out = []
+        for s, hidden_HWBC in enumerate(hidden):
+            out_HWBC = self.same[s](hidden_HWBC).float()
+            if s > 0:
+                out_HWBC += self.down[s - 1](hidden[s - 1])
+            if s + 1 < self.scales:
+                out_HWBC += self.up[s](hidden[s + 1])
+            out.append(out_HWBC)
+        return out
+
+
+def _parameters(convolution: nn.Module, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """Weight (out, in, k, k) and bias of a trained convolution, times a scalar."""
+    convolution = cast(nn.Conv2d, convolution)
+    return convolution.weight.detach() * scale, cast(Tensor, convolution.bias).detach() * scale
+
+
+class _InterleavedConvolution(nn.Module):
+    """A convolution of stride 1 with its activation, on interleaved maps (H, W, B, C).
+
+    For a kernel, a row of interleaved maps is one row of W · B pixels in which an image's neighbours are B
+    apart: a convolution of dilation B. oneDNN leaves out multiplications with the padding.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: Activation, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.reach = weight.shape[2] // 2
+        self.activation = activation
+        weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+        if HAS_ONEDNN:
+            padding = [self.reach, self.reach]
+            weight = ONEDNN._reorder_convolution_weight(weight, padding, [1, 1], [1, 1], 1, None)
+        self.weight = nn.Buffer(weight)
+        self.bias = nn.Buffer(bias.to(dtype))
+
+    def forward(self, x_HWBC: Tensor) -> Tensor:
+        batch = x_HWBC.shape[2]
+        x_1CHW = x_HWBC.flatten(1, 2).permute(2, 0, 1).unsqueeze(0)
+        y_1CHW = self._convolve(x_1CHW, [self.reach, self.reach * batch], [1, batch])
+        return y_1CHW[0].permute(1, 2, 0).unflatten(1, (-1, batch))
+
+    def _convolve(self, x_BCHW: Tensor, padding: list[int], dilation: list[int]) -> Tensor:
+        # oneDNN's kernels, whatever PyTorch's heuristics would choose: they take single-threaded
+        # convolutions in float32 to matrix products of rearranged copies.
+        if HAS_ONEDNN:
+            how = ([1, 1], dilation, 1, *self.activation, "")
+            return cast(Tensor, ONEDNN._convolution_pointwise(x_BCHW, self.weight, self.bias, padding, *how))
+        y_BCHW = F.conv2d(x_BCHW, self.weight, self.bias, padding=padding, dilation=dilation)
+        return y_BCHW if self.activation == NO_ACTIVATION else F.leaky_relu_(y_BCHW, LEAKY_SLOPE)
+
+
+class _DownConvolution(nn.Module):
+    """A convolution of stride 2 on interleaved maps (H, W, B, C), as one matrix product."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.kernel_size = weight.shape[2]
+        # As `F.pad` wants it, from the last dimension on: channels, batch, width, height.
+        self.padding = [0, 0, 0, 0] + 4 * [self.kernel_size // 2]
+        self.product = _MatrixProduct(weight.permute(0, 2, 3, 1).flatten(1), bias, dtype)
+
+    def forward(self, x_HWBC: Tensor) -> Tensor:
+        windows = F.pad(x_HWBC, self.padding).unfold(0, self.kernel_size, 2).unfold(1, self.kernel_size, 2)
+        # (H, W, B, C, k, k) to (H, W, B, k · k · C)
+        return cast(Tensor, self.product(windows.permute(0, 1, 2, 4, 5, 3).flatten(3)))
+
+
+class _UpConvolution(nn.Module):
+    """Bilinear upsampling by 2 and a convolution behind it, on interleaved maps (H, W, B, C).
+
+    Both are linear, so the weights go first, where there are a quarter of the pixels: each pixel gives its
+    contribution through each of the k · k taps. Then two small products, along height and width, interpolate
+    the contributions, move them to where their tap puts them and add them up.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.kernel_size = weight.shape[2]
+        weight_NC = weight.permute(2, 3, 0, 1).flatten(0, 2)
+        self.product = _MatrixProduct(weight_NC, None, dtype)
+        self.bias = nn.Buffer(bias.float())
+
+    def forward(self, x_HWBC: Tensor) -> Tensor:
+        height, width, batch, _ = x_HWBC.shape
+        k = self.kernel_size
+        taps_HWBKKC = self.product(x_HWBC).unflatten(3, (k, k, -1))
+        taps_HKWKBC = taps_HWBKKC.permute(0, 3, 1, 4, 2, 5).float()
+        vertical = _upsampled_taps(height, k).to(taps_HKWKBC)
+        horizontal = _upsampled_taps(width, k).to(taps_HKWKBC)
+        tall = (vertical @ taps_HKWKBC.reshape(height * k, -1)).view(2 * height, width * k, -1)
+        wide = (horizontal @ tall).view(2 * height, 2 * width, batch, -1)
+        return wide + self.bias
+
+
+@lru_cache
+def _upsampled_taps(size: int, kernel_size: int) -> Tensor:
+    """The matrix (2 · size, size · k) from contributions through taps to where they arrive when upsampled."""
+    reach = kernel_size // 2
+    identity = torch.eye(size)[None]
+    doubled = F.interpolate(identity, scale_factor=2, mode="linear", align_corners=False)[0].T
+    padded = F.pad(doubled, (0, 0, reach, reach))
+    return torch.stack([padded[tap : tap + 2 * size] for tap in range(kernel_size)], dim=2).flatten(1)
+
+
+class _MatrixProduct(nn.Module):
+    """`nn.Linear`, with packed weights in bfloat16."""
+
+    def __init__(self, weight_NC: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.is_packed = dtype == torch.bfloat16 and HAS_ONEDNN
+        weight_NC = weight_NC.to(dtype).contiguous()
+        self.weight = nn.Buffer(ONEDNN._reorder_linear_weight(weight_NC) if self.is_packed else weight_NC)
+        self.bias = None if bias is None else nn.Buffer(bias.to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_packed:
+            return cast(Tensor, ONEDNN._linear_pointwise(x, self.weight, self.bias, *NO_ACTIVATION, ""))
+        return F.linear(x, self.weight, self.bias)
