@@ -159,7 +159,7 @@ def _descendants(root: int) -> set[int]:
 
 def _kind(pid: int) -> str:
     command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-    if "Scorer" in command:
+    if "ScoringActor" in command:
         return "scoring workers"
     if any(
         name in command for name in ("raylet", "gcs_server", "dashboard", "log_monitor", "ray::", "agent")

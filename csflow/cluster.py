@@ -27,7 +27,7 @@ def connect() -> None:
     if not ray.is_initialized():
         # Ray's C++ side reports on standard error what its Python side raises or retries anyway.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
     # Ray Data has no other way yet to bound an actor's retries.
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     context = ray.data.DataContext.get_current()

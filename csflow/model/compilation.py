@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
@@ -14,7 +13,7 @@ FAILURES = (TorchDynamoException, CppCompileError, InvalidCxxCompiler)
 
 
 def compiled(
-    module: nn.Module, device: torch.device, dtype: torch.dtype, dynamic: bool | None
+    module: Callable[..., Any], device: torch.device, dtype: torch.dtype, dynamic: bool | None
 ) -> Callable[..., Any]:
     """The module, with element-wise work fused, convolutions and products in this type, float32 elsewhere.
 

@@ -47,8 +47,8 @@ class InferenceBackbone:
             sizes = [(height >> s, width >> s) for s in range(scales)]
             self._passes = _by_openvino(layers, [(batch_size, *size, 3) for size in sizes], dtype)
         else:
-            layers.to(memory_format=torch.channels_last)
-            self._passes = [compiled(_ChannelsLast(layers), device, dtype, dynamic=False)] * scales
+            network = _channels_last(layers.to(memory_format=torch.channels_last))
+            self._passes = [compiled(network, device, dtype, dynamic=False)] * scales
 
     @torch.inference_mode()
     def __call__(self, image_BHWC: Tensor) -> list[Tensor]:
@@ -85,26 +85,25 @@ def _halved(x_BHWC: Tensor) -> Tensor:
     return x_BHWC.mul_(0.25)
 
 
-class _ChannelsLast(nn.Module):
-    """Takes pixels in the order of image files; returns float32."""
+def _channels_last(layers: nn.Module) -> Pass:
+    """The layers on pixels in the order of image files; to float32."""
 
-    def __init__(self, layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = layers
-
-    def forward(self, pixel_BHWC: Tensor) -> Tensor:
-        features_BCHW: Tensor = self.layers(pixel_BHWC.permute(0, 3, 1, 2))
+    def network(pixel_BHWC: Tensor) -> Tensor:
+        features_BCHW: Tensor = layers(pixel_BHWC.permute(0, 3, 1, 2))
         return features_BCHW.float()
+
+    return network
 
 
 def _by_openvino(layers: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Pass]:
     """A pass for each shape of pixels, of the shape's batch and size alone."""
     height, width = shapes[-1][1:3]
-    # The smallest size and one image give the same graph as the largest, in less time.
+    # The smallest size and one image give the same graph as the largest, in less time, and so does a function
+    # in place of a module.
     with torch.no_grad(), warnings.catch_warnings():
         # Of Python's conditions on shapes, and of `torch.export` to come, which bakes in each batch size.
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(_ChannelsLast(layers), torch.zeros(1, height, width, 3), check_trace=False)
+        traced = torch.jit.trace(_channels_last(layers), torch.zeros(1, height, width, 3), check_trace=False)
     decoder = TorchScriptPythonDecoder(traced)  # the frontend reads from it, but does not keep it alive
     frontend = FrontEndManager().load_by_framework("pytorch")
     network = frontend.convert(frontend.load(decoder))
