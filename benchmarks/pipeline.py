@@ -41,8 +41,7 @@ def measure_bare(model: str, images: int) -> None:
         location, Output(location, load_model(location).model_id), "", True, 0.01, None
     )
     scorer = ShardScorer(settings, WorkerResources(workers=1, cpus=1, gpus=0))
-    size = scorer._detector.architecture.image_size
-    shape = (scorer._batch_size, *size, 3)
+    shape = (scorer._batch_size, *scorer._detector.features.image_shape)
     pixels_BHWC = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     batches = max(1, images // len(pixels_BHWC))
     scorer._forward(pixels_BHWC)

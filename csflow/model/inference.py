@@ -34,13 +34,15 @@ class InferenceDetector:
         self.features = InferenceBackbone(detector, backbone_dtype, batch_size)
         self._score: Callable[[Sequence[Tensor]], Scores]
         if device.type == "cpu":
-            self._score = InterleavedFlow(detector.flow, flow_dtype)
+            sizes = [(batch_size, height, width) for _, height, width in detector.feature_shapes]
+            self._score = InterleavedFlow(detector.flow, flow_dtype, sizes)
         else:
             self._score = compiled(_ScoringFlow(detector.flow), device, flow_dtype, dynamic=None)
 
     def __call__(self, image_BHWC: Tensor) -> Scores:
         """Scores of up to `batch_size` uint8 RGB images of `image_size`."""
-        return self.score_features(self.features(image_BHWC))
+        scores = self.score_features(self.features(self.features.padded(image_BHWC)))
+        return Scores(*(value[: len(image_BHWC)] for value in scores))
 
     @torch.inference_mode()
     def score_features(self, y: Sequence[Tensor]) -> Scores:

@@ -57,10 +57,7 @@ class InferenceBackbone:
             found = f"{image_BHWC.dtype} of {tuple(image_BHWC.shape)}"
             raise ValueError(f"expected uint8 images of shape (B, *{self.image_shape}), not {found}")
         images = len(image_BHWC)
-        room = self._room(images)
-        if images < room:
-            image_BHWC = torch.cat([image_BHWC, image_BHWC.new_zeros((room - images, *self.image_shape))])
-        pixel_BHX = image_BHWC.flatten(2).float().sub_(self._mean_X).div_(self._std_X)
+        pixel_BHX = self.padded(image_BHWC).flatten(2).float().sub_(self._mean_X).div_(self._std_X)
         pixel_BHWC = pixel_BHX.unflatten(2, self.image_shape[1:])
         features = []
         for s, network in enumerate(self._passes):
@@ -68,14 +65,17 @@ class InferenceBackbone:
             features.append(network(pixel_BHWC)[:images])
         return features
 
-    def _room(self, images: int) -> int:
-        """Images of the pass that takes so many: few sizes, since each is compiled on its own."""
+    def padded(self, image_BHWC: Tensor) -> Tensor:
+        """The images and black ones, as many as a pass takes: of few sizes, since each is compiled."""
+        images = len(image_BHWC)
         if images > self.batch_size:
             raise ValueError(f"{images} images are more than a batch of {self.batch_size}")
         room = self.batch_size
         while not self._is_fixed and room // 2 >= images:
             room //= 2  # a GPU that had no room for more must not be given more
-        return room
+        if images == room:
+            return image_BHWC
+        return torch.cat([image_BHWC, image_BHWC.new_zeros((room - images, *image_BHWC.shape[1:]))])
 
 
 def _halved(x_BHWC: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ Activation = tuple[str, list[float]]
 """oneDNN's name of what it applies to a result while it is in registers, and its constants."""
 NO_ACTIVATION: Activation = ("none", [])
 LEAKY: Activation = ("leaky_relu", [LEAKY_SLOPE])
+MapSize = tuple[int, int, int]
+"""Batch, height and width of a scale's maps."""
 ONEDNN = torch.ops.mkldnn
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -30,11 +32,16 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()
 class InterleavedFlow(nn.Module):
     """Scores of a trained flow's latents, given features. The flow stays as it is."""
 
-    def __init__(self, flow: CrossScaleFlow, dtype: torch.dtype) -> None:
-        """Convolutions and matrix products are of this type; the flow's state and all sums are float32."""
+    def __init__(self, flow: CrossScaleFlow, dtype: torch.dtype, sizes: Sequence[MapSize]) -> None:
+        """Takes maps of any size, and is fastest at these.
+
+        Args:
+            dtype: of convolutions and matrix products; the flow's state and all sums are float32.
+            sizes: of each scale's maps.
+        """
         super().__init__()
         self.blocks = nn.ModuleList(
-            _InterleavedBlock(cast(CouplingBlock, block), dtype) for block in flow.blocks
+            _InterleavedBlock(cast(CouplingBlock, block), dtype, sizes) for block in flow.blocks
         )
 
     def forward(self, y: Sequence[Tensor]) -> Scores:
@@ -54,14 +61,14 @@ class InterleavedFlow(nn.Module):
 class _InterleavedBlock(nn.Module):
     """`CouplingBlock` on (H, W, B, C) float32 maps, without the log-determinant."""
 
-    def __init__(self, block: CouplingBlock, dtype: torch.dtype) -> None:
+    def __init__(self, block: CouplingBlock, dtype: torch.dtype, sizes: Sequence[MapSize]) -> None:
         super().__init__()
         self.first = block.halves[0]
         self.permutations = [name for name, _ in block.named_buffers(recurse=False)]
         for name in self.permutations:
             self.register_buffer(name, block.get_buffer(name))
-        self.subnetwork_first = _InterleavedSubnetwork(block.subnetwork_first, dtype)
-        self.subnetwork_second = _InterleavedSubnetwork(block.subnetwork_second, dtype)
+        self.subnetwork_first = _InterleavedSubnetwork(block.subnetwork_first, dtype, sizes)
+        self.subnetwork_second = _InterleavedSubnetwork(block.subnetwork_second, dtype, sizes)
 
     def forward(self, y: Sequence[Tensor]) -> list[Tensor]:
         # The order within a half could be folded into the weights; which channels share a half could not.
@@ -87,17 +94,18 @@ def _transform_(x: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
 class _InterleavedSubnetwork(nn.Module):
     """`CrossScaleSubnetwork` on interleaved maps, with γ in the weights of its second layer."""
 
-    def __init__(self, trained: CrossScaleSubnetwork, dtype: torch.dtype) -> None:
+    def __init__(self, trained: CrossScaleSubnetwork, dtype: torch.dtype, sizes: Sequence[MapSize]) -> None:
         super().__init__()
         self.dtype = dtype
         self.scales = len(trained.enter)
         gamma_S = trained.gamma_S.detach()
         self.enter = nn.ModuleList(
-            _InterleavedConvolution(*_parameters(convolution), LEAKY, dtype) for convolution in trained.enter
+            _InterleavedConvolution(*_parameters(convolution), LEAKY, dtype, size)
+            for convolution, size in zip(trained.enter, sizes, strict=True)
         )
         self.same = nn.ModuleList(
-            _InterleavedConvolution(*_parameters(convolution, gamma), NO_ACTIVATION, dtype)
-            for convolution, gamma in zip(trained.same, gamma_S, strict=True)
+            _InterleavedConvolution(*_parameters(convolution, gamma), NO_ACTIVATION, dtype, size)
+            for convolution, gamma, size in zip(trained.same, gamma_S, sizes, strict=True)
         )
         self.down = nn.ModuleList(
             _DownConvolution(*_parameters(convolution, gamma), dtype)
@@ -137,14 +145,19 @@ class _InterleavedConvolution(nn.Module):
     apart: a convolution of dilation B. oneDNN leaves out multiplications with the padding.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, activation: Activation, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor, activation: Activation, dtype: torch.dtype, size: MapSize
+    ) -> None:
         super().__init__()
         self.reach = weight.shape[2] // 2
         self.activation = activation
         weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
         if HAS_ONEDNN:
-            padding = [self.reach, self.reach]
-            weight = ONEDNN._reorder_convolution_weight(weight, padding, [1, 1], [1, 1], 1, None)
+            # The order that oneDNN wants depends on the maps; another would be rearranged in every call.
+            batch, height, width = size
+            how = ([self.reach, self.reach * batch], [1, 1], [1, batch], 1)
+            input_size = [1, weight.shape[1], height, width * batch]
+            weight = ONEDNN._reorder_convolution_weight(weight, *how, input_size)
         self.weight = nn.Buffer(weight)
         self.bias = nn.Buffer(bias.to(dtype))
 
