@@ -205,8 +205,11 @@ def calibrate(
         failed += [image for image in group if isinstance(image.content, ImageError)]
         if good:
             pixels = [image.content.pixels_HWC for image in good if isinstance(image.content, DecodedImage)]
+            image_BHWC = torch.from_numpy(np.stack(pixels)).to(device)
+            if not rows:
+                detector.measure_rounding(image_BHWC)
             with torch.inference_mode():
-                scores_B = detector(torch.from_numpy(np.stack(pixels)).to(device)).anomaly_score_B
+                scores_B = detector(image_BHWC).anomaly_score_B
             rows += [
                 {"image_uri": i.image_uri, "image_version": i.image_version, "anomaly_score": score}
                 for i, score in zip(good, scores_B.double().tolist(), strict=True)

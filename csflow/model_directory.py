@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # the driver of a scoring run needs no torch, which takes sec
     from csflow.model import Detector
 
 FORMAT_VERSION = 1
+ROUNDING = "rounding."
+"""Prefix of the detector's `rounding_shifts` among its tensors."""
 LIBRARIES = ("torch", "timm", "safetensors", "pillow", "pyarrow", "ray")
 
 CALIBRATION = pa.schema(
@@ -83,7 +85,9 @@ def save_model(
         card: further files by name, the model card `README.md` among them.
     """
     architecture = detector.architecture.to_json() | {"cut_after": detector.backbone.cut_after}
-    state = {name: value.contiguous().numpy() for name, value in sorted(detector.state_dict().items())}
+    shifts = {ROUNDING + name: value for name, value in detector.rounding_shifts.items()}
+    tensors = sorted((detector.state_dict() | shifts).items())
+    state = {name: value.contiguous().numpy() for name, value in tensors}
     scores = calibration["anomaly_score"].to_numpy()
     config = {
         "format_version": FORMAT_VERSION,
@@ -146,7 +150,9 @@ def load_model(location: Location) -> Model:
         with torch.device("meta"):
             detector = Detector(Architecture.from_json(files.architecture), files.feature_shapes)
         state = {name: torch.from_numpy(value) for name, value in files.state.items()}
+        shifts = {name: state.pop(name) for name in list(state) if name.startswith(ROUNDING)}
         detector.load_state_dict(state, assign=True)
+        detector.rounding_shifts = {name.removeprefix(ROUNDING): value for name, value in shifts.items()}
     except (RuntimeError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise _damaged(location, f"{type(error).__name__}: {error}") from None
     return Model(files.model_id, detector.eval().requires_grad_(False), files.calibration_scores)

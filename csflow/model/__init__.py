@@ -3,8 +3,9 @@
 from csflow.model.backbone import Backbone, BackboneError, download_weights, load_weights
 from csflow.model.detector import Architecture, Detector, Scores, new_flow, score_latents
 from csflow.model.flow import CrossScaleFlow, FlowOutput, negative_log_likelihood
-from csflow.model.inference import InferenceDetector, PrecisionSetting
+from csflow.model.inference import InferenceDetector
 from csflow.model.inference_backbone import InferenceBackbone
+from csflow.model.precision import PrecisionSetting, multiplies_bfloat16
 
 __all__ = [
     "Architecture",
@@ -19,6 +20,7 @@ __all__ = [
     "Scores",
     "download_weights",
     "load_weights",
+    "multiplies_bfloat16",
     "negative_log_likelihood",
     "new_flow",
     "score_latents",

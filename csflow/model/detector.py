@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from csflow.model.backbone import Backbone
 from csflow.model.flow import CrossScaleFlow
+from csflow.model.rounding import rounding_shifts
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,13 @@ class Detector(nn.Module):
         for name in ("mean", "std"):
             value_C = torch.tensor(getattr(self.backbone, name), dtype=torch.float32)
             self.register_buffer(name, value_C)
+        self.rounding_shifts: dict[str, Tensor] = {}
+        """Of the backbone's convolutions, for scoring in bfloat16; none before `measure_rounding`."""
+
+    @torch.no_grad()
+    def measure_rounding(self, image_BHWC: Tensor) -> None:
+        """Finds the `rounding_shifts`, on some normal uint8 RGB images of `image_size`."""
+        self.rounding_shifts = rounding_shifts(self.backbone.layers, self._normalised(image_BHWC))
 
     @torch.no_grad()
     def features(self, image_BHWC: Tensor) -> list[Tensor]:
@@ -86,19 +94,23 @@ class Detector(nn.Module):
         Args:
             image_BHWC: uint8 RGB images of `image_size`.
         """
-        shape = (*self.architecture.image_size, 3)
-        if image_BHWC.dtype != torch.uint8 or tuple(image_BHWC.shape[1:]) != shape:
-            found = f"{image_BHWC.dtype} of {tuple(image_BHWC.shape)}"
-            raise ValueError(f"expected uint8 images of shape (B, *{shape}), not {found}")
-        pixel_BHWC = image_BHWC.float() / 255
-        pixel_BHWC = (pixel_BHWC - self.get_buffer("mean")) / self.get_buffer("std")
-        pixel_BCHW = pixel_BHWC.permute(0, 3, 1, 2)
+        pixel_BCHW = self._normalised(image_BHWC)
         # Each pixel of a smaller scale is the mean of those it covers; nearest-neighbour sampling, as in
         # the official code, aliases fine structure.
         return [
             self.backbone(F.avg_pool2d(pixel_BCHW, 2**s) if s else pixel_BCHW)
             for s in range(self.architecture.scales)
         ]
+
+    def _normalised(self, image_BHWC: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) as the backbone takes them."""
+        shape = (*self.architecture.image_size, 3)
+        if image_BHWC.dtype != torch.uint8 or tuple(image_BHWC.shape[1:]) != shape:
+            found = f"{image_BHWC.dtype} of {tuple(image_BHWC.shape)}"
+            raise ValueError(f"expected uint8 images of shape (B, *{shape}), not {found}")
+        pixel_BHWC = image_BHWC.float() / 255
+        pixel_BHWC = (pixel_BHWC - self.get_buffer("mean")) / self.get_buffer("std")
+        return pixel_BHWC.permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def score_features(self, y: Sequence[Tensor]) -> Scores:

@@ -1,7 +1,6 @@
 """The inference form: a trained detector rebuilt for scoring alone, with the same scores."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +10,7 @@ from csflow.model.detector import Detector, Scores, score_latents
 from csflow.model.flow import CrossScaleFlow
 from csflow.model.inference_backbone import InferenceBackbone
 from csflow.model.interleaved_flow import InterleavedFlow
-
-Precision = Literal["float32", "mixed", "bfloat16"]
-PrecisionSetting = Literal["auto", "float32", "mixed", "bfloat16"]
+from csflow.model.precision import Precision, PrecisionSetting, multiplies_bfloat16
 
 
 class InferenceDetector:
@@ -23,15 +20,16 @@ class InferenceDetector:
         """Compiles it for batches of one size; a smaller one takes as long.
 
         Args:
-            precision: of convolutions and matrix products; the flow's state and all sums are float32.
-                `mixed` is float32 in the backbone, whose roundings the flow would take for anomalies, and
-                bfloat16 in the flow; `auto` is `mixed` where the processor multiplies matrices in bfloat16.
+            precision: `auto` is `mixed` where the processor multiplies matrices in bfloat16, else `float32`.
         """
         device = detector.get_buffer("mean").device
-        self.precision: Precision = _native_precision(device) if precision == "auto" else precision
-        backbone_dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+        self.precision: Precision
+        if precision == "auto":
+            self.precision = "mixed" if multiplies_bfloat16(device) else "float32"
+        else:
+            self.precision = precision
+        self.features = InferenceBackbone(detector, self.precision, batch_size)
         flow_dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
-        self.features = InferenceBackbone(detector, backbone_dtype, batch_size)
         self._score: Callable[[Sequence[Tensor]], Scores]
         if device.type == "cpu":
             sizes = [(batch_size, height, width) for _, height, width in detector.feature_shapes]
@@ -59,11 +57,3 @@ class _ScoringFlow(nn.Module):
 
     def forward(self, y: Sequence[Tensor]) -> Scores:
         return score_latents(self.flow(y).z)
-
-
-def _native_precision(device: torch.device) -> Precision:
-    if device.type == "cuda":
-        multiplies_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        multiplies_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "mixed" if multiplies_bfloat16 else "float32"

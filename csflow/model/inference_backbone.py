@@ -3,6 +3,10 @@
 On CPUs OpenVINO compiles the network: it folds batch norms, fuses activations and chooses layouts, and is
 faster than PyTorch's own kernels (docs/performance.md). On GPUs PyTorch compiles it.
 
+The network is run in two parts: layers of large maps, and those behind. Roundings of the first grow on their
+way through the second, so `mixed` precision is float32 in the first and bfloat16 in the second. And large
+maps stay in a CPU's cache only if they are of few images.
+
 Dimension letters: B batch, C channels, H height, W width.
 """
 
@@ -10,14 +14,26 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import openvino
 import torch
+from numpy.typing import NDArray
+from openvino import opset15
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
 from csflow.model.compilation import compiled
 from csflow.model.detector import Detector
+from csflow.model.precision import Precision
+from csflow.model.rounding import without_shifts
+
+SMALL_MAPS_STRIDE = 16
+"""Maps are small from this reduction of the image on: two thirds of an EfficientNet's products make them."""
+CACHED_PIXELS = 256 * 256
+"""Images of together no more pixels than this, or one, go through the layers of large maps at a time."""
+BEYOND = 1e30
+"""More than any activation."""
 
 Pass = Callable[[Tensor], Tensor]
 """From normalised pixels (B, H, W, 3), float32, to features (B, C, H / stride, W / stride)."""
@@ -26,12 +42,8 @@ Pass = Callable[[Tensor], Tensor]
 class InferenceBackbone:
     """`Detector.features` for batches of one size. The detector stays as it is."""
 
-    def __init__(self, detector: Detector, dtype: torch.dtype, batch_size: int) -> None:
-        """Compiles the network, which takes a second or two.
-
-        Args:
-            dtype: of convolutions and matrix products: float32 or bfloat16.
-        """
+    def __init__(self, detector: Detector, precision: Precision, batch_size: int) -> None:
+        """Compiles the network, which takes a second or two."""
         height, width = detector.architecture.image_size
         self.image_shape = (height, width, 3)
         self.batch_size = batch_size
@@ -39,16 +51,23 @@ class InferenceBackbone:
         self._mean_X, self._std_X = (
             255 * detector.get_buffer(name).repeat(width) for name in ("mean", "std")
         )
-        layers, device = detector.backbone.layers, self._mean_X.device
+        device = self._mean_X.device
         self._is_fixed = device.type == "cpu"
-        self._passes: list[Pass]
         scales = detector.architecture.scales
+        dtypes = (
+            torch.bfloat16 if precision == "bfloat16" else torch.float32,
+            torch.float32 if precision == "float32" else torch.bfloat16,
+        )
+        parts = [
+            without_shifts(part, detector.rounding_shifts) if dtype == torch.bfloat16 else part
+            for part, dtype in zip(_split(detector.backbone.layers), dtypes, strict=True)
+        ]
+        self._passes: list[Pass]
         if self._is_fixed:
             sizes = [(height >> s, width >> s) for s in range(scales)]
-            self._passes = _by_openvino(layers, [(batch_size, *size, 3) for size in sizes], dtype)
+            self._passes = _by_openvino(parts, dtypes, sizes, batch_size)
         else:
-            network = _channels_last(layers.to(memory_format=torch.channels_last))
-            self._passes = [compiled(network, device, dtype, dynamic=False)] * scales
+            self._passes = [_by_pytorch(parts, dtypes, device)] * scales
 
     @torch.inference_mode()
     def __call__(self, image_BHWC: Tensor) -> list[Tensor]:
@@ -85,28 +104,73 @@ def _halved(x_BHWC: Tensor) -> Tensor:
     return x_BHWC.mul_(0.25)
 
 
-def _channels_last(layers: nn.Module) -> Pass:
-    """The layers on pixels in the order of image files; to float32."""
+@torch.no_grad()
+def _split(layers: nn.Sequential) -> tuple[nn.Module, nn.Module]:
+    """The layers of large maps, and those behind."""
+    side = 2 * SMALL_MAPS_STRIDE
+    x_BCHW = next(layers.parameters()).new_zeros(1, 3, side, side)
+    large = 0
+    while large < len(layers) and x_BCHW.shape[2] * SMALL_MAPS_STRIDE > side:
+        x_BCHW = layers[large](x_BCHW)
+        large += 1
+    return layers[:large], layers[large:]
+
+
+def _by_pytorch(parts: Sequence[nn.Module], dtypes: Sequence[torch.dtype], device: torch.device) -> Pass:
+    large, small = (
+        compiled(part.to(memory_format=torch.channels_last), device, dtype, dynamic=False)
+        for part, dtype in zip(parts, dtypes, strict=True)
+    )
 
     def network(pixel_BHWC: Tensor) -> Tensor:
-        features_BCHW: Tensor = layers(pixel_BHWC.permute(0, 3, 1, 2))
+        features_BCHW: Tensor = small(large(pixel_BHWC.permute(0, 3, 1, 2)))
         return features_BCHW.float()
 
     return network
 
 
-def _by_openvino(layers: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Pass]:
-    """A pass for each shape of pixels, of the shape's batch and size alone."""
-    height, width = shapes[-1][1:3]
-    # The smallest size and one image give the same graph as the largest, in less time, and so does a function
-    # in place of a module.
+def _by_openvino(
+    parts: Sequence[nn.Module], dtypes: Sequence[torch.dtype], sizes: Sequence[tuple[int, int]], batch: int
+) -> list[Pass]:
+    """A pass for each height and width of images, and for this many of them alone."""
+    first, rest = parts
+
+    def from_pixels(pixel_BHWC: Tensor) -> Tensor:
+        map_BCHW: Tensor = first(pixel_BHWC.permute(0, 3, 1, 2))
+        return map_BCHW
+
+    # The smallest size and one image give the same graph as the largest, in less time.
+    pixel_BHWC = torch.zeros(1, *sizes[-1], 3)
+    with torch.no_grad():
+        map_BCHW = from_pixels(pixel_BHWC)
+    networks = [_converted(from_pixels, pixel_BHWC), _converted(rest, map_BCHW)]
+    channels, stride = map_BCHW.shape[1], sizes[-1][0] // map_BCHW.shape[2]
+    passes: list[Pass] = []
+    for height, width in sizes:
+        few = range(1, max(1, CACHED_PIXELS // (height * width)) + 1)
+        at_once = max(images for images in few if batch % images == 0)
+        shapes = (at_once, height, width, 3), (batch, channels, height // stride, width // stride)
+        requests = [_request(*part) for part in zip(networks, shapes, dtypes, strict=True)]
+        passes.append(partial(_infer, requests, at_once, np.empty(shapes[1], np.float32)))
+    return passes
+
+
+def _converted(network: Callable[[Tensor], Tensor], example: Tensor) -> openvino.Model:
     with torch.no_grad(), warnings.catch_warnings():
         # Of Python's conditions on shapes, and of `torch.export` to come, which bakes in each batch size.
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(_channels_last(layers), torch.zeros(1, height, width, 3), check_trace=False)
+        traced = torch.jit.trace(network, example, check_trace=False)
     decoder = TorchScriptPythonDecoder(traced)  # the frontend reads from it, but does not keep it alive
     frontend = FrontEndManager().load_by_framework("pytorch")
-    network = frontend.convert(frontend.load(decoder))
+    return frontend.convert(frontend.load(decoder))
+
+
+def _request(network: openvino.Model, shape: Sequence[int], dtype: torch.dtype) -> openvino.InferRequest:
+    """The network compiled for input of one shape."""
+    resized = network.clone()
+    resized.reshape(openvino.PartialShape(list(shape)))
+    if dtype == torch.bfloat16:
+        _keep_biases(resized)
     settings = {
         "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -114,16 +178,34 @@ def _by_openvino(layers: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: to
         # Processes that each choose the same cores to stay on would share them.
         "ENABLE_CPU_PINNING": False,
     }
-    core = openvino.Core()
-    passes: list[Pass] = []
-    for shape in shapes:
-        resized = network.clone()
-        resized.reshape(openvino.PartialShape(shape))
-        request = core.compile_model(resized, "CPU", settings).create_infer_request()
-        passes.append(partial(_infer, request))
-    return passes
+    return openvino.Core().compile_model(resized, "CPU", settings).create_infer_request()
 
 
-def _infer(request: openvino.InferRequest, pixel_BHWC: Tensor) -> Tensor:
-    (features_BCHW,) = request.infer([pixel_BHWC.numpy()], share_inputs=True).to_tuple()
+def _keep_biases(network: openvino.Model) -> None:
+    """Has what is added behind convolutions stay in float32.
+
+    OpenVINO makes it the convolution's bias, which it rounds to bfloat16: half of all that bfloat16 would
+    move scores by. A clamp in between that clamps nothing leads it to another way, at no cost.
+    """
+    for operation in network.get_ops():
+        if operation.get_type_name() in {"Add", "BatchNormInference"}:
+            for operand in operation.inputs():
+                producer = operand.get_source_output().get_node()
+                if producer.get_type_name() in {"Convolution", "GroupConvolution"}:
+                    clamped = opset15.clamp(producer, -BEYOND, BEYOND)
+                    operand.replace_source_output(clamped.output(0))
+
+
+def _infer(
+    requests: Sequence[openvino.InferRequest],
+    at_once: int,
+    map_BCHW: NDArray[np.float32],
+    pixel_BHWC: Tensor,
+) -> Tensor:
+    first, rest = requests
+    for start in range(0, len(map_BCHW), at_once):
+        some = slice(start, start + at_once)
+        outputs = first.infer([pixel_BHWC[some].numpy()], share_inputs=True, share_outputs=True)
+        (map_BCHW[some],) = outputs.to_tuple()
+    (features_BCHW,) = rest.infer([map_BCHW], share_inputs=True).to_tuple()
     return torch.from_numpy(features_BCHW)

@@ -70,7 +70,7 @@ class FeatureExtractor:
     def __init__(self, architecture: Architecture, cache: FeatureCache, resources: WorkerResources) -> None:
         self._device = device.set_up(resources.cpus, resources.gpus)
         detector = load_backbone(architecture, cache).to(self._device)
-        self._backbone = InferenceBackbone(detector, torch.float32, BATCH_SIZE)
+        self._backbone = InferenceBackbone(detector, "float32", BATCH_SIZE)
         self._cache = cache
         self._reader = _DigestingReader(cache.folder.storage_options)
         self._loader = ImageLoader(self._reader, architecture.image_size, READ_THREADS)

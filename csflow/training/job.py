@@ -2,12 +2,16 @@
 
 import time
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from csflow.cluster import connect, share_out
-from csflow.errors import ExitStatus, WrongUse
+from csflow.errors import ExitStatus, ImageError, WrongUse
 from csflow.inputs.listing import list_table
+from csflow.inputs.loading import ImageLoader
+from csflow.inputs.reading import ImageReader
 from csflow.model import BackboneError, Detector, load_weights
 from csflow.model_directory import CALIBRATION, holds_model, save_model, worker_bytes
 from csflow.storage import Location
@@ -20,6 +24,9 @@ from csflow.training.run import Result, Run
 from csflow.training.shards import fingerprint
 from csflow.training.split import split_sizes
 from csflow.weights import find_weights
+
+ROUNDING_IMAGES = 8
+"""Training images on which the rounding of the backbone's weights is measured."""
 
 
 def train(config: TrainConfig) -> ExitStatus:
@@ -43,6 +50,7 @@ def train(config: TrainConfig) -> ExitStatus:
         return ExitStatus.INCOMPLETE
     data = TrainingData.divide(cached, config.validation, config.holdout, config.seed)
     print(data.summary())
+    _measure_rounding(detector, data, config)
     run = Run(config, cache, data, work_dir)
     result = run.fit()
     model_id = _save(config, output, detector, data, images, result)
@@ -90,6 +98,18 @@ def _extract_features(images: pa.Table, detector: Detector, cache: FeatureCache)
         )
         return None
     return cached
+
+
+def _measure_rounding(detector: Detector, data: TrainingData, config: TrainConfig) -> None:
+    """What scoring in bfloat16 needs to know; without it, as if no image can be read, it is less exact."""
+    images = data.part("training").slice(0, ROUNDING_IMAGES)
+    loader = ImageLoader(
+        ImageReader(config.storage_options), detector.architecture.image_size, ROUNDING_IMAGES
+    )
+    loaded = loader.load(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
+    pixels = [image.content.pixels_HWC for image in loaded if not isinstance(image.content, ImageError)]
+    if pixels:
+        detector.measure_rounding(torch.from_numpy(np.stack(pixels)))
 
 
 def _save(
