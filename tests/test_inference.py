@@ -2,13 +2,19 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from csflow.images import decode
 from csflow.model import Architecture, Detector, InferenceDetector, Scores, compilation
 from csflow.model.compilation import compiled
 from csflow.model.inference import _ScoringFlow
+from csflow.model.inference_backbone import _converted, _request, _split
+from csflow.model.rounding import rounding_shifts, without_shifts
+from csflow.model_directory import load_model
+from csflow.storage import Location
 
 
 def random_detector(
@@ -137,3 +143,62 @@ def test_without_a_compiler_a_module_runs_as_it_is(monkeypatch, caplog):
         torch.testing.assert_close(run(x), module(x))
     (complaint,) = complaints(caplog)
     assert "runs uncompiled" in complaint
+
+
+def test_a_bias_keeps_its_float32_value_in_bfloat16():
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(8, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 1, bias=False))
+    layers.requires_grad_(False)
+    layers[0].weight.copy_(layers[0].weight.bfloat16())
+    layers[0].bias.uniform_(4, 8)  # bfloat16 has steps of 1/32 here
+    layers[2].weight.copy_(torch.eye(64)[:, :, None, None])
+    x_BCHW = torch.randn(4, 8, 32, 32).bfloat16().float()
+    request = _request(_converted(layers, x_BCHW[:1]), x_BCHW.shape, torch.bfloat16)
+    (actual,) = request.infer([x_BCHW.numpy()]).to_tuple()
+    # Activations are rounded up and down; what is left on average is the error of the biases.
+    error_C = (torch.from_numpy(actual) - layers(x_BCHW)).mean((0, 2, 3))
+    assert error_C.abs().max() < 0.002
+
+
+def test_rounding_is_measured_where_weights_are_rounded():
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(16, 4, 1))
+    layers.requires_grad_(False)
+    x_BCHW = 1 + torch.rand(4, 8, 6, 6)
+    corrected = without_shifts(layers, rounding_shifts(layers, x_BCHW))
+    rounded = [copy.deepcopy(layers), corrected]
+    for form in rounded:
+        for name in ("0", "2"):
+            convolution = form.get_submodule(name)
+            convolution.weight = nn.Parameter(convolution.weight.bfloat16().float(), requires_grad=False)
+    plain, compensated = ((form(x_BCHW) - layers(x_BCHW)).mean((0, 2, 3)).abs().max() for form in rounded)
+    assert compensated < plain / 10
+
+
+def test_a_model_that_was_trained_scores_within_one_percent_in_mixed_precision(model, cells):
+    detector = load_model(Location(str(model))).detector
+    assert detector.rounding_shifts
+    paths = sorted((cells / "defective").iterdir())[:64]
+    size = detector.architecture.image_size
+    images = torch.from_numpy(np.stack([decode(path.read_bytes(), size).pixels_HWC for path in paths]))
+    exact_B = detector(images).anomaly_score_B
+    form = InferenceDetector(detector, "mixed", 8)
+    scores_B = torch.cat([form(batch).anomaly_score_B for batch in images.split(8)])
+    torch.testing.assert_close(scores_B, exact_B, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "cut_after", "large"),
+    [("tf_efficientnet_lite0", None, 6), ("resnet10t", None, 7), ("resnet10t", "layer1", 5)],
+)
+def test_maps_of_a_sixteenth_and_less_are_small(backbone, cut_after, large):
+    detector = Detector(
+        Architecture(backbone, (128, 128), cut_after, scales=2, hidden_channels=4, kernel_sizes=(3,))
+    )
+    parts = _split(detector.backbone.layers)
+    assert [len(part) for part in parts] == [large, len(detector.backbone.layers) - large]
+    images = random_images(detector)
+    for actual, expected in zip(
+        InferenceDetector(detector, "mixed", 3).features(images), detector.features(images), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05 * expected.std().item())

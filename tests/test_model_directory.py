@@ -1,5 +1,6 @@
 """The model directory: what is saved is what is loaded, under one id everywhere."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -37,6 +38,16 @@ def test_a_loaded_model_scores_like_the_saved_one(detector, tmp_path):
     image_BHWC = torch.randint(0, 256, (2, 64, 128, 3), dtype=torch.uint8)
     torch.testing.assert_close(model.detector(image_BHWC), detector(image_BHWC), rtol=0, atol=0)
     assert not any(parameter.requires_grad for parameter in model.detector.parameters())
+
+
+def test_what_rounding_shifts_is_saved_with_the_model_and_decides_its_id(detector, tmp_path):
+    before = save(Location(str(tmp_path / "before")), detector)
+    measured = copy.deepcopy(detector)
+    measured.measure_rounding(torch.randint(0, 256, (2, 64, 128, 3), dtype=torch.uint8))
+    assert save(Location(str(tmp_path / "measured")), measured) != before
+    assert load_model(Location(str(tmp_path / "before"))).detector.rounding_shifts == {}
+    loaded = load_model(Location(str(tmp_path / "measured"))).detector.rounding_shifts
+    torch.testing.assert_close(loaded, measured.rounding_shifts, rtol=0, atol=0)
 
 
 def test_loading_needs_no_pass_through_the_network(detector, tmp_path, monkeypatch):
