@@ -46,6 +46,8 @@ def write_model(folder: Path, architecture: Architecture) -> Path:
         for name, value in detector.flow.named_parameters():
             if "gamma" in name:
                 value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+    pixels_BHWC = torch.randint(0, 256, (1, *architecture.image_size, 3), dtype=torch.uint8)
+    detector.measure_rounding(pixels_BHWC)
     rows = [
         {"image_uri": f"{i}.png", "image_version": "1", "anomaly_score": 0.5 + i / 400} for i in range(200)
     ]

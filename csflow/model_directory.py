@@ -23,7 +23,9 @@ from csflow.storage import Location, to_parquet
 if TYPE_CHECKING:  # the driver of a scoring run needs no torch, which takes seconds and 500 MB
     from csflow.model import Detector
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Models of version 1 do not say what rounding shifts."""
 ROUNDING = "rounding."
 """Prefix of the detector's `rounding_shifts` among its tensors."""
 LIBRARIES = ("torch", "timm", "safetensors", "pillow", "pyarrow", "ray")
@@ -173,7 +175,7 @@ def _read_config(location: Location) -> dict[str, Any]:
         format_version = config["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(location, f"config.json: {type(error).__name__}: {error}") from None
-    if format_version != FORMAT_VERSION:
+    if format_version not in READABLE_VERSIONS:
         raise WrongUse(
             f"model {location} has format version {format_version!r}, this csflow reads {FORMAT_VERSION}; "
             "use the csflow version named in its config.json, or train it anew"

@@ -72,6 +72,7 @@ def test_float32_scores_are_those_of_the_trained_form(backbone, image_size, scal
 def test_mixed_scores_are_within_one_percent(backbone):
     detector = random_detector(backbone, (128, 128), 3, (3, 5))
     images = random_images(detector)
+    detector.measure_rounding(images)
     exact, rounded = detector(images), InferenceDetector(detector, "mixed", 3)(images)
     torch.testing.assert_close(rounded.anomaly_score_B, exact.anomaly_score_B, rtol=0.01, atol=0)
     assert rounded.anomaly_score_B.dtype == torch.float32
@@ -198,6 +199,7 @@ def test_maps_of_a_sixteenth_and_less_are_small(backbone, cut_after, large):
     parts = _split(detector.backbone.layers)
     assert [len(part) for part in parts] == [large, len(detector.backbone.layers) - large]
     images = random_images(detector)
+    detector.measure_rounding(images)
     for actual, expected in zip(
         InferenceDetector(detector, "mixed", 3).features(images), detector.features(images), strict=True
     ):

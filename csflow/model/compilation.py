@@ -20,6 +20,8 @@ def compiled(
     Args:
         dynamic: False compiles anew for every shape; None compiles for all after the second.
     """
+    # Of all modules of one class together: parts and scales of a backbone, batch sizes.
+    torch._dynamo.config.recompile_limit = 64
     function: Callable[..., Any] = torch.compile(module, dynamic=dynamic)
 
     def run(*inputs: Any) -> Any:

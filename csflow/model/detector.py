@@ -85,7 +85,12 @@ class Detector(nn.Module):
     @torch.no_grad()
     def measure_rounding(self, image_BHWC: Tensor) -> None:
         """Finds the `rounding_shifts`, on some normal uint8 RGB images of `image_size`."""
-        self.rounding_shifts = rounding_shifts(self.backbone.layers, self._normalised(image_BHWC))
+        pixel_BCHW = self._normalised(image_BHWC)
+        # One by one: large images would take gigabytes together.
+        found = [rounding_shifts(self.backbone.layers, pixel_CHW[None]) for pixel_CHW in pixel_BCHW]
+        self.rounding_shifts = {
+            name: torch.stack([shifts[name] for shifts in found]).mean(0) for name in found[0]
+        }
 
     @torch.no_grad()
     def features(self, image_BHWC: Tensor) -> list[Tensor]:

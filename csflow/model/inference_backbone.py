@@ -54,10 +54,10 @@ class InferenceBackbone:
         device = self._mean_X.device
         self._is_fixed = device.type == "cpu"
         scales = detector.architecture.scales
-        dtypes = (
-            torch.bfloat16 if precision == "bfloat16" else torch.float32,
-            torch.float32 if precision == "float32" else torch.bfloat16,
-        )
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        # Where it is not known what rounding shifts, `mixed` leaves the small maps in float32 too.
+        is_split = precision == "mixed" and bool(detector.rounding_shifts)
+        dtypes = [dtype, torch.bfloat16 if is_split else dtype]
         parts = [
             without_shifts(part, detector.rounding_shifts) if dtype == torch.bfloat16 else part
             for part, dtype in zip(_split(detector.backbone.layers), dtypes, strict=True)
@@ -90,7 +90,7 @@ class InferenceBackbone:
         if images > self.batch_size:
             raise ValueError(f"{images} images are more than a batch of {self.batch_size}")
         room = self.batch_size
-        while not self._is_fixed and room // 2 >= images:
+        while not self._is_fixed and room // 2 >= max(1, images):
             room //= 2  # a GPU that had no room for more must not be given more
         if images == room:
             return image_BHWC

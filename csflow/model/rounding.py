@@ -17,17 +17,19 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def rounding_shifts(layers: nn.Module, x_BCHW: Tensor) -> dict[str, Tensor]:
-    """By how much each convolution's results would move on average over these images, (C,), by its name."""
+    """By how much each convolution's results would move on average, (C,) on the CPU, by its name."""
     shifts: dict[str, Tensor] = {}
 
-    def measure(name: str, convolution: nn.Conv2d, x_BCHW: Tensor) -> None:
-        weight, bias_C = convolution.weight, convolution.bias
-        convolution.weight, convolution.bias = _constant(weight.bfloat16().float() - weight), None
-        shifts[name] = convolution.forward(x_BCHW).mean((0, 2, 3))
-        convolution.weight, convolution.bias = weight, bias_C
+    def measure(name: str, convolution: nn.Conv2d, x_BCHW: Tensor, exact_BCHW: Tensor) -> None:
+        weight = convolution.weight
+        convolution.weight = _constant(weight.bfloat16().float())
+        shifts[name] = (convolution.forward(x_BCHW) - exact_BCHW).mean((0, 2, 3)).cpu()
+        convolution.weight = weight
 
     hooks = [
-        module.register_forward_pre_hook(lambda module, inputs, name=name: measure(name, module, *inputs))
+        module.register_forward_hook(
+            lambda module, inputs, output, name=name: measure(name, module, *inputs, output)
+        )
         for name, module in layers.named_modules()
         if isinstance(module, nn.Conv2d)
     ]
@@ -44,8 +46,8 @@ def without_shifts(layers: nn.Module, shifts: Mapping[str, Tensor]) -> nn.Module
     corrected = copy.deepcopy(layers)
     for name, module in corrected.named_modules():
         if isinstance(module, nn.Conv2d) and name in shifts:
-            bias_C = -shifts[name] if module.bias is None else module.bias - shifts[name]
-            module.bias = _constant(bias_C)
+            shift_C = shifts[name].to(module.weight.device)
+            module.bias = _constant(-shift_C if module.bias is None else module.bias - shift_C)
     return corrected
 
 
