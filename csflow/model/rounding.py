@@ -20,15 +20,16 @@ def rounding_shifts(layers: nn.Module, x_BCHW: Tensor) -> dict[str, Tensor]:
     """By how much each convolution's results would move on average, (C,) on the CPU, by its name."""
     shifts: dict[str, Tensor] = {}
 
-    def measure(name: str, convolution: nn.Conv2d, x_BCHW: Tensor, exact_BCHW: Tensor) -> None:
+    def measure(name: str, convolution: nn.Module, inputs: tuple[Tensor], exact_BCHW: Tensor) -> None:
+        assert isinstance(convolution, nn.Conv2d)
         weight = convolution.weight
         convolution.weight = _constant(weight.bfloat16().float())
-        shifts[name] = (convolution.forward(x_BCHW) - exact_BCHW).mean((0, 2, 3)).cpu()
+        shifts[name] = (convolution.forward(*inputs) - exact_BCHW).mean((0, 2, 3)).cpu()
         convolution.weight = weight
 
     hooks = [
         module.register_forward_hook(
-            lambda module, inputs, output, name=name: measure(name, module, *inputs, output)
+            lambda module, inputs, output, name=name: measure(name, module, inputs, output)
         )
         for name, module in layers.named_modules()
         if isinstance(module, nn.Conv2d)
