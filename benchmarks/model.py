@@ -8,8 +8,8 @@ Each variant lives in a process of its own; they take turns, one batch each, and
 printed and appended to benchmarks/results.md. anomalib 2.7.0 needs an environment of its own. The share of
 the peak is that of the rate of a large matrix product in the same process and precision (bfloat16 for the
 mixed backbone, part of which is float32), with the multiplications of the trained form counted: more than
-100 % is possible for the flow, whose inference form leaves some out. `--accuracy_model` compares the precisions on the demo's
-photographs instead.
+100 % is possible for the flow, whose inference form leaves some out. `--accuracy_model` compares the
+precisions on the demo's photographs instead.
 """
 
 import argparse

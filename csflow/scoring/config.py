@@ -35,9 +35,9 @@ class ScoreConfig(JobConfig):
     batch_size: int | None = Field(None, ge=1)
     """Images per forward pass. [default: 8 on CPUs, 32 on GPUs]"""
     precision: Precision = "auto"
-    """Of convolutions and matrix products; sums are float32. mixed is float32 in the backbone and bfloat16 in
-    the flow, which moves scores by a thousandth; auto is mixed where the processor has units for matrix
-    products in bfloat16, else float32; bfloat16 in both moves scores by several percent."""
+    """Of convolutions and matrix products; sums are float32. mixed is float32 where the backbone's maps are
+    large and bfloat16 behind, which moves scores by a thousandth, at most a hundredth; auto is mixed where the
+    processor multiplies bfloat16, else float32; bfloat16 throughout moves scores by several percent."""
     workers: int | None = Field(None, ge=1)
     """Scoring actors. [default: one per GPU, or one per CPU]"""
     stall_timeout: float = Field(1800.0, gt=0)
