@@ -36,8 +36,8 @@ class ScoreConfig(JobConfig):
     """Images per forward pass. [default: 8 on CPUs, 32 on GPUs]"""
     precision: Precision = "auto"
     """Of convolutions and matrix products; sums are float32. mixed is float32 where the backbone's maps are
-    large and bfloat16 behind, which moves scores by a thousandth, at most a hundredth; auto is mixed where the
-    processor multiplies bfloat16, else float32; bfloat16 throughout moves scores by several percent."""
+    large and bfloat16 behind, which moves scores by a thousandth, at most a hundredth; auto is mixed where
+    the processor multiplies bfloat16, else float32; bfloat16 throughout moves scores by several percent."""
     workers: int | None = Field(None, ge=1)
     """Scoring actors. [default: one per GPU, or one per CPU]"""
     stall_timeout: float = Field(1800.0, gt=0)
