@@ -28,7 +28,8 @@ from csflow.scoring.listing import Listing, rebatched
 from csflow.scoring.output import Output, scored_images
 from csflow.storage import Location
 
-MIN_SHARD_SIZE, MAX_SHARD_SIZE = 16, 256
+SHARD_STEP, MAX_SHARD_SIZE = 16, 256
+"""Shards have a multiple of images, so that their last batches are full: a batch takes its time, full or not."""
 LAST = "\U0010ffff"
 """No URI is greater: what an entry is taken to hold that does not say."""
 
@@ -205,7 +206,7 @@ def _append(plans: Location, number: int, run_id: str, images: Iterable[pa.Recor
             it took what it took. Either way the log says what is planned.
     """
     folder = f"{number:06d}-{secrets.token_hex(4)}"
-    shard_size = min(max(count // 64, MIN_SHARD_SIZE), MAX_SHARD_SIZE)
+    shard_size = min(SHARD_STEP * max(1, round(count / (64 * SHARD_STEP))), MAX_SHARD_SIZE)
     first_uri, last_uri = LAST, ""
     for part, table in enumerate(rebatched(images, shard_size * SHARDS_PER_PART)):
         buffer = io.BytesIO()
