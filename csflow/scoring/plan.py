@@ -29,7 +29,7 @@ from csflow.scoring.output import Output, scored_images
 from csflow.storage import Location
 
 SHARD_STEP, MAX_SHARD_SIZE = 16, 256
-"""Shards have a multiple of images, so that their last batches are full: a batch takes its time, full or not."""
+"""A multiple of images, so that the last batches of shards are full: each takes its time, full or not."""
 LAST = "\U0010ffff"
 """No URI is greater: what an entry is taken to hold that does not say."""
 
