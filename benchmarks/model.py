@@ -115,6 +115,8 @@ def _detector(image_size: int) -> Any:
 
 
 def _inference(precision: str, image_size: int, batch: int) -> dict[str, Any]:
+    import torch
+
     from csflow import device
     from csflow.model import InferenceDetector
 
