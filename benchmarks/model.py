@@ -51,24 +51,24 @@ def serve(program: str, precision: str, threads: int, image_size: int, batch: in
     torch.set_grad_enabled(False)
     builder = {"inference": _inference, "trained": _trained, "anomalib": _anomalib}[program]
     parts = builder(precision, image_size, batch)
-    for part in ("backbone", "flow"):
-        # The mixed backbone is measured by the faster of its two precisions.
-        parts[f"peak_{part}"] = _product(torch.float32 if precision == "float32" else torch.bfloat16)
+    # The mixed backbone is measured by the faster of its two precisions.
+    parts["peak"] = _product(torch.float32 if precision == "float32" else torch.bfloat16)
     is_autocast = program != "inference" and precision == "bfloat16"
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        for part in parts.values():
+            _seconds(part)
+        print(" ".join(parts), flush=True)
+        for line in sys.stdin:
+            print(_seconds(parts[line.strip()]), flush=True)
 
-    def seconds(part: Callable[[], Any]) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
-            part()  # after the other variants' turns, caches hold their data
-            started = time.perf_counter()
-            for _ in range(BATCHES):
-                part()
-        return (time.perf_counter() - started) / BATCHES
 
-    for part in parts.values():
-        seconds(part)
-    print(" ".join(parts), flush=True)
-    for line in sys.stdin:
-        print(seconds(parts[line.strip()]), flush=True)
+def _seconds(part: Callable[[], Any]) -> float:
+    """Of one call."""
+    part()  # after the other variants' turns, caches hold their data
+    started = time.perf_counter()
+    for _ in range(BATCHES):
+        part()
+    return (time.perf_counter() - started) / BATCHES
 
 
 def _product(dtype: Any) -> Callable[[], Any]:
@@ -84,15 +84,7 @@ def _product(dtype: Any) -> Callable[[], Any]:
         lambda: matrix @ matrix,
         lambda: torch.ops.mkldnn._linear_pointwise(matrix, packed, None, "none", [], ""),
     ]
-
-    def seconds(product: Callable[[], Any]) -> float:
-        product()
-        started = time.perf_counter()
-        for _ in range(3):
-            product()
-        return time.perf_counter() - started
-
-    return min(products, key=seconds)
+    return min(products, key=_seconds)
 
 
 def _pixels(image_size: int, batch: int) -> Any:
@@ -178,14 +170,14 @@ def speed(arguments: argparse.Namespace) -> list[str]:
     """Lines of a table: a row per variant."""
     counts = multiplications(arguments.image_size)
     servers = {}
-    for name, (program, precision, processes) in VARIANTS.items():
+    for name, (program, precision, count) in VARIANTS.items():
         python = arguments.anomalib_python if program == "anomalib" else sys.executable
         if python and (not arguments.only or name in arguments.only):
-            command = [python, __file__, "--serve", program, precision, str(THREADS // processes)]
+            command = [python, __file__, "--serve", program, precision, str(THREADS // count)]
             command += ["--image_size", str(arguments.image_size), "--batch_size", str(arguments.batch_size)]
             servers[name] = [
                 subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-                for _ in range(processes)
+                for _ in range(count)
             ]
     # A part's name is sent to all processes of a variant, which answer with their seconds.
     seconds: dict[str, dict[str, list[float]]] = {

@@ -152,9 +152,10 @@ def load_model(location: Location) -> Model:
         with torch.device("meta"):
             detector = Detector(Architecture.from_json(files.architecture), files.feature_shapes)
         state = {name: torch.from_numpy(value) for name, value in files.state.items()}
-        shifts = {name: state.pop(name) for name in list(state) if name.startswith(ROUNDING)}
+        detector.rounding_shifts = {
+            name.removeprefix(ROUNDING): state.pop(name) for name in list(state) if name.startswith(ROUNDING)
+        }
         detector.load_state_dict(state, assign=True)
-        detector.rounding_shifts = {name.removeprefix(ROUNDING): value for name, value in shifts.items()}
     except (RuntimeError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise _damaged(location, f"{type(error).__name__}: {error}") from None
     return Model(files.model_id, detector.eval().requires_grad_(False), files.calibration_scores)
