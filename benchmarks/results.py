@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 RESULTS = Path(__file__).with_name("results.md")
-LIBRARIES = ("torch", "timm", "ray", "pillow", "s3fs", "pyarrow")
+LIBRARIES = ("torch", "timm", "ray", "openvino", "pillow", "obstore", "pyarrow")
 
 
 def record(title: str, body: str, command: str) -> None:

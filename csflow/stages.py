@@ -4,7 +4,8 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import fsspec.asyn
 
@@ -42,8 +43,8 @@ class ProcessCpu:
         self._taken = self._client_taken = 0.0
 
     def take(self) -> tuple[float, float]:
-        """CPU seconds since the last call, or since the process began: of all threads, and of the one in
-        which fsspec's clients of object stores run, on behalf of the threads that wait for them."""
+        """CPU seconds since the last call, or since the process began: of all threads, and of those in which
+        clients of object stores run, on behalf of the threads that wait for them."""
         with self._lock:
             total, client = time.process_time(), _client_seconds()
             new = total - self._taken, client - self._client_taken
@@ -52,7 +53,13 @@ class ProcessCpu:
 
 
 def _client_seconds() -> float:
+    """Of the thread of fsspec's clients, and of those of obstore's."""
+    seconds = 0.0
     thread = fsspec.asyn.iothread[0]
-    if thread is None or not hasattr(time, "pthread_getcpuclockid"):
-        return 0.0
-    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+    if thread is not None and hasattr(time, "pthread_getcpuclockid"):
+        seconds = time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+    for task in Path("/proc/self/task").glob("*"):
+        with suppress(OSError):  # it has just ended
+            if task.joinpath("comm").read_text().startswith("tokio"):
+                seconds += int(task.joinpath("schedstat").read_text().split()[0]) / 1e9
+    return seconds

@@ -49,6 +49,10 @@ class FaultyS3:
         self.before: Callable[[str, str], None] = lambda method, path: None
         self.lock = threading.Lock()
         self.requests: list[str] = []
+        self.user_agents: list[str] = []
+        """Of every request, ever."""
+        self.authorizations: list[str] = []
+        """The same of the header that signs it."""
         self.options: dict[str, Any] = {
             "key": "testing",
             "secret": "testing",
@@ -113,6 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         server: FaultyS3 = self.server.faulty_s3  # type: ignore[attr-defined]
         server.requests.append(f"{self.command} {self.path}")
+        server.user_agents.append(self.headers.get("User-Agent", ""))
+        server.authorizations.append(self.headers.get("Authorization", ""))
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         with server.lock:
             server.before(self.command, self.path)

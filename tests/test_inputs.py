@@ -24,7 +24,7 @@ from PIL import Image
 from pyarrow import csv, orc
 
 from csflow.errors import ErrorCode, ImageError, WrongUse
-from csflow.inputs import folders, inventories, objects
+from csflow.inputs import folders, inventories, native_s3, objects
 from csflow.inputs.listing import LISTING, list_images, list_table
 from csflow.inputs.reading import ImageReader
 from csflow.inputs.selection import EVERYTHING, Selection
@@ -690,9 +690,86 @@ def test_refused_object_is_not_tried_again(bucket: faulty_s3.FaultyS3) -> None:
     uri = bucket.put("a.png", png(1))
     version = listing(uri, options=bucket.options)[uri]
     bucket.requests.clear()
-    bucket.faults.append("denied")
+    bucket.faults.extend(["denied"] * 10)
     assert failure(uri, version, options=bucket.options).code == ErrorCode.PERMISSION_DENIED
+    assert len(bucket.requests) == 2  # s3fs tells why the native client was refused
+
+
+def test_usual_objects_of_s3_are_read_by_the_native_client(bucket: faulty_s3.FaultyS3) -> None:
+    uri = bucket.put("ä b/#1?.png", png(1))
+    found = listing("s3://inputs", options=bucket.options)
+    bucket.user_agents.clear()
+    assert contents(found, bucket.options) == {uri: png(1)}
+    assert [agent.partition("/")[0] for agent in bucket.user_agents] == ["object_store"]
+    member = bucket.put("x.tar", tar_of({"m.png": png(2)}))
+    found = listing(member, options=bucket.options)
+    assert contents(found, bucket.options) == {f"{member}!/m.png": png(2)}
+    assert bucket.user_agents[-1].startswith("object_store/")
+
+
+@pytest.mark.parametrize("key", ["a//b.png", "/a.png", "a/./b.png", "a/../b.png", "a/b.png/"])
+def test_keys_that_the_native_client_cannot_name_are_read_all_the_same(
+    bucket: faulty_s3.FaultyS3, key: str
+) -> None:
+    for near_by in ("a/b.png", "b.png", "a.png"):
+        bucket.put(near_by, png(2))
+    bucket.behind.put_object(Bucket="inputs", Key=key, Body=png(1))
+    uri = f"s3://inputs/{key}"
+    version = bucket.behind.head_object(Bucket="inputs", Key=key)["ETag"].strip('"')
+    assert contents({uri: version}, bucket.options) == {uri: png(1)}
+
+
+def test_native_client_is_left_alone_while_it_fails(
+    bucket: faulty_s3.FaultyS3, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = bucket.put("a.png", png(1))
+    version = listing(uri, options=bucket.options)[uri]
+    reader = ImageReader(bucket.options)
+    monkeypatch.setattr("csflow.inputs.objects.FIRST_PAUSE_S", 0.0)
+    for _ in range(native_s3.FAILURES_TO_REST):
+        bucket.faults.extend(["broken", "none"])
+        assert reader.read(uri, version) == png(1)
+    assert "s3fs alone" in caplog.text
+    bucket.requests.clear()
+    bucket.user_agents.clear()
+    assert reader.read(uri, version) == png(1)
     assert len(bucket.requests) == 1
+    assert not bucket.user_agents[0].startswith("object_store/")
+
+
+def test_native_client_has_the_credentials_of_a_profile_and_follows_when_they_change(
+    bucket: faulty_s3.FaultyS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    uri = bucket.put("a.png", png(1))
+    version = listing(uri, options=bucket.options)[uri]
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    source = f"cat {tmp_path}/current.json"
+    config = f"[profile night]\nregion = eu-central-1\ncredential_process = {source}\n"
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(write(tmp_path / "config", config.encode())))
+    monkeypatch.setattr(native_s3, "CREDENTIALS_ARE_KEPT", timedelta(0))
+    reader = ImageReader({"profile": "night", "endpoint_url": bucket.options["endpoint_url"]})
+    for key in ("AKIA1", "AKIA2"):
+        # Within a quarter of an hour of their end botocore renews credentials.
+        expiration = (datetime.now(UTC) + timedelta(minutes=5)).isoformat()
+        credentials = {"Version": 1, "AccessKeyId": key, "SecretAccessKey": "x", "Expiration": expiration}
+        write(tmp_path / "current.json", json.dumps(credentials).encode())
+        assert reader.read(uri, version) == png(1)
+        assert bucket.user_agents[-1].startswith("object_store/")
+        assert f"Credential={key}/" in bucket.authorizations[-1]
+        assert "/eu-central-1/s3/" in bucket.authorizations[-1]
+
+
+@pytest.mark.parametrize("options", [{"requester_pays": True}, {"client_kwargs": {"verify": False}}])
+def test_options_unknown_to_the_native_client_go_to_s3fs(
+    bucket: faulty_s3.FaultyS3, options: dict[str, Any]
+) -> None:
+    uri = bucket.put("a.png", png(1))
+    found = listing(uri, options=bucket.options)
+    bucket.user_agents.clear()
+    assert contents(found, bucket.options | options) == {uri: png(1)}
+    assert len(bucket.user_agents) == 1
+    assert not bucket.user_agents[0].startswith("object_store/")
 
 
 def test_unexpected_exceptions_are_internal_errors_without_their_text(

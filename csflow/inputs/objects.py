@@ -9,6 +9,7 @@ import os
 import random
 import re
 import stat
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync
 
 from csflow.errors import ErrorCode, ImageError, WrongUse
+from csflow.inputs.native_s3 import NativeS3
 from csflow.redaction import redact
 from csflow.storage import filesystem
 
@@ -71,6 +73,8 @@ class ObjectStore:
         self._options = dict(storage_options)
         self._deadline_s = deadline_s
         self._remote: dict[str, fsspec.AbstractFileSystem] = {}
+        self._native: NativeS3 | None = None
+        self._lock = threading.Lock()
 
     def fetch(
         self, uri: str, version: str, start: int = 0, end: int | None = None, limit: int = MAX_RANGE_BYTES
@@ -86,7 +90,8 @@ class ObjectStore:
         if path is not None:
             return self.retried(lambda _: _read_local(path, version, start, end, limit))
         if is_s3(uri):
-            return self.retried(lambda left_s: self._get_s3(uri, version, start, end, limit, left_s))
+            clients = itertools.chain([self._get_s3_natively], itertools.repeat(self._get_s3))
+            return self.retried(lambda left_s: next(clients)(uri, version, start, end, limit, left_s))
         return self.retried(lambda _: self._get_other(uri, start, end, limit))
 
     def stat(self, uri: str) -> StoredObject:
@@ -157,6 +162,18 @@ class ObjectStore:
             if failure.code not in RETRIED or time.monotonic() + pause_s > deadline:
                 raise failure
             time.sleep(pause_s)
+
+    def _get_s3_natively(
+        self, uri: str, version: str, start: int, end: int | None, limit: int, left_s: float
+    ) -> bytes:
+        data = self._native_s3().get(*split_s3(uri), version, start, end, limit)
+        return self._get_s3(uri, version, start, end, limit, left_s) if data is None else data
+
+    def _native_s3(self) -> NativeS3:
+        with self._lock:
+            if self._native is None:
+                self._native = NativeS3(self.remote("s3://"), self._options, self._deadline_s)
+            return self._native
 
     def _get_s3(
         self, uri: str, version: str, start: int, end: int | None, limit: int, left_s: float

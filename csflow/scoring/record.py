@@ -17,7 +17,7 @@ from csflow.scoring.output import Output
 from csflow.scoring.plan import Account
 from csflow.scoring.tally import Tally
 
-LIBRARIES = ("ray", "torch", "timm", "pyarrow", "pillow", "fsspec", "s3fs")
+LIBRARIES = ("ray", "torch", "timm", "pyarrow", "pillow", "fsspec", "s3fs", "obstore")
 DRIFT_P_VALUE = 0.001
 """With --exit_on_drift, scores have drifted if the two-sample test's p-value is below this."""
 
