@@ -86,6 +86,8 @@ def s3_server() -> Iterator[subprocess.Popen[bytes]]:
         }
         try:
             while not _answers():
+                if server.poll() is not None:
+                    raise RuntimeError("the S3 server ended at once")
                 time.sleep(0.1)
             yield server
         finally:

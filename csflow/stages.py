@@ -47,7 +47,7 @@ class ProcessCpu:
         clients of object stores run, on behalf of the threads that wait for them."""
         with self._lock:
             total, client = time.process_time(), _client_seconds()
-            new = total - self._taken, client - self._client_taken
+            new = total - self._taken, max(0.0, client - self._client_taken)
             self._taken, self._client_taken = total, client
         return new
 
@@ -60,6 +60,6 @@ def _client_seconds() -> float:
         seconds = time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
     for task in Path("/proc/self/task").glob("*"):
         with suppress(OSError):  # it has just ended
-            if task.joinpath("comm").read_text().startswith("tokio"):
+            if task.joinpath("comm").read_bytes().startswith(b"tokio-rt"):
                 seconds += int(task.joinpath("schedstat").read_text().split()[0]) / 1e9
     return seconds

@@ -50,9 +50,8 @@ class FaultyS3:
         self.lock = threading.Lock()
         self.requests: list[str] = []
         self.user_agents: list[str] = []
-        """Of every request, ever."""
         self.authorizations: list[str] = []
-        """The same of the header that signs it."""
+        """The header that signs a request, of each since the bucket was emptied."""
         self.options: dict[str, Any] = {
             "key": "testing",
             "secret": "testing",
@@ -85,6 +84,8 @@ class FaultyS3:
         if keys:
             self.fs.call_s3("delete_objects", Bucket=BUCKET, Delete={"Objects": [{"Key": k} for k in keys]})
         self.requests.clear()
+        self.user_agents.clear()
+        self.authorizations.clear()
 
     def stop(self) -> None:
         self._front.shutdown()

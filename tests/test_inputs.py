@@ -707,6 +707,45 @@ def test_usual_objects_of_s3_are_read_by_the_native_client(bucket: faulty_s3.Fau
     assert bucket.user_agents[-1].startswith("object_store/")
 
 
+@pytest.mark.parametrize("name", ["inputs/", "inputs//", "in puts/a.png", "in#puts/a.png", "../a.png"])
+def test_names_that_the_native_client_would_change_or_choke_on_are_not_found(
+    bucket: faulty_s3.FaultyS3, name: str
+) -> None:
+    bucket.put("a.png", png(1))
+    assert failure(f"s3://{name}", "unknown", options=bucket.options).code == ErrorCode.NOT_FOUND
+    failure("s3://inputs/a.png", "no\nversion", options=bucket.options, deadline_s=0.1)
+    assert not any(agent.startswith("object_store/") for agent in bucket.user_agents)
+
+
+def test_secrets_that_no_header_can_hold_do_not_reach_the_native_client(bucket: faulty_s3.FaultyS3) -> None:
+    uri = bucket.put("a.png", png(1))
+    version = listing(uri, options=bucket.options)[uri]
+    failure(uri, version, options=bucket.options | {"token": "t\n"}, deadline_s=0.1)
+
+
+def test_environment_does_not_lead_the_native_client_elsewhere(
+    bucket: faulty_s3.FaultyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = bucket.put("a.png", png(1))
+    found = listing(uri, options=bucket.options)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    for name in ("SKIP_SIGNATURE", "VIRTUAL_HOSTED_STYLE_REQUEST", "REQUEST_PAYER", "S3_EXPRESS"):
+        monkeypatch.setenv(f"AWS_{name}", "true")
+    assert contents(found, bucket.options) == {uri: png(1)}
+    assert bucket.user_agents[-1].startswith("object_store/")
+    assert "Credential=testing/" in bucket.authorizations[-1]
+
+
+def test_unreadable_certificates_are_no_fault_of_the_image(
+    bucket: faulty_s3.FaultyS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    uri = bucket.put("a.png", png(1))
+    version = listing(uri, options=bucket.options)[uri]
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "none.pem"))
+    options = bucket.options | {"endpoint_url": bucket.options["endpoint_url"].replace("http:", "https:")}
+    assert failure(uri, version, options=options, deadline_s=0.1).is_transient
+
+
 @pytest.mark.parametrize("key", ["a//b.png", "/a.png", "a/./b.png", "a/../b.png", "a/b.png/"])
 def test_keys_that_the_native_client_cannot_name_are_read_all_the_same(
     bucket: faulty_s3.FaultyS3, key: str

@@ -6,9 +6,13 @@ refused, s3fs is asked again, and tells why.
 """
 
 import logging
+import os
+import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import obstore
 from fsspec.asyn import sync
-from obstore.exceptions import BaseError, PreconditionError
+from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
 from obstore.store import S3Store
 
 from csflow.errors import ErrorCode, ImageError
@@ -27,32 +31,41 @@ if TYPE_CHECKING:  # it exists for type checkers alone
 logger = logging.getLogger(__name__)
 
 OPTIONS = frozenset({"key", "secret", "token", "endpoint_url", "profile", "client_kwargs"})
+OWN_OPTIONS = frozenset({"use_listings_cache", "config_kwargs"})
+"""Those that `ObjectStore` adds."""
 CLIENT_OPTIONS = frozenset({"endpoint_url", "region_name"})
 """Of s3fs's options, those whose meaning is passed on. With any other, s3fs reads."""
+BUCKET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 CREDENTIALS_ARE_KEPT = timedelta(minutes=10)
 """botocore renews credentials that would expire within this time."""
 FAILURES_TO_REST = 8
-REST_S = 300.0
-"""After so many failures in a row it is left alone for a while: it may be unfit for this store."""
+REST_S = 30.0
+"""After so many failures in a row s3fs alone reads a bucket for a while: the client may be unfit for it."""
+
+
+@dataclass
+class _Health:
+    """How the client gets on with a bucket."""
+
+    failures: int = 0
+    """In a row."""
+    rests_until: float = 0.0
 
 
 class NativeS3:
     """Reads objects of S3 for `ObjectStore`. Threads may share it."""
 
-    def __init__(
-        self, fs: fsspec.AbstractFileSystem, storage_options: Mapping[str, Any], deadline_s: float
-    ) -> None:
-        """Connects the file system.
+    def __init__(self, fs: fsspec.AbstractFileSystem, deadline_s: float) -> None:
+        """Connects the file system, an `s3fs.S3FileSystem`.
 
         Args:
-            fs: an `s3fs.S3FileSystem`, made with these options.
             deadline_s: seconds after which an object is given up.
         """
-        self._settings = _settings(fs, deadline_s) if _is_understood(storage_options) else None
+        self._settings = _settings(fs, deadline_s) if _is_understood(fs) else None
         self._stores: dict[str, S3Store] = {}
+        self._health: dict[str, _Health] = defaultdict(_Health)
         self._lock = threading.Lock()
-        self._failures = 0
-        self._rests_until = 0.0
+        self._process = os.getpid()
 
     def get(
         self, bucket: str, key: str, version: str, start: int, end: int | None, limit: int
@@ -62,24 +75,39 @@ class NativeS3:
         Raises:
             ImageError: CONNECTION, of a failure that may pass.
         """
-        if self._settings is None or time.monotonic() < self._rests_until:
+        if not self._can_ask(bucket, key, version):
+            return None
+        health = self._health[bucket]
+        if time.monotonic() < health.rests_until:
             return None
         options: GetOptions = {"if_match": f'"{version}"'}
         if end is not None:
             options["range"] = (start, end)
+        data: bytes | None = None
         try:
             result = obstore.get(self._store(bucket), key, options=options)
             first, last = result.range
-            if last - first > limit:
-                return None
-            data: bytes = result.bytes().to_bytes()
+            if last - first <= limit:
+                data = result.bytes().to_bytes()
         except (ValueError, FileNotFoundError, PreconditionError):
+            pass
+        except (PermissionDeniedError, UnauthenticatedError) as error:
+            self._count_failure(bucket, error)
             return None
         except BaseError as error:
-            self._count_failure(error)
+            self._count_failure(bucket, error)
             raise ImageError(ErrorCode.CONNECTION, f"reading failed ({type(error).__name__})") from error
-        self._failures = 0
+        health.failures = 0
         return data
+
+    def _can_ask(self, bucket: str, key: str, version: str) -> bool:
+        """Whether the client would ask for this very object.
+
+        It takes slashes off both ends of a key, panics where a URL or a header would be invalid, and hangs in
+        a fork of the process that it was used in.
+        """
+        is_nameable = BUCKET.fullmatch(bucket) and key and key == key.strip("/") and version.isprintable()
+        return bool(is_nameable and self._settings and os.getpid() == self._process)
 
     def _store(self, bucket: str) -> S3Store:
         with self._lock:
@@ -88,60 +116,86 @@ class NativeS3:
                 self._stores[bucket] = S3Store(bucket, **self._settings)
             return self._stores[bucket]
 
-    def _count_failure(self, error: BaseError) -> None:
-        self._failures += 1
-        if self._failures >= FAILURES_TO_REST:
-            self._failures = 0
-            self._rests_until = time.monotonic() + REST_S
-            logger.warning("for %.0f s S3 is read by s3fs alone: %s", REST_S, type(error).__name__)
+    def _count_failure(self, bucket: str, error: BaseError) -> None:
+        health = self._health[bucket]
+        health.failures += 1
+        # What was under way when the rest began fails as well.
+        if health.failures >= FAILURES_TO_REST and time.monotonic() >= health.rests_until:
+            health.failures = 0
+            health.rests_until = time.monotonic() + REST_S
+            name = type(error).__name__
+            logger.warning("for %.0f s bucket %s is read by s3fs alone: %s", REST_S, bucket, name)
 
 
-def _is_understood(storage_options: Mapping[str, Any]) -> bool:
-    client_options = storage_options.get("client_kwargs") or {}
-    return storage_options.keys() <= OPTIONS and client_options.keys() <= CLIENT_OPTIONS
+def _is_understood(fs: fsspec.AbstractFileSystem) -> bool:
+    client_options = fs.client_kwargs or {}
+    return fs.storage_options.keys() - OWN_OPTIONS <= OPTIONS and client_options.keys() <= CLIENT_OPTIONS
 
 
 def _settings(fs: fsspec.AbstractFileSystem, deadline_s: float) -> dict[str, Any] | None:
-    """Arguments of an `S3Store` that is as this file system; None if there are no credentials."""
-    fs.connect()
+    """Arguments of an `S3Store` that is as this file system; None if there can be none."""
+    sync(fs.loop, fs.set_session, timeout=deadline_s)
     client = fs.s3.meta
-    provider = _credential_provider(fs)
-    if provider is None:
+    provider = _credential_provider(fs, deadline_s)
+    if provider is None or not all(map(str.isprintable, (client.endpoint_url, client.region_name))):
         return None
-    # s3fs must have time left to tell what is wrong.
-    timeout = timedelta(seconds=deadline_s / 2)
+    timeout = timedelta(seconds=deadline_s)
     client_options: dict[str, Any] = {
         "timeout": timeout,
-        "read_timeout": min(timeout, timedelta(seconds=fs.read_timeout)),
-        "connect_timeout": min(timeout, timedelta(seconds=fs.connect_timeout)),
-        "allow_http": client.endpoint_url.startswith("http://"),
+        # s3fs must have time left to tell what is wrong with a store that does not answer.
+        "read_timeout": min(timeout / 2, timedelta(seconds=fs.read_timeout)),
+        "connect_timeout": min(timeout / 2, timedelta(seconds=fs.connect_timeout)),
+        "allow_http": client.endpoint_url.lower().startswith("http://"),
     }
     if authorities := fs.session.get_config_variable("ca_bundle"):
-        client_options["root_certificate"] = Path(authorities).read_bytes()
+        try:
+            client_options["root_certificate"] = Path(authorities).read_bytes()
+        except OSError:
+            return None
+    config = {
+        "endpoint": client.endpoint_url,
+        "region": client.region_name,
+        # Else variables of the environment, of which botocore knows some and not others, would win.
+        "aws_endpoint_url_s3": client.endpoint_url,
+        "skip_signature": False,
+        "virtual_hosted_style_request": False,
+        "request_payer": False,
+        "s3_express": False,
+    }
     return {
-        "config": {"endpoint": client.endpoint_url, "region": client.region_name},
+        "config": config,
         "credential_provider": provider,
         "client_options": client_options,
         "retry_config": {"max_retries": 0},  # `ObjectStore` has the one policy for retries
     }
 
 
-def _credential_provider(fs: fsspec.AbstractFileSystem) -> Callable[[], dict[str, Any]] | None:
-    """What gives the file system's credentials whenever it is asked; None if there are none."""
+def _credential_provider(
+    fs: fsspec.AbstractFileSystem, deadline_s: float
+) -> Callable[[], dict[str, Any]] | None:
+    """What gives the file system's credentials whenever it is asked; None if it has none."""
     if fs.key:
-        static = {"access_key_id": fs.key, "secret_access_key": fs.secret, "token": fs.token}
-        return lambda: static | {"expires_at": None}
-    credentials = sync(fs.loop, fs.session.get_credentials)
-    if credentials is None:
+        explicit = _credentials(fs.key, fs.secret, fs.token, None)
+        return None if explicit is None else lambda: explicit
+    found = sync(fs.loop, fs.session.get_credentials, timeout=deadline_s)
+    if found is None:
         return None
 
     def current() -> dict[str, Any]:
-        frozen = sync(fs.loop, credentials.get_frozen_credentials)
-        return {
-            "access_key_id": frozen.access_key,
-            "secret_access_key": frozen.secret_key,
-            "token": frozen.token,
-            "expires_at": datetime.now(UTC) + CREDENTIALS_ARE_KEPT,
-        }
+        frozen = sync(fs.loop, found.get_frozen_credentials, timeout=deadline_s)
+        expires_at = datetime.now(UTC) + CREDENTIALS_ARE_KEPT
+        credentials = _credentials(frozen.access_key, frozen.secret_key, frozen.token, expires_at)
+        if credentials is None:
+            raise ValueError("credentials that no header can hold")
+        return credentials
 
     return current
+
+
+def _credentials(
+    key: str, secret: str | None, token: str | None, expires_at: datetime | None
+) -> dict[str, Any] | None:
+    """As obstore takes them; None if no header can hold them, such as one that ends in a line break."""
+    if not all(map(str.isprintable, (key, secret or "", token or ""))):
+        return None
+    return {"access_key_id": key, "secret_access_key": secret, "token": token, "expires_at": expires_at}

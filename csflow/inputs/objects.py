@@ -172,7 +172,7 @@ class ObjectStore:
     def _native_s3(self) -> NativeS3:
         with self._lock:
             if self._native is None:
-                self._native = NativeS3(self.remote("s3://"), self._options, self._deadline_s)
+                self._native = NativeS3(self.remote("s3://"), self._deadline_s)
             return self._native
 
     def _get_s3(
