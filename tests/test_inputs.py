@@ -675,13 +675,14 @@ def test_archive_that_failed_for_a_while_is_a_transient_error(
     real = objects.ObjectStore.fetch
 
     def failing_fetch(self: objects.ObjectStore, *args: Any) -> bytes:
-        bucket.faults.append("broken")
+        bucket.faults.extend(["broken"] * 2)  # for each of the two clients
         return real(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(objects.ObjectStore, "fetch", failing_fetch)
         found = listing("s3://inputs/d", options=bucket.options)
     assert list(found) == [uri]
+    bucket.faults.clear()
     error = failure(uri, found[uri], options=bucket.options)
     assert (error.code, error.is_transient) == (ErrorCode.CHANGED, True)
 
@@ -764,7 +765,7 @@ def test_native_client_is_left_alone_while_it_fails(
     uri = bucket.put("a.png", png(1))
     version = listing(uri, options=bucket.options)[uri]
     reader = ImageReader(bucket.options)
-    monkeypatch.setattr("csflow.inputs.objects.FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(native_s3, "LONGEST_PAUSE_S", 0.0)
     for _ in range(native_s3.FAILURES_TO_REST):
         bucket.faults.extend(["broken", "none"])
         assert reader.read(uri, version) == png(1)

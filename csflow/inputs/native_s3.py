@@ -7,6 +7,7 @@ refused, s3fs is asked again, and tells why.
 
 import logging
 import os
+import random
 import re
 import threading
 import time
@@ -23,8 +24,6 @@ from fsspec.asyn import sync
 from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
 from obstore.store import S3Store
 
-from csflow.errors import ErrorCode, ImageError
-
 if TYPE_CHECKING:  # it exists for type checkers alone
     from obstore import GetOptions
 
@@ -38,6 +37,7 @@ CLIENT_OPTIONS = frozenset({"endpoint_url", "region_name"})
 BUCKET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 CREDENTIALS_ARE_KEPT = timedelta(minutes=10)
 """botocore renews credentials that would expire within this time."""
+LONGEST_PAUSE_S = 0.2
 FAILURES_TO_REST = 8
 REST_S = 30.0
 """After so many failures in a row s3fs alone reads a bucket for a while: the client may be unfit for it."""
@@ -70,11 +70,7 @@ class NativeS3:
     def get(
         self, bucket: str, key: str, version: str, start: int, end: int | None, limit: int
     ) -> bytes | None:
-        """Bytes of an object, as `ObjectStore.fetch`; None if there are none for a reason that s3fs can tell.
-
-        Raises:
-            ImageError: CONNECTION, of a failure that may pass.
-        """
+        """Bytes of an object, as `ObjectStore.fetch`; None if there are none, and s3fs is to tell why."""
         if not self._can_ask(bucket, key, version):
             return None
         health = self._health[bucket]
@@ -91,12 +87,12 @@ class NativeS3:
                 data = result.bytes().to_bytes()
         except (ValueError, FileNotFoundError, PreconditionError):
             pass
-        except (PermissionDeniedError, UnauthenticatedError) as error:
-            self._count_failure(bucket, error)
-            return None
         except BaseError as error:
             self._count_failure(bucket, error)
-            raise ImageError(ErrorCode.CONNECTION, f"reading failed ({type(error).__name__})") from error
+            if not isinstance(error, PermissionDeniedError | UnauthenticatedError):
+                # The store may have asked to slow down, and will be asked again at once.
+                time.sleep(random.uniform(0, LONGEST_PAUSE_S))
+            return None
         health.failures = 0
         return data
 

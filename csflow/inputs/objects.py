@@ -167,8 +167,12 @@ class ObjectStore:
     def _get_s3_natively(
         self, uri: str, version: str, start: int, end: int | None, limit: int, left_s: float
     ) -> bytes:
+        deadline = time.monotonic() + left_s
         data = self._native_s3().get(*split_s3(uri), version, start, end, limit)
-        return self._get_s3(uri, version, start, end, limit, left_s) if data is None else data
+        if data is not None:
+            return data
+        left_s = max(deadline - time.monotonic(), SHORTEST_ATTEMPT_S)
+        return self._get_s3(uri, version, start, end, limit, left_s)
 
     def _native_s3(self) -> NativeS3:
         with self._lock:
