@@ -1,5 +1,7 @@
 """Keeping the model busy: shards overlap in an actor, and its time is accounted for."""
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +20,7 @@ from csflow.inputs.loading import ImageLoader
 from csflow.inputs.reading import ImageReader
 from csflow.model import Architecture, Detector
 from csflow.model_directory import CALIBRATION, load_model, save_model
+from csflow.process import peak_memory_bytes
 from csflow.scores import SCORES
 from csflow.scoring.listing import Listing
 from csflow.scoring.output import Output
@@ -209,3 +212,10 @@ def test_an_unreadable_image_spends_its_time_reading(cells):
     (image,) = loader.load([str(cells / "missing.png")], ["1-1"])
     assert image.content.code == ErrorCode.NOT_FOUND
     assert image.stages.seconds.keys() == {"read"}
+
+
+def test_peak_memory_is_that_of_the_process_alone():
+    ballast = np.ones(300_000_000, dtype=np.uint8)
+    command = "from csflow.process import peak_memory_bytes; print(peak_memory_bytes())"
+    child = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert int(child.stdout) < 100_000_000 < len(ballast) < peak_memory_bytes()

@@ -92,11 +92,13 @@ def summary(record: Mapping[str, Any], output: Output) -> str:
     counts = record["counts"]
     before = counts["scored"] - counts["scored_in_this_run"]
     codes = ", ".join(f"{code} {n}" for code, n in sorted(counts["errors_in_this_run"].items()))
+    first = record["seconds_to_first_image"]
     lines = [
         f"scored    {counts['scored_in_this_run']} images, {counts['anomalous_in_this_run']} anomalous "
         f"({before} were scored before)",
         f"errors    {codes or 'none'}",
-        f"rate      {record['images_per_second']:.1f} images/s",
+        f"rate      {record['images_per_second']:.1f} images/s"
+        + (f", the first {first:.0f} s after the start" if first is not None else ""),
     ]
     if drift := record["drift"]:
         lines.append(
