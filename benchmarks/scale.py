@@ -7,6 +7,7 @@ Planning: archives of tiny images (links to one file) are listed, frozen and pla
 with rows as a finished run leaves them, and the job itself runs over the complete output. Scoring: the job
 scores whole archives with a small model (128 px, random weights), so that costs beside the model would be
 seen if they grew. Every figure comes from a process of its own.
+Those that plan do not import torch, as the job's driver does not: `plant` does.
 """
 
 import argparse
@@ -21,14 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import plant
 import pyarrow as pa
 import pyarrow.dataset as ds
 from PIL import Image
 from results import record
 
 from csflow.inputs.listing import list_images
-from csflow.model import Architecture
 from csflow.model_directory import read_model
 from csflow.process import peak_memory_bytes
 from csflow.scores import SCORES
@@ -40,7 +39,6 @@ from csflow.storage import Location, to_parquet
 ROOT = Path(__file__).parent.parent
 FILES_PER_FOLDER = 1000
 MAP_SIDE = 4
-SMALL = Architecture("tf_efficientnet_lite0", (128, 128), hidden_channels=64, kernel_sizes=(3,))
 
 
 def main() -> None:
@@ -54,8 +52,13 @@ def main() -> None:
     if arguments.plan:
         print(json.dumps(plan(*arguments.plan)))
         return
+    import plant
+
+    from csflow.model import Architecture
+
+    small = Architecture("tf_efficientnet_lite0", (128, 128), hidden_channels=64, kernel_sizes=(3,))
     with tempfile.TemporaryDirectory() as folder:
-        model = str(plant.write_model(Path(folder) / "model", SMALL))
+        model = str(plant.write_model(Path(folder) / "model", small))
         if arguments.planned:
             measure_planning(model, arguments.planned)
         if arguments.scored:
@@ -86,6 +89,8 @@ def measure_planning(model: str, archives: Sequence[int]) -> None:
 
 
 def measure_scoring(model: str, archives: Sequence[int]) -> None:
+    import plant
+
     lines = [
         "| images scored | ms an image, steady | ms of the workers' CPU | s | s to the first image "
         "| driver MB | worker MB |",
