@@ -1,4 +1,4 @@
-"""GETs from S3 through obstore, a client outside Python: a fifth to a tenth of s3fs's processor time.
+"""GETs from S3 through obstore, a client outside Python: a tenth of s3fs's processor time.
 
 Endpoint, region and credentials are those that s3fs has found, so that there is one answer to where they come
 from. The client only says yes: whatever it cannot do (keys such as `a//b`, buckets of another region) or is
