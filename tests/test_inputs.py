@@ -800,7 +800,14 @@ def test_native_client_has_the_credentials_of_a_profile_and_follows_when_they_ch
         assert "/eu-central-1/s3/" in bucket.authorizations[-1]
 
 
-@pytest.mark.parametrize("options", [{"requester_pays": True}, {"client_kwargs": {"verify": False}}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"requester_pays": True},
+        {"client_kwargs": {"verify": False}},
+        {"config_kwargs": {"s3": {"addressing_style": "path"}}},
+    ],
+)
 def test_options_unknown_to_the_native_client_go_to_s3fs(
     bucket: faulty_s3.FaultyS3, options: dict[str, Any]
 ) -> None:

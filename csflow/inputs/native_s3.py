@@ -29,11 +29,11 @@ if TYPE_CHECKING:  # it exists for type checkers alone
 
 logger = logging.getLogger(__name__)
 
-OPTIONS = frozenset({"key", "secret", "token", "endpoint_url", "profile", "client_kwargs"})
-OWN_OPTIONS = frozenset({"use_listings_cache", "config_kwargs"})
-"""Those that `ObjectStore` adds."""
+OPTIONS = frozenset({"key", "secret", "token", "endpoint_url", "profile", "client_kwargs", "config_kwargs"})
 CLIENT_OPTIONS = frozenset({"endpoint_url", "region_name"})
 """Of s3fs's options, those whose meaning is passed on. With any other, s3fs reads."""
+OWN_OPTIONS, OWN_CONFIG = frozenset({"use_listings_cache"}), frozenset({"retries", "max_pool_connections"})
+"""Those that `ObjectStore` adds, which mean nothing for reading."""
 BUCKET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 CREDENTIALS_ARE_KEPT = timedelta(minutes=10)
 """botocore renews credentials that would expire within this time."""
@@ -124,8 +124,11 @@ class NativeS3:
 
 
 def _is_understood(fs: fsspec.AbstractFileSystem) -> bool:
-    client_options = fs.client_kwargs or {}
-    return fs.storage_options.keys() - OWN_OPTIONS <= OPTIONS and client_options.keys() <= CLIENT_OPTIONS
+    return (
+        fs.storage_options.keys() - OWN_OPTIONS <= OPTIONS
+        and fs.client_kwargs.keys() <= CLIENT_OPTIONS
+        and fs.config_kwargs.keys() <= OWN_CONFIG
+    )
 
 
 def _settings(fs: fsspec.AbstractFileSystem, deadline_s: float) -> dict[str, Any] | None:
