@@ -201,8 +201,8 @@ def speed(arguments: argparse.Namespace) -> list[str]:
         rate = {p: arguments.batch_size / t for p, t in median.items()}
         cells = [f"{rate['whole']:.2f}"]
         cells += [f"{rate[part]:.1f}" if part in rate else "" for part in counts]
-        peak = {part: MATRIX_SIDE**3 / median[f"peak_{part}"] for part in counts}
-        cells += [f"{rate[part] * counts[part] / peak[part]:.0%}" if part in rate else "" for part in counts]
+        peak = MATRIX_SIDE**3 / median["peak"]
+        cells += [f"{rate[part] * counts[part] / peak:.0%}" if part in rate else "" for part in counts]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return rows
 

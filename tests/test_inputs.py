@@ -721,7 +721,9 @@ def test_names_that_the_native_client_would_change_or_choke_on_are_not_found(
 def test_secrets_that_no_header_can_hold_do_not_reach_the_native_client(bucket: faulty_s3.FaultyS3) -> None:
     uri = bucket.put("a.png", png(1))
     version = listing(uri, options=bucket.options)[uri]
+    bucket.user_agents.clear()
     failure(uri, version, options=bucket.options | {"token": "t\n"}, deadline_s=0.1)
+    assert not any(agent.startswith("object_store/") for agent in bucket.user_agents)
 
 
 def test_environment_does_not_lead_the_native_client_elsewhere(
