@@ -193,8 +193,8 @@ def speed(arguments: argparse.Namespace) -> list[str]:
         for process in processes:
             process.communicate()
     rows = [
-        "| variant | images/s | backbone | flow | share of peak: backbone | flow |",
-        "|---|---|---|---|---|---|",
+        "| variant | images/s | backbone | flow | peak, GFLOP/s | backbone's share | flow's |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, parts in seconds.items():
         median = {part: statistics.median(values) for part, values in parts.items()}
@@ -202,6 +202,7 @@ def speed(arguments: argparse.Namespace) -> list[str]:
         cells = [f"{rate['whole']:.2f}"]
         cells += [f"{rate[part]:.1f}" if part in rate else "" for part in counts]
         peak = MATRIX_SIDE**3 / median["peak"]
+        cells.append(f"{2 * peak / 1e9:.0f}")
         cells += [f"{rate[part] * counts[part] / peak:.0%}" if part in rate else "" for part in counts]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return rows

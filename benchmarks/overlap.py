@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from csflow.inputs.reading import ImageReader
 from csflow.model_directory import load_model
 from csflow.scoring.listing import Listing
 from csflow.scoring.output import Output
-from csflow.scoring.plan import make_plan
+from csflow.scoring.plan import SHARD_STEP, make_plan
 from csflow.scoring.shard import READ_THREADS, ScoringSettings, ShardScorer
 from csflow.storage import Location
 
@@ -70,8 +71,8 @@ def work(model: str, images: str) -> None:
         output = Output(folder, model_id)
         listing = Listing.freeze(folder / "listing", list_images([images], {}), None)
         shards = make_plan(listing, output, "run", retry_errors=False)
-        object.__setattr__(settings, "output", output)
-        scorer._loader = ImageLoader(reader, scorer._detector.architecture.image_size, threads)
+        scorer._settings = replace(settings, output=output)
+        scorer._loader = ImageLoader(reader, plant.SETTINGS["light"].image_size, threads)
         rows = [{name: np.array([value]) for name, value in shard.to_row().items()} for shard in shards]
         started = time.perf_counter()
         with ThreadPoolExecutor(calls) as pool:
@@ -93,8 +94,8 @@ def main() -> None:
     rates: dict[str, list[float]] = defaultdict(list)
     try:
         model = plant.write_model(folder / "model", plant.SETTINGS["light"])
-        with plant.s3_server():
-            images = plant.put_photographs(secrets.token_hex(4), 16 * SHARDS)
+        with plant.s3_server() as server:
+            images = server.put_photographs(secrets.token_hex(4), SHARD_STEP * SHARDS)
             command = [sys.executable, __file__, "--work", str(model), images]
             environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(plant.ROOT)}
             pipe = subprocess.PIPE

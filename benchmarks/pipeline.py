@@ -68,7 +68,7 @@ def bare(model: Path, images: int) -> float:
     return sum(float(process.communicate("go\n")[0]) for process in processes)
 
 
-def job(model: Path, images: str, folder: Path, server: subprocess.Popen[bytes]) -> dict[str, float]:
+def job(model: Path, images: str, folder: Path, server: plant.S3Server) -> dict[str, float]:
     output = plant.fresh(folder)
     run = plant.run(plant.score_command(model, images, output), server)
     record = plant.run_record(output)
@@ -81,7 +81,7 @@ def job(model: Path, images: str, folder: Path, server: subprocess.Popen[bytes])
     }
 
 
-def script(model: Path, images: str, folder: Path, server: subprocess.Popen[bytes]) -> dict[str, float]:
+def script(model: Path, images: str, folder: Path, server: plant.S3Server) -> dict[str, float]:
     output = plant.fresh(folder)
     run = plant.run([sys.executable, "benchmarks/plain_script.py", str(model), images, str(output)], server)
     scored_at = pq.read_table(output, columns=["scored_at"])["scored_at"].to_numpy()
@@ -137,7 +137,7 @@ def main() -> None:
     try:
         model = plant.write_model(folder / "model", plant.SETTINGS[arguments.setting])
         with plant.s3_server() as server:
-            images = plant.put_photographs("night", arguments.images)
+            images = server.put_photographs("night", arguments.images)
             for _ in range(arguments.rounds):
                 values["bare"].append(bare(model, arguments.images // 4))
                 for part in (job(model, images, folder, server), script(model, images, folder, server)):

@@ -63,8 +63,28 @@ def write_model(folder: Path, architecture: Architecture) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class S3Server:
+    process: subprocess.Popen[bytes]
+    bucket: Path
+    """The folder that the server shows as its bucket."""
+
+    def put_photographs(self, prefix: str, count: int) -> str:
+        """Puts so many photographs, some of them more than once, below a prefix; returns its URL."""
+        folder = self.bucket / prefix
+        folder.mkdir()
+        sources = [path for path, _, _ in sorted(photographs())]
+        for i in range(count):
+            first = folder / f"{i % len(sources):06d}.png"
+            if i < len(sources):
+                shutil.copyfile(sources[i], first)
+            else:
+                os.link(first, folder / f"{i:06d}.png")
+        return f"s3://{BUCKET}/{prefix}"
+
+
 @contextmanager
-def s3_server() -> Iterator[subprocess.Popen[bytes]]:
+def s3_server() -> Iterator[S3Server]:
     """Runs an S3 server with an empty bucket; the standard AWS variables point at it."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -82,14 +102,13 @@ def s3_server() -> Iterator[subprocess.Popen[bytes]]:
             "AWS_SECRET_ACCESS_KEY": "testtest",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ENDPOINT_URL": f"http://{address}",
-            "CSFLOW_BENCHMARK_BUCKET": f"{folder}/{BUCKET}",
         }
         try:
             while not _answers():
                 if server.poll() is not None:
                     raise RuntimeError("the S3 server ended at once")
                 time.sleep(0.1)
-            yield server
+            yield S3Server(server, Path(folder) / BUCKET)
         finally:
             server.kill()
             server.wait()
@@ -103,20 +122,6 @@ def _answers() -> bool:
     return True
 
 
-def put_photographs(prefix: str, count: int) -> str:
-    """Puts so many photographs, some of them more than once, below a prefix; returns its URL."""
-    folder = Path(os.environ["CSFLOW_BENCHMARK_BUCKET"]) / prefix
-    folder.mkdir()
-    sources = [path for path, _, _ in sorted(photographs())]
-    for i in range(count):
-        first = folder / f"{i % len(sources):06d}.png"
-        if i < len(sources):
-            shutil.copyfile(sources[i], first)
-        else:
-            os.link(first, folder / f"{i:06d}.png")
-    return f"s3://{BUCKET}/{prefix}"
-
-
 @dataclass(frozen=True)
 class Run:
     """How a command went."""
@@ -128,9 +133,9 @@ class Run:
     output: str
 
 
-def run(command: Sequence[str], server: subprocess.Popen[bytes]) -> Run:
+def run(command: Sequence[str], server: S3Server) -> Run:
     """Runs a command with the processor time of all its processes accounted for; raises if it fails."""
-    before = cpu_seconds_of(server.pid)
+    before = cpu_seconds_of(server.process.pid)
     started = time.perf_counter()
     environment = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -147,7 +152,7 @@ def run(command: Sequence[str], server: subprocess.Popen[bytes]) -> Run:
     by_kind: dict[str, float] = defaultdict(float)
     for kind, value in spent.values():
         by_kind[kind] += value
-    by_kind["S3 server"] = cpu_seconds_of(server.pid) - before
+    by_kind["S3 server"] = cpu_seconds_of(server.process.pid) - before
     return Run(seconds, dict(by_kind), output)
 
 

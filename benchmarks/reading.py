@@ -43,10 +43,10 @@ def clients() -> dict[str, Callable[[Image], bytes]]:
     }
 
 
-def main() -> None:
+def main(server: plant.S3Server) -> None:
     ways = clients()
     spent: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    table = pa.Table.from_batches(list_images([plant.put_photographs("night", PHOTOGRAPHS)], {}))
+    table = pa.Table.from_batches(list_images([server.put_photographs("night", PHOTOGRAPHS)], {}))
     images = list(zip(table["image_uri"].to_pylist(), table["image_version"].to_pylist(), strict=True))
     assert len({way(images[0]) for way in ways.values()}) == 1
     with ThreadPoolExecutor(THREADS) as pool:
@@ -66,5 +66,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with plant.s3_server():
-        main()
+    with plant.s3_server() as s3:
+        main(s3)

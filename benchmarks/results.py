@@ -24,12 +24,14 @@ def machine() -> str:
     """Processor, operating system and libraries, in a line."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     model = re.search(r"model name\s*: (.*)", cpuinfo)
+    family = re.search(r"cpu family\s*: (.*)\nmodel\s*: (.*)", cpuinfo)
     flags = re.search(r"flags\s*: (.*)", cpuinfo)
     features = [
         name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flags and name in flags[1].split()
     ]
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     return (
-        f"{os.cpu_count()} × {model[1] if model else platform.machine()} ({', '.join(features)}), "
+        f"{os.cpu_count()} × {model[1] if model else platform.machine()}"
+        f"{' (family {}, model {})'.format(*family.groups()) if family else ''} ({', '.join(features)}), "
         f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {libraries}"
     )

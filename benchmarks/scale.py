@@ -14,12 +14,15 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +50,7 @@ def main() -> None:
     )
     parser.add_argument("--planned", type=int, nargs="*", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--scored", type=int, nargs="*", default=[1_000, 10_000])
+    parser.add_argument("--rounds", type=int, default=3, help="of scoring; medians are printed")
     parser.add_argument("--plan", nargs=3, metavar=("MODEL", "ARCHIVE", "OUTPUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.plan:
@@ -62,7 +66,7 @@ def main() -> None:
         if arguments.planned:
             measure_planning(model, arguments.planned)
         if arguments.scored:
-            measure_scoring(model, arguments.scored)
+            measure_scoring(model, arguments.scored, arguments.rounds)
 
 
 def measure_planning(model: str, archives: Sequence[int]) -> None:
@@ -88,36 +92,48 @@ def measure_planning(model: str, archives: Sequence[int]) -> None:
     record("Scale: planning", "\n".join(lines), f"python benchmarks/scale.py --planned {numbers} --scored")
 
 
-def measure_scoring(model: str, archives: Sequence[int]) -> None:
-    import plant
-
+def measure_scoring(model: str, archives: Sequence[int], rounds: int) -> None:
+    measured: dict[int, list[tuple[float, ...]]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as name:
+        folders = {images: make_archive(Path(name) / str(images), images) for images in archives}
+        for _ in range(rounds):
+            for images, archive in folders.items():
+                with tempfile.TemporaryDirectory() as output:
+                    row = _scored(model, archive, output)
+                print(images, *(f"{value:.2f}" for value in row), file=sys.stderr, flush=True)
+                measured[images].append(row)
     lines = [
         "| images scored | ms an image, steady | ms of the workers' CPU | s | s to the first image "
         "| driver MB | worker MB |",
         "|---|---|---|---|---|---|---|",
     ]
-    for images in archives:
-        with tempfile.TemporaryDirectory() as folder:
-            archive = make_archive(Path(folder), images)
-            run = score(model, archive, f"{folder}/output")
-            assert run["counts"]["scored_in_this_run"] == images
-            table = ds.dataset(f"{folder}/output/scores").to_table(columns=["scored_at"])
-            rate = plant.steady_rate(table["scored_at"].cast("int64").to_numpy() / 1e6)
-            memory = run["peak_memory_bytes"]
-            spent = sum(run["cpu_seconds_in_workers"].values()) - run["cpu_seconds_in_workers"]["start"]
-            lines.append(
-                f"| {images:,} | {1000 / rate:.2f} | {1000 * spent / images:.2f} "
-                f"| {sum(run['seconds'].values()):.0f} "
-                f"| {run['seconds_to_first_image']:.0f} "
-                f"| {memory['driver'] / 1e6:.0f} | {memory['worker'] / 1e6:.0f} |"
-            )
-            print(lines[-1], flush=True)
+    for images, runs in measured.items():
+        steady, cpu, *whole = (statistics.median(column) for column in zip(*runs, strict=True))
+        cells = [f"{steady:.2f}", f"{cpu:.2f}", *(f"{value:.0f}" for value in whole)]
+        lines.append(f"| {images:,} | {' | '.join(cells)} |")
+    lines += ["", f"Medians of {rounds} interleaved rounds."]
     numbers = " ".join(map(str, archives))
-    record("Scale: scoring", "\n".join(lines), f"python benchmarks/scale.py --planned --scored {numbers}")
+    command = f"python benchmarks/scale.py --planned --scored {numbers} --rounds {rounds}"
+    record("Scale: scoring", "\n".join(lines), command)
+
+
+def _scored(model: str, archive: Path, output: str) -> tuple[float, ...]:
+    """The columns of a row, of one run."""
+    import plant
+
+    run = score(model, archive, output)
+    images = run["counts"]["scored_in_this_run"]
+    table = ds.dataset(f"{output}/scores").to_table(columns=["scored_at"])
+    rate = plant.steady_rate(table["scored_at"].cast("int64").to_numpy() / 1e6)
+    spent = sum(seconds for stage, seconds in run["cpu_seconds_in_workers"].items() if stage != "start")
+    seconds = sum(run["seconds"].values()), run["seconds_to_first_image"]
+    memory = (run["peak_memory_bytes"][process] / 1e6 for process in ("driver", "worker"))
+    return 1000 / rate, 1000 * spent / images, *seconds, *memory
 
 
 def make_archive(folder: Path, images: int) -> Path:
     archive = folder / "archive"
+    archive.mkdir(parents=True)
     noise = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "image.jpg")
     # A file has at most 65,000 names on some file systems.
@@ -151,12 +167,12 @@ def plan(model: str, archive: str, output_folder: str) -> dict[str, float]:
     return {"list": listed - started, "plan": planned - listed, "peak_bytes": peak_bytes}
 
 
-def score(model: str, archive: Path, output: str) -> dict[str, object]:
+def score(model: str, archive: Path, output: str) -> dict[str, Any]:
     """The job in a process of its own; returns its run.json."""
     command = [sys.executable, str(ROOT / "jobs" / "score.py"), "--model", model]
     command += ["--input", str(archive), "--output", output]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return json.loads(max(Path(output).glob("_runs/*/run.json")).read_text())
+    return dict(json.loads(max(Path(output).glob("_runs/*/run.json")).read_text()))
 
 
 if __name__ == "__main__":

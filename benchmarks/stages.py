@@ -56,7 +56,7 @@ def main() -> None:
     try:
         model = plant.write_model(folder / "model", plant.SETTINGS[arguments.setting])
         with plant.s3_server() as server:
-            images = plant.put_photographs("night", arguments.images)
+            images = server.put_photographs("night", arguments.images)
             output = plant.fresh(folder)
             run = plant.run(plant.score_command(model, images, output), server)
         command = f"python benchmarks/stages.py --setting {arguments.setting} --images {arguments.images}"

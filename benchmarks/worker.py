@@ -1,17 +1,21 @@
 """What one scoring worker does per second, and what its set-up gains: memory kept, threads, batch size.
 
-    python benchmarks/worker.py --model demo/model
+    python benchmarks/worker.py
 
-Every variant runs in processes of its own, outside the main thread as under Ray; variants are interleaved,
-and the median of the rounds is printed.
+With training's defaults and random weights. Every variant runs in processes of its own, outside the main
+thread as under Ray; variants are interleaved.
 """
 
 import argparse
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
+
+import results
 
 VARIANTS = {
     # name: (processes, threads each, batch size, memory kept)
@@ -55,7 +59,7 @@ def measure(model: str, threads: int, batch_size: int, keeps_memory: bool, image
 def run_variant(model: str, variant: tuple[int, int, int, bool], images: int) -> float:
     """Images per second of all processes of a variant together."""
     processes, *arguments = variant
-    command = [sys.executable, __file__, "--model", model, "--images", str(images), "--one"]
+    command = [sys.executable, __file__, "--images", str(images), "--one", model]
     command += [str(int(argument)) for argument in arguments]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
     return sum(float(process.communicate()[0]) for process in running)
@@ -65,22 +69,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="model directory")
-    parser.add_argument("--images", type=int, default=192, help="images per process and round")
+    parser.add_argument("--images", type=int, default=192, help="per process and round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--one", nargs=3, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        threads, batch_size, keeps_memory = arguments.one
-        measure(arguments.model, threads, batch_size, bool(keeps_memory), arguments.images)
+        model, *numbers = arguments.one
+        threads, batch_size, keeps_memory = map(int, numbers)
+        measure(model, threads, batch_size, bool(keeps_memory), arguments.images)
         return
+    import plant
+
     rates: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for _ in range(arguments.rounds):
-        for name, variant in VARIANTS.items():
-            rates[name].append(run_variant(arguments.model, variant, arguments.images))
-    print("| worker | images/s, median | minimum | maximum |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        model = str(plant.write_model(Path(folder) / "model", plant.SETTINGS["light"]))
+        for _ in range(arguments.rounds):
+            for name, variant in VARIANTS.items():
+                rates[name].append(run_variant(model, variant, arguments.images))
+    lines = ["| worker | images/s, median | minimum | maximum |", "|---|---|---|---|"]
     for name, values in rates.items():
-        print(f"| {name} | {statistics.median(values):.1f} | {min(values):.1f} | {max(values):.1f} |")
+        lines.append(f"| {name} | {statistics.median(values):.1f} | {min(values):.1f} | {max(values):.1f} |")
+    command = f"python benchmarks/worker.py --images {arguments.images} --rounds {arguments.rounds}"
+    results.record("One scoring worker, light settings", "\n".join(lines), command)
 
 
 if __name__ == "__main__":

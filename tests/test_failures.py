@@ -39,8 +39,8 @@ def store() -> Iterator[faulty_s3.FaultyS3]:
 
 @pytest.fixture
 def night(cells: Path, store: faulty_s3.FaultyS3) -> dict[str, bytes]:
-    """48 photographs in the store, by URI: three shards."""
-    photographs = sorted((cells / "functional" / "test").iterdir())[:48]
+    """72 photographs in the store, by URI: three shards."""
+    photographs = sorted((cells / "functional" / "test").iterdir())[:72]
     return {store.put(f"night/{path.name}", path.read_bytes()): path.read_bytes() for path in photographs}
 
 
@@ -196,7 +196,7 @@ def test_a_store_that_stops_answering_ends_the_run_and_the_next_one_completes(
     status, printed = score_in_a_process(*arguments, "--stall_timeout", 5, RAY_ADDRESS="local")
     assert status == ExitStatus.INCOMPLETE, printed
     assert "stalled: no shard finished for 5 s, 3 are still waited for" in printed
-    assert "INCOMPLETE: 48 images are missing" in printed
+    assert "INCOMPLETE: 72 images are missing" in printed
     store.weather = faulty_s3.clear_sky
     assert run_score(*arguments) == ExitStatus.DONE
     plain_loop.assert_same(read_scores(tmp_path / "output"), night)
@@ -207,10 +207,10 @@ def test_a_store_that_stops_answering_ends_the_run_and_the_next_one_completes(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 72 kB: room for the listing, the plan and some of the scores."""
+    """A disk of 56 kB: room for the listing, the plan and some of the scores."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=72k", "csflow-test", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=56k", "csflow-test", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small disk is not permitted here")
     yield folder

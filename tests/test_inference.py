@@ -134,6 +134,19 @@ def test_compiled_or_not_a_module_computes_the_same(dynamic, caplog):
     assert not complaints(caplog)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_scores_of_the_trained_form(caplog):
+    detector = random_detector("tf_efficientnet_lite0", (128, 192), 2, (5, 3))
+    images = random_images(detector, batch=4)
+    expected = detector(images)
+    form = InferenceDetector(detector.to("cuda"), "float32", 4)
+    # Two shapes, each recorded and then replayed with other images.
+    for some in (slice(4), slice(1), slice(1, 4), slice(1, 2)):
+        scores = Scores(*(values.cpu() for values in form(images[some].to("cuda"))))
+        assert_scores_close(scores, Scores(*(values[some] for values in expected)), 1e-3)
+    assert not complaints(caplog)
+
+
 def test_without_a_compiler_a_module_runs_as_it_is(monkeypatch, caplog):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     torch._dynamo.reset()

@@ -22,10 +22,11 @@ from csflow.model import Architecture, Detector
 from csflow.model_directory import CALIBRATION, load_model, save_model
 from csflow.process import peak_memory_bytes
 from csflow.scores import SCORES
+from csflow.scoring import plan
 from csflow.scoring.listing import Listing
 from csflow.scoring.output import Output
 from csflow.scoring.plan import PlannedShard, make_plan
-from csflow.scoring.shard import ScoringSettings, ShardScorer
+from csflow.scoring.shard import READ_THREADS, ScoringSettings, ShardScorer
 from csflow.stages import ProcessCpu, Stages
 from csflow.storage import Location, read_parquet
 
@@ -49,8 +50,11 @@ def output(small_model: Location, tmp_path: Path) -> Output:
 
 
 @pytest.fixture
-def shards(cells: Path, output: Output, tmp_path: Path) -> list[PlannedShard]:
-    """Two shards of photographs, with one in each that is none."""
+def shards(
+    cells: Path, output: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[PlannedShard]:
+    """Two shards of photographs, each read ahead as a whole, with one in each that is none."""
+    monkeypatch.setattr(plan, "SHARD_STEP", 2 * READ_THREADS)
     images = copy_some(cells / "defective", tmp_path / "images", 30)
     for name in ("0.png", "z.png"):
         (images / name).write_text("no photograph")

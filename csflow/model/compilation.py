@@ -1,12 +1,16 @@
-"""Modules compiled by PyTorch, or run as they are where there is no compiler for them."""
+"""Modules compiled by PyTorch, and passes recorded for GPUs; or run as they are where that fails."""
 
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+WARM_UP_PASSES = 3
+"""Of a shape before it is recorded: the first compile, and libraries set themselves up."""
 
 FAILURES = (TorchDynamoException, CppCompileError, InvalidCxxCompiler)
 """No compiler, no Triton, too old a GPU, or a module that cannot be traced."""
@@ -36,3 +40,54 @@ def compiled(
             return function(*inputs)
 
     return run
+
+
+class Recorded:
+    """A pass over one GPU tensor, recorded for each shape as a CUDA graph: all its kernels are one launch.
+
+    Many of them take less time than a launch. PyTorch's own way to graphs (`mode="reduce-overhead"`) fails
+    where threads take turns, as an actor's do (pytorch issue 123177).
+    """
+
+    def __init__(self, function: Callable[[Tensor], Sequence[Tensor]]) -> None:
+        self._function = function
+        self._records: dict[torch.Size, _Record | None] = {}
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """What the function returns, in tensors of the caller's own."""
+        if x.shape not in self._records:
+            self._records[x.shape] = self._recorded(x)
+        record = self._records[x.shape]
+        if record is None:
+            return self._function(x)
+        record.input.copy_(x)
+        record.graph.replay()
+        return [output.clone() for output in record.outputs]
+
+    def _recorded(self, x: Tensor) -> "_Record | None":
+        x = x.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_PASSES):
+                self._function(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                outputs = self._function(x)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            logging.getLogger(__name__).warning("runs without a CUDA graph, more slowly: %s", reason)
+            return None
+        return _Record(graph, x, outputs)
+
+
+class _Record(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    input: Tensor
+    """The graph reads from it."""
+    outputs: Sequence[Tensor]
+    """The graph writes to them."""

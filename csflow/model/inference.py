@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from csflow.model.compilation import compiled
+from csflow.model.compilation import Recorded, compiled
 from csflow.model.detector import Detector, Scores, score_latents
 from csflow.model.flow import CrossScaleFlow
 from csflow.model.inference_backbone import InferenceBackbone
@@ -31,15 +31,18 @@ class InferenceDetector:
         self.features = InferenceBackbone(detector, self.precision, batch_size)
         flow_dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
         self._score: Callable[[Sequence[Tensor]], Scores]
+        self._pass: Callable[[Tensor], Sequence[Tensor]] = lambda batch: self._score(self.features(batch))
         if device.type == "cpu":
             sizes = [(batch_size, height, width) for _, height, width in detector.feature_shapes]
             self._score = InterleavedFlow(detector.flow, flow_dtype, sizes)
         else:
             self._score = compiled(_ScoringFlow(detector.flow), device, flow_dtype, dynamic=None)
+            self._pass = Recorded(self._pass)
 
+    @torch.inference_mode()
     def __call__(self, image_BHWC: Tensor) -> Scores:
         """Scores of up to `batch_size` uint8 RGB images of `image_size`."""
-        scores = self.score_features(self.features(self.features.padded(image_BHWC)))
+        scores = self._pass(self.features.padded(image_BHWC))
         return Scores(*(value[: len(image_BHWC)] for value in scores))
 
     @torch.inference_mode()

@@ -28,8 +28,9 @@ from csflow.scoring.listing import Listing, rebatched
 from csflow.scoring.output import Output, scored_images
 from csflow.storage import Location
 
-SHARD_STEP, MAX_SHARD_SIZE = 16, 256
-"""A multiple of images, so that the last batches of shards are full: each takes its time, full or not."""
+SHARD_STEP, MAX_SHARD_SIZE = 32, 256
+"""A multiple of images, so that the last batches of shards are full, on GPUs too: each takes its time, full
+or not. Enough, too, for an actor to work on while Ray Data looks for finished shards, ten times a second."""
 LAST = "\U0010ffff"
 """No URI is greater: what an entry is taken to hold that does not say."""
 
