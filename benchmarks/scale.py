@@ -2,11 +2,12 @@
 
     python benchmarks/scale.py
     python benchmarks/scale.py --planned --scored 1000 10000 100000
+    python benchmarks/scale.py --planned --scored 1000 10000 --setting light
 
 Planning: archives of tiny images (links to one file) are listed, frozen and planned, the shards are filled
 with rows as a finished run leaves them, and the job itself runs over the complete output. Scoring: the job
-scores whole archives with a small model (128 px, random weights), so that costs beside the model would be
-seen if they grew. Every figure comes from a process of its own.
+scores whole archives, by default with a small model (128 px, random weights), so that costs beside the model
+would be seen if they grew. Every figure comes from a process of its own.
 Those that plan do not import torch, as the job's driver does not: `plant` does.
 """
 
@@ -50,6 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--planned", type=int, nargs="*", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--scored", type=int, nargs="*", default=[1_000, 10_000])
+    parser.add_argument("--setting", choices=["small", "light", "paper"], default="small", help="of scoring")
     parser.add_argument("--rounds", type=int, default=3, help="of scoring; medians are printed")
     parser.add_argument("--plan", nargs=3, metavar=("MODEL", "ARCHIVE", "OUTPUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -61,12 +63,13 @@ def main() -> None:
     from csflow.model import Architecture
 
     small = Architecture("tf_efficientnet_lite0", (128, 128), hidden_channels=64, kernel_sizes=(3,))
+    architecture = plant.SETTINGS.get(arguments.setting, small)
     with tempfile.TemporaryDirectory() as folder:
-        model = str(plant.write_model(Path(folder) / "model", small))
+        model = str(plant.write_model(Path(folder) / "model", architecture))
         if arguments.planned:
             measure_planning(model, arguments.planned)
         if arguments.scored:
-            measure_scoring(model, arguments.scored, arguments.rounds)
+            measure_scoring(model, arguments)
 
 
 def measure_planning(model: str, archives: Sequence[int]) -> None:
@@ -92,11 +95,11 @@ def measure_planning(model: str, archives: Sequence[int]) -> None:
     record("Scale: planning", "\n".join(lines), f"python benchmarks/scale.py --planned {numbers} --scored")
 
 
-def measure_scoring(model: str, archives: Sequence[int], rounds: int) -> None:
+def measure_scoring(model: str, arguments: argparse.Namespace) -> None:
     measured: dict[int, list[tuple[float, ...]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as name:
-        folders = {images: make_archive(Path(name) / str(images), images) for images in archives}
-        for _ in range(rounds):
+        folders = {images: make_archive(Path(name) / str(images), images) for images in arguments.scored}
+        for _ in range(arguments.rounds):
             for images, archive in folders.items():
                 with tempfile.TemporaryDirectory() as output:
                     row = _scored(model, archive, output)
@@ -111,10 +114,11 @@ def measure_scoring(model: str, archives: Sequence[int], rounds: int) -> None:
         steady, cpu, *whole = (statistics.median(column) for column in zip(*runs, strict=True))
         cells = [f"{steady:.2f}", f"{cpu:.2f}", *(f"{value:.0f}" for value in whole)]
         lines.append(f"| {images:,} | {' | '.join(cells)} |")
-    lines += ["", f"Medians of {rounds} interleaved rounds."]
-    numbers = " ".join(map(str, archives))
-    command = f"python benchmarks/scale.py --planned --scored {numbers} --rounds {rounds}"
-    record("Scale: scoring", "\n".join(lines), command)
+    lines += ["", f"Medians of {arguments.rounds} interleaved rounds."]
+    numbers = " ".join(map(str, arguments.scored))
+    command = f"python benchmarks/scale.py --planned --scored {numbers} --setting {arguments.setting}"
+    title = f"Scale: scoring, {arguments.setting} settings"
+    record(title, "\n".join(lines), f"{command} --rounds {arguments.rounds}")
 
 
 def _scored(model: str, archive: Path, output: str) -> tuple[float, ...]:
@@ -123,6 +127,7 @@ def _scored(model: str, archive: Path, output: str) -> tuple[float, ...]:
 
     run = score(model, archive, output)
     images = run["counts"]["scored_in_this_run"]
+    assert images == run["counts"]["listed"]
     table = ds.dataset(f"{output}/scores").to_table(columns=["scored_at"])
     rate = plant.steady_rate(table["scored_at"].cast("int64").to_numpy() / 1e6)
     spent = sum(seconds for stage, seconds in run["cpu_seconds_in_workers"].items() if stage != "start")

@@ -135,7 +135,9 @@ def test_compiled_or_not_a_module_computes_the_same(dynamic, caplog):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_the_scores_of_the_trained_form(caplog):
+def test_a_gpu_gives_the_scores_of_the_trained_form(monkeypatch, caplog):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as in actors
+    torch._dynamo.reset()
     detector = random_detector("tf_efficientnet_lite0", (128, 192), 2, (5, 3))
     images = random_images(detector, batch=4)
     expected = detector(images)

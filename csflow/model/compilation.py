@@ -45,16 +45,17 @@ def compiled(
 class Recorded:
     """A pass over one GPU tensor, recorded for each shape as a CUDA graph: all its kernels are one launch.
 
-    Many of them take less time than a launch. PyTorch's own way to graphs (`mode="reduce-overhead"`) fails
-    where threads take turns, as an actor's do (pytorch issue 123177).
+    Many of them take less time than a launch. PyTorch's own way to graphs (`mode="reduce-overhead"`) keeps
+    one for each thread, and an actor's threads take turns.
     """
 
     def __init__(self, function: Callable[[Tensor], Sequence[Tensor]]) -> None:
         self._function = function
+        self._stream = torch.cuda.Stream()
         self._records: dict[torch.Size, _Record | None] = {}
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        """What the function returns, in tensors of the caller's own."""
+        """What the function returns, in tensors of the caller's own. All of a shape are of one type."""
         if x.shape not in self._records:
             self._records[x.shape] = self._recorded(x)
         record = self._records[x.shape]
@@ -66,18 +67,17 @@ class Recorded:
 
     def _recorded(self, x: Tensor) -> "_Record | None":
         x = x.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for _ in range(WARM_UP_PASSES):
                 self._function(x)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        # Graphs use the same memory: none runs while another's outputs are wanted.
+        pool = next((record.graph.pool() for record in self._records.values() if record), None)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=stream):
+            with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
                 outputs = self._function(x)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             logging.getLogger(__name__).warning("runs without a CUDA graph, more slowly: %s", reason)

@@ -1,6 +1,7 @@
 """The inference form: a trained detector rebuilt for scoring alone, with the same scores."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +32,13 @@ class InferenceDetector:
         self.features = InferenceBackbone(detector, self.precision, batch_size)
         flow_dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
         self._score: Callable[[Sequence[Tensor]], Scores]
-        self._pass: Callable[[Tensor], Sequence[Tensor]] = lambda batch: self._score(self.features(batch))
         if device.type == "cpu":
             sizes = [(batch_size, height, width) for _, height, width in detector.feature_shapes]
             self._score = InterleavedFlow(detector.flow, flow_dtype, sizes)
         else:
             self._score = compiled(_ScoringFlow(detector.flow), device, flow_dtype, dynamic=None)
+        self._pass: Callable[[Tensor], Sequence[Tensor]] = partial(_scores, self.features, self._score)
+        if device.type != "cpu":
             self._pass = Recorded(self._pass)
 
     @torch.inference_mode()
@@ -49,6 +51,12 @@ class InferenceDetector:
     def score_features(self, y: Sequence[Tensor]) -> Scores:
         """Scores of images whose features are known."""
         return self._score(y)
+
+
+def _scores(
+    features: InferenceBackbone, flow: Callable[[Sequence[Tensor]], Scores], image_BHWC: Tensor
+) -> Scores:
+    return flow(features(image_BHWC))
 
 
 class _ScoringFlow(nn.Module):

@@ -82,8 +82,6 @@ class ShardScorer:
         self._batch_size = settings.batch_size or (GPU_BATCH_SIZE if resources.gpus else CPU_BATCH_SIZE)
         detector = model.detector.to(self._device)
         self._detector = InferenceDetector(detector, settings.precision, self._batch_size)
-        # The first pass is slow; on GPUs it compiles.
-        self._forward(torch.zeros(self._batch_size, *self._detector.features.image_shape, dtype=torch.uint8))
         storage_options = settings.output.location.storage_options
         image_size = model.detector.architecture.image_size
         self._loader: ImageLoader | IsolatedLoader
