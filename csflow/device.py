@@ -22,7 +22,7 @@ def _keep_freed_memory() -> None:
     """Has malloc keep large freed blocks for the next forward pass.
 
     By default each activation of a megabyte is returned to the kernel when freed, and faulted in page by
-    page when allocated again: a third of the time of a light backbone at 256 px (docs/performance.md).
+    page when allocated again: three or four percent of a training epoch (docs/performance.md).
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
