@@ -4,12 +4,13 @@
     python benchmarks/model.py --accuracy_model demo/model --cells demo/cells
 
 The paper's settings (EfficientNet-B5, four coupling blocks of 1,024 hidden channels) with random weights.
-Each variant lives in a process of its own; they take turns, some batches each. The median of the rounds is
-printed and appended to benchmarks/results.md. anomalib 2.7.0 needs an environment of its own. The share of
-the peak is that of the rate of a large matrix product in the same process and precision (bfloat16 for the
-mixed backbone, part of which is float32), with the multiplications of the trained form counted: more than
-100 % is possible for the flow, whose inference form leaves some out. `--accuracy_model` compares the
-precisions on the demo's photographs instead.
+Each variant lives in a process of its own, or two; they take turns, some batches each. A process needs 2 to
+3 GB, all of them 35: `--only` names those that the machine has room for. The median of the rounds is
+printed and kept in benchmarks/results.md. anomalib 2.7.0 needs an environment of its own. The share of the
+peak is that of the rate of a large matrix product in the same process and precision (bfloat16 for the mixed
+backbone, part of which is float32), with the multiplications of the trained form counted: more than 100 %
+is possible for the flow, whose inference form leaves some out. `--accuracy_model` compares the precisions
+on the demo's photographs instead.
 """
 
 import argparse
