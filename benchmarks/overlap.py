@@ -10,7 +10,6 @@ import argparse
 import os
 import secrets
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -115,11 +114,8 @@ def main() -> None:
                 process.communicate()
     finally:
         shutil.rmtree(folder)
-    lines = ["| actors | images/s, median | minimum | maximum |", "|---|---|---|---|"]
-    for name, row in rates.items():
-        lines.append(f"| {name} | {statistics.median(row):.1f} | {min(row):.1f} | {max(row):.1f} |")
     command_line = f"python benchmarks/overlap.py --rounds {arguments.rounds}"
-    results.record("Overlapping shards in a scoring actor", "\n".join(lines), command_line)
+    results.record("Overlapping shards in a scoring actor", results.spread("actors", rates), command_line)
 
 
 if __name__ == "__main__":

@@ -93,22 +93,22 @@ def script(model: Path, images: str, folder: Path, server: plant.S3Server) -> di
 
 
 def table(values: dict[str, list[float]], images: int) -> str:
-    lines = ["| images/s | median | minimum | maximum |", "|---|---|---|---|"]
-    for name in ("bare", "job, steady", "job, whole", "script, steady", "script, whole"):
-        row = values[name]
-        lines.append(f"| {name} | {statistics.median(row):.2f} | {min(row):.2f} | {max(row):.2f} |")
-    lines += ["", "| ratio | median | minimum | maximum |", "|---|---|---|---|"]
+    names = ("bare", "job, steady", "job, whole", "script, steady", "script, whole")
     pairs = [
         ("job, steady", "bare"),
         ("job, whole", "bare"),
         ("job, steady", "script, steady"),
         ("job, whole", "script, whole"),
     ]
-    for above, below in pairs:
-        ratios = [a / b for a, b in zip(values[above], values[below], strict=True)]
-        lines.append(
-            f"| {above} / {below} | {statistics.median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f} |"
-        )
+    ratios = {
+        f"{above} / {below}": [a / b for a, b in zip(values[above], values[below], strict=True)]
+        for above, below in pairs
+    }
+    lines = [
+        results.spread("images/s", {name: values[name] for name in names}, "median", 2),
+        "",
+        results.spread("ratio", ratios, "median", 2),
+    ]
     rounds = len(values["bare"])
     lines += [
         "",

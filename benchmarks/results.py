@@ -3,6 +3,8 @@
 import os
 import platform
 import re
+import statistics
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +22,17 @@ def record(title: str, body: str, command: str) -> None:
     RESULTS.write_text("\n".join([head.strip() + "\n", *kept, section]))
 
 
+def spread(
+    first: str, rows: Mapping[str, Sequence[float]], median: str = "images/s, median", digits: int = 1
+) -> str:
+    """A table with the median, minimum and maximum of each row; `first` and `median` head columns."""
+    lines = [f"| {first} | {median} | minimum | maximum |", "|---|---|---|---|"]
+    for name, values in rows.items():
+        figures = statistics.median(values), min(values), max(values)
+        lines.append(f"| {name} | {' | '.join(f'{figure:.{digits}f}' for figure in figures)} |")
+    return "\n".join(lines)
+
+
 def machine() -> str:
     """Processor, operating system and libraries, in a line."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
@@ -32,6 +45,6 @@ def machine() -> str:
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     return (
         f"{os.cpu_count()} × {model[1] if model else platform.machine()}"
-        f"{' (family {}, model {})'.format(*family.groups()) if family else ''} ({', '.join(features)}), "
+        f"{f' (family {family[1]}, model {family[2]})' if family else ''} ({', '.join(features)}), "
         f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {libraries}"
     )

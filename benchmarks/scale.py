@@ -40,7 +40,6 @@ from csflow.scoring.output import Output
 from csflow.scoring.plan import make_plan
 from csflow.storage import Location, to_parquet
 
-ROOT = Path(__file__).parent.parent
 FILES_PER_FOLDER = 1000
 MAP_SIDE = 4
 
@@ -174,10 +173,11 @@ def plan(model: str, archive: str, output_folder: str) -> dict[str, float]:
 
 def score(model: str, archive: Path, output: str) -> dict[str, Any]:
     """The job in a process of its own; returns its run.json."""
-    command = [sys.executable, str(ROOT / "jobs" / "score.py"), "--model", model]
-    command += ["--input", str(archive), "--output", output]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return dict(json.loads(max(Path(output).glob("_runs/*/run.json")).read_text()))
+    import plant
+
+    command = plant.score_command(Path(model), str(archive), output)
+    subprocess.run(command, cwd=plant.ROOT, check=True, stdout=subprocess.DEVNULL)
+    return plant.run_record(Path(output))
 
 
 if __name__ == "__main__":

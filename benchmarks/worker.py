@@ -7,7 +7,6 @@ thread as under Ray; variants are interleaved.
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -86,11 +85,8 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for name, variant in VARIANTS.items():
                 rates[name].append(run_variant(model, variant, arguments.images))
-    lines = ["| worker | images/s, median | minimum | maximum |", "|---|---|---|---|"]
-    for name, values in rates.items():
-        lines.append(f"| {name} | {statistics.median(values):.1f} | {min(values):.1f} | {max(values):.1f} |")
     command = f"python benchmarks/worker.py --images {arguments.images} --rounds {arguments.rounds}"
-    results.record("One scoring worker, light settings", "\n".join(lines), command)
+    results.record("One scoring worker, light settings", results.spread("worker", rates), command)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,7 @@ def compiled(
             try:
                 return function(*inputs)
             except FAILURES as error:
-                reason = str(error).strip().partition("\n")[0]
-                logging.getLogger(__name__).warning("runs uncompiled, more slowly: %s", reason)
+                _complain("runs uncompiled", error)
                 function = module
             return function(*inputs)
 
@@ -79,8 +78,7 @@ class Recorded:
             with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
                 outputs = self._function(x)
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            logging.getLogger(__name__).warning("runs without a CUDA graph, more slowly: %s", reason)
+            _complain("runs without a CUDA graph", error)
             return None
         return _Record(graph, x, outputs)
 
@@ -91,3 +89,8 @@ class _Record(NamedTuple):
     """The graph reads from it."""
     outputs: Sequence[Tensor]
     """The graph writes to them."""
+
+
+def _complain(what: str, error: Exception) -> None:
+    reason = str(error).strip().partition("\n")[0]
+    logging.getLogger(__name__).warning("%s, more slowly: %s", what, reason)
