@@ -94,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=3200)
+    parser.add_argument("--images", type=int, default=6400)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     os.environ["PYTHONPATH"] = str(plant.ROOT)
