@@ -37,9 +37,8 @@ class InferenceDetector:
             self._score = InterleavedFlow(detector.flow, flow_dtype, sizes)
         else:
             self._score = compiled(_ScoringFlow(detector.flow), device, flow_dtype, dynamic=None)
-        self._pass: Callable[[Tensor], Sequence[Tensor]] = partial(_scores, self.features, self._score)
-        if device.type != "cpu":
-            self._pass = Recorded(self._pass)
+        whole = partial(_scores, self.features, self._score)
+        self._pass: Callable[[Tensor], Sequence[Tensor]] = whole if device.type == "cpu" else Recorded(whole)
 
     @torch.inference_mode()
     def __call__(self, image_BHWC: Tensor) -> Scores:
