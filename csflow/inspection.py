@@ -58,7 +58,9 @@ def _model(location: Location) -> Iterator[Line]:
     kernels = architecture["kernel_sizes"]
     yield "model", str(location)
     yield "model_id", config["model_id"]
-    yield "backbone", f"{architecture['backbone']} up to {architecture['cut_after']}"
+    stages = architecture["cut_after"]
+    shown = stages if isinstance(stages, str) else " + ".join(stages)
+    yield "backbone", f"{architecture['backbone']} up to {shown}"
     yield "images", f"{height} x {width} pixels, {architecture['scales']} scales"
     yield (
         "flow",

@@ -18,12 +18,17 @@ from csflow.storage import Location
 
 
 def random_detector(
-    backbone: str, image_size: tuple[int, int], scales: int, kernel_sizes: tuple[int, ...], seed: int = 0
+    backbone: str,
+    image_size: tuple[int, int],
+    scales: int,
+    kernel_sizes: tuple[int, ...],
+    seed: int = 0,
+    stages: tuple[str, ...] | str | None = None,
 ) -> Detector:
     """A detector in which everything that folding moves differs from what it is at the start of training."""
     torch.manual_seed(seed)
     architecture = Architecture(
-        backbone, image_size, scales=scales, hidden_channels=24, kernel_sizes=kernel_sizes, seed=seed
+        backbone, image_size, stages, scales, hidden_channels=24, kernel_sizes=kernel_sizes, seed=seed
     )
     detector = Detector(architecture).eval().requires_grad_(False)
     for name, value in detector.named_parameters():
@@ -66,6 +71,37 @@ def test_float32_scores_are_those_of_the_trained_form(backbone, image_size, scal
     detector = random_detector(backbone, image_size, scales, kernel_sizes)
     images = random_images(detector)
     assert_scores_close(InferenceDetector(detector, "float32", 3)(images), detector(images), 1e-5)
+
+
+SEVERAL_STAGES = [
+    # In the layers of large maps, the last of them or none of them is a stage; or all are of large maps.
+    ("tf_efficientnet_lite0", ("blocks.1", "blocks.2", "blocks.4", "blocks.5"), 1),
+    ("tf_efficientnet_lite0", ("blocks.3", "blocks.5"), 2),
+    ("tf_efficientnet_lite0", ("blocks.4", "blocks.5"), 1),
+    ("resnet10t", ("layer1", "layer2"), 2),
+    ("resnet10t", ("layer2", "layer3"), 1),
+]
+
+
+@pytest.mark.parametrize(("backbone", "stages", "scales"), SEVERAL_STAGES)
+def test_several_stages_are_those_of_the_trained_form(backbone, stages, scales):
+    detector = random_detector(backbone, (128, 192), scales, (3,), stages=stages)
+    images = random_images(detector, batch=4)
+    form = InferenceDetector(detector, "float32", 4)
+    first = form.features(images)
+    form.features(images.flip(0))  # what was returned stays as it is
+    for actual, expected in zip(first, detector.features(images), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert_scores_close(form(images), detector(images), 1e-5)
+
+
+@pytest.mark.parametrize(("backbone", "stages", "scales"), SEVERAL_STAGES)
+def test_several_stages_in_mixed_precision_score_within_one_percent(backbone, stages, scales):
+    detector = random_detector(backbone, (128, 192), scales, (3,), stages=stages)
+    images = random_images(detector)
+    detector.measure_rounding(images)
+    exact, rounded = detector(images), InferenceDetector(detector, "mixed", 3)(images)
+    torch.testing.assert_close(rounded.anomaly_score_B, exact.anomaly_score_B, rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("backbone", ["resnet10t", "regnety_002", "tf_efficientnet_lite0"])

@@ -50,12 +50,32 @@ def test_what_rounding_shifts_is_saved_with_the_model_and_decides_its_id(detecto
     torch.testing.assert_close(loaded, measured.rounding_shifts, rtol=0, atol=0)
 
 
-def test_loading_needs_no_pass_through_the_network(detector, tmp_path, monkeypatch):
+def test_loading_needs_no_proof_of_the_cut(detector, tmp_path, monkeypatch):
     save(Location(str(tmp_path)), detector)
     monkeypatch.delattr("csflow.model.Backbone._probe")
     loaded = load_model(Location(str(tmp_path))).detector
-    assert (loaded.backbone.channels, loaded.backbone.stride) == (512, 32)
+    assert (loaded.backbone.channels, loaded.backbone.strides) == ((512,), (32,))
     assert loaded.feature_shapes == detector.feature_shapes
+
+
+def test_several_stages_are_a_list_in_the_configuration_and_load_again(tmp_path):
+    several = Detector(
+        Architecture("resnet10t", (64, 64), ("layer2", "layer4", "layer3"), 1, 4, kernel_sizes=(3,))
+    )
+    model_id = save(Location(str(tmp_path)), several)
+    config = json.loads((Path(tmp_path) / "config.json").read_text())
+    assert config["architecture"]["cut_after"] == ["layer2", "layer3", "layer4"]
+    model = load_model(Location(str(tmp_path)))
+    assert model.model_id == model_id
+    assert model.detector.feature_shapes == [(128, 8, 8), (256, 4, 4), (512, 2, 2)]
+    image_BHWC = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    torch.testing.assert_close(model.detector(image_BHWC), several(image_BHWC), rtol=0, atol=0)
+
+
+def test_one_stage_in_a_list_is_that_stage_alone():
+    one = Architecture("resnet10t", (64, 64), ("layer4",))
+    assert one.to_json()["cut_after"] == "layer4"
+    assert Architecture.from_json(one.to_json() | {"cut_after": ["layer4"]}) == one
 
 
 def test_the_id_is_the_same_wherever_the_model_lies(detector, tmp_path, s3_bucket):

@@ -1,6 +1,6 @@
 """The CS-Flow model: torch, timm and OpenVINO only; no Ray, no files, no object store."""
 
-from csflow.model.backbone import Backbone, BackboneError, download_weights, load_weights
+from csflow.model.backbone import PAPER_STAGE, Backbone, BackboneError, download_weights, load_weights
 from csflow.model.detector import Architecture, Detector, Scores, new_flow, score_latents
 from csflow.model.flow import CrossScaleFlow, FlowOutput, negative_log_likelihood
 from csflow.model.inference import InferenceDetector
@@ -8,6 +8,7 @@ from csflow.model.inference_backbone import InferenceBackbone
 from csflow.model.precision import PrecisionSetting, multiplies_bfloat16
 
 __all__ = [
+    "PAPER_STAGE",
     "Architecture",
     "Backbone",
     "BackboneError",

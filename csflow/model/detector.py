@@ -1,6 +1,7 @@
 """The detector: from a batch of uint8 images to anomaly scores and maps.
 
-Dimension letters: B batch, C channels, H height, W width, S scales.
+Dimension letters: B batch, C channels, H height, W width, S levels of the pyramid, which the flow calls
+scales.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from csflow.model.backbone import Backbone
 from csflow.model.flow import CrossScaleFlow
+from csflow.model.pyramid import Pyramid
 from csflow.model.rounding import rounding_shifts
 
 
@@ -24,14 +26,21 @@ class Architecture:
     """Name of a timm network."""
     image_size: tuple[int, int]
     """Height and width in pixels of the images at scale 0."""
-    cut_after: str | None = None
-    """Module after which the backbone ends; None for the default of the network."""
+    cut_after: tuple[str, ...] | str | None = None
+    """Stages of the backbone whose maps are the features; None for the default of the network."""
     scales: int = 3
+    """Sizes in which the backbone sees an image, each half of the one before."""
     hidden_channels: int = 1024
     kernel_sizes: tuple[int, ...] = (3, 3, 3, 5)
     """One per coupling block."""
     seed: int = 0
     """Of the channel permutations and the initial weights."""
+
+    def __post_init__(self) -> None:
+        # A single stage is a string, as it always was: the id of a model depends on it.
+        if not isinstance(self.cut_after, str | None):
+            single = len(self.cut_after) == 1
+            object.__setattr__(self, "cut_after", self.cut_after[0] if single else tuple(self.cut_after))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"image_size": list(self.image_size), "kernel_sizes": list(self.kernel_sizes)}
@@ -44,7 +53,7 @@ class Architecture:
 
 class Scores(NamedTuple):
     anomaly_score_B: Tensor
-    """Mean of z²/2 over every entry of all scales, float32."""
+    """Mean of z²/2 over every entry of all levels, float32."""
     scale_scores_BS: Tensor
     """The same of each scale, largest first."""
     anomaly_map_BHW: Tensor
@@ -68,14 +77,14 @@ class Detector(nn.Module):
             ValueError: the image size does not fit the backbone, or a flow setting is out of range.
         """
         super().__init__()
-        known = None
-        if feature_shapes:
-            channels, height, _ = feature_shapes[0]
-            known = channels, architecture.image_size[0] // height
-        self.backbone = Backbone(architecture.backbone, architecture.cut_after, known)
+        is_proven = feature_shapes is not None
+        self.backbone = Backbone(architecture.backbone, architecture.cut_after, is_proven)
         self.architecture = architecture
-        self.feature_shapes = _feature_shapes(architecture, self.backbone)
-        self.flow = new_flow(architecture, self.backbone.channels)
+        strides = dict(zip(self.backbone.stages, self.backbone.strides, strict=True))
+        self.pyramid = Pyramid.of(strides, architecture.scales, self.backbone.known_stages)
+        self.feature_shapes = _feature_shapes(architecture, self.backbone, self.pyramid)
+        """Per level (channels, height, width) of the features."""
+        self.flow = new_flow(architecture, [channels for channels, _, _ in self.feature_shapes])
         for name in ("mean", "std"):
             value_C = torch.tensor(getattr(self.backbone, name), dtype=torch.float32)
             self.register_buffer(name, value_C)
@@ -94,7 +103,9 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def features(self, image_BHWC: Tensor) -> list[Tensor]:
-        """The flow's input: per scale the backbone's feature map of the image reduced by 2^scale.
+        """The flow's input: per level of the pyramid the backbone's maps of that size.
+
+        The backbone sees the image at each scale, reduced by 2^scale.
 
         Args:
             image_BHWC: uint8 RGB images of `image_size`.
@@ -102,10 +113,12 @@ class Detector(nn.Module):
         pixel_BCHW = self._normalised(image_BHWC)
         # Each pixel of a smaller scale is the mean of those it covers; nearest-neighbour sampling, as in
         # the official code, aliases fine structure.
-        return [
-            self.backbone(F.avg_pool2d(pixel_BCHW, 2**s) if s else pixel_BCHW)
-            for s in range(self.architecture.scales)
-        ]
+        return self.pyramid.join(
+            [
+                self.backbone(F.avg_pool2d(pixel_BCHW, 2**s) if s else pixel_BCHW)
+                for s in range(self.architecture.scales)
+            ]
+        )
 
     def _normalised(self, image_BHWC: Tensor) -> Tensor:
         """Pixels (B, C, H, W) as the backbone takes them."""
@@ -127,13 +140,13 @@ class Detector(nn.Module):
         return self.score_features(self.features(image_BHWC))
 
 
-def new_flow(architecture: Architecture, channels: int) -> CrossScaleFlow:
-    """The untrained flow for features of so many channels; the same seed gives the same weights."""
+def new_flow(architecture: Architecture, channels: Sequence[int]) -> CrossScaleFlow:
+    """The untrained flow for levels of so many channels; the same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(architecture.seed)
         return CrossScaleFlow(
             channels,
-            architecture.scales,
+            len(channels),
             architecture.hidden_channels,
             architecture.kernel_sizes,
             architecture.seed,
@@ -152,13 +165,15 @@ def score_latents(z: Sequence[Tensor]) -> Scores:
     )
 
 
-def _feature_shapes(architecture: Architecture, backbone: Backbone) -> list[tuple[int, int, int]]:
-    """Per scale (channels, height, width) of the features.
+def _feature_shapes(
+    architecture: Architecture, backbone: Backbone, pyramid: Pyramid
+) -> list[tuple[int, int, int]]:
+    """Per level (channels, height, width) of the features.
 
     Raises:
-        ValueError: a side is no multiple of stride · 2^(scales − 1), so that the scales would not align.
+        ValueError: a side is no multiple of the coarsest level's reduction, so that levels would not align.
     """
-    multiple = backbone.stride * 2 ** (architecture.scales - 1)
+    multiple = pyramid.reductions[-1]
     for side in architecture.image_size:
         if side < multiple or side % multiple:
             below = max(side // multiple, 1) * multiple
@@ -167,5 +182,6 @@ def _feature_shapes(architecture: Architecture, backbone: Backbone) -> list[tupl
                 f"{architecture.scales} scales, height and width must be multiples of {multiple} "
                 f"(nearest: {below}{'' if side < multiple else f' or {below + multiple}'})"
             )
-    height, width = (side // backbone.stride for side in architecture.image_size)
-    return [(backbone.channels, height >> s, width >> s) for s in range(architecture.scales)]
+    height, width = architecture.image_size
+    channels = pyramid.channels(backbone.channels)
+    return [(c, height // r, width // r) for c, r in zip(channels, pyramid.reductions, strict=True)]

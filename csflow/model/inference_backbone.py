@@ -11,18 +11,19 @@ Dimension letters: B batch, C channels, H height, W width.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import openvino
 import torch
-from numpy.typing import NDArray
 from openvino import opset15
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
+from csflow.model.backbone import Backbone, stage_maps
 from csflow.model.compilation import compiled
 from csflow.model.detector import Detector
 from csflow.model.precision import Precision
@@ -35,8 +36,8 @@ CACHED_PIXELS = 256 * 256
 BEYOND = 1e30
 """More than any activation."""
 
-Pass = Callable[[Tensor], Tensor]
-"""From normalised pixels (B, H, W, 3), float32, to features (B, C, H / stride, W / stride)."""
+Pass = Callable[[Tensor], list[Tensor]]
+"""From normalised pixels (B, H, W, 3), float32, to the map (B, C, H / stride, W / stride) of each stage."""
 
 
 class InferenceBackbone:
@@ -57,32 +58,30 @@ class InferenceBackbone:
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         # Where it is not known what rounding shifts, `mixed` leaves the small maps in float32 too.
         is_split = precision == "mixed" and bool(detector.rounding_shifts)
-        dtypes = [dtype, torch.bfloat16 if is_split else dtype]
-        parts = [
-            without_shifts(part, detector.rounding_shifts) if dtype == torch.bfloat16 else part
-            for part, dtype in zip(_split(detector.backbone.layers), dtypes, strict=True)
-        ]
+        dtypes = dtype, torch.bfloat16 if is_split else dtype
+        self._join = detector.pyramid.join
+        parts = _Parts.of(detector.backbone, detector.rounding_shifts, dtypes)
         self._passes: list[Pass]
         if self._is_fixed:
             sizes = [(height >> s, width >> s) for s in range(scales)]
-            self._passes = _by_openvino(parts, dtypes, sizes, batch_size)
+            self._passes = _by_openvino(parts, sizes, batch_size)
         else:
-            self._passes = [_by_pytorch(parts, dtypes, device)] * scales
+            self._passes = [_by_pytorch(parts, device)] * scales
 
     @torch.inference_mode()
     def __call__(self, image_BHWC: Tensor) -> list[Tensor]:
-        """The flow's input for up to `batch_size` uint8 RGB images, float32 per scale."""
+        """The flow's input for up to `batch_size` uint8 RGB images, float32 per level."""
         if image_BHWC.dtype != torch.uint8 or tuple(image_BHWC.shape[1:]) != self.image_shape:
             found = f"{image_BHWC.dtype} of {tuple(image_BHWC.shape)}"
             raise ValueError(f"expected uint8 images of shape (B, *{self.image_shape}), not {found}")
         images = len(image_BHWC)
         pixel_BHX = self.padded(image_BHWC).flatten(2).float().sub_(self._mean_X).div_(self._std_X)
         pixel_BHWC = pixel_BHX.unflatten(2, self.image_shape[1:])
-        features = []
+        maps = []
         for s, network in enumerate(self._passes):
             pixel_BHWC = _halved(pixel_BHWC) if s else pixel_BHWC
-            features.append(network(pixel_BHWC)[:images])
-        return features
+            maps.append([map_BCHW[:images] for map_BCHW in network(pixel_BHWC)])
+        return self._join(maps)
 
     def padded(self, image_BHWC: Tensor) -> Tensor:
         """The images and black ones, as many as a pass takes: of few sizes, since each is compiled."""
@@ -105,7 +104,7 @@ def _halved(x_BHWC: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _split(layers: nn.Sequential) -> tuple[nn.Module, nn.Module]:
+def _split(layers: nn.Sequential) -> tuple[nn.Sequential, nn.Sequential]:
     """The layers of large maps, and those behind."""
     side = 2 * SMALL_MAPS_STRIDE
     x_BCHW = next(layers.parameters()).new_zeros(1, 3, side, side)
@@ -116,46 +115,82 @@ def _split(layers: nn.Sequential) -> tuple[nn.Module, nn.Module]:
     return layers[:large], layers[large:]
 
 
-def _by_pytorch(parts: Sequence[nn.Module], dtypes: Sequence[torch.dtype], device: torch.device) -> Pass:
-    large, small = (
-        compiled(part.to(memory_format=torch.channels_last), device, dtype, dynamic=False)
-        for part, dtype in zip(parts, dtypes, strict=True)
-    )
+class _Part(nn.Module):
+    """Some layers of the backbone, with their maps."""
 
-    def network(pixel_BHWC: Tensor) -> Tensor:
-        features_BCHW: Tensor = small(large(pixel_BHWC.permute(0, 3, 1, 2)))
-        return features_BCHW.float()
+    def __init__(self, layers: nn.Sequential, is_wanted: Sequence[bool], dtype: torch.dtype) -> None:
+        """`is_wanted` says of each layer whether its map is returned."""
+        super().__init__()
+        self.layers, self.is_wanted, self.dtype = layers, is_wanted, dtype
+
+    def forward(self, x_BCHW: Tensor) -> list[Tensor]:
+        return stage_maps(self.layers, self.is_wanted, x_BCHW)
+
+
+class _Parts(NamedTuple):
+    """The backbone in two."""
+
+    large: _Part
+    """The layers of large maps; what they give last goes to the others."""
+    stages_in_large: int
+    """So many of the maps of `large` are those of stages."""
+    small: _Part | None
+    """None if all stages are of large maps, or the last of them is the first small one."""
+
+    @classmethod
+    def of(
+        cls, backbone: Backbone, shifts: Mapping[str, Tensor], dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> "_Parts":
+        layers = [
+            without_shifts(some, shifts) if dtype == torch.bfloat16 else some
+            for some, dtype in zip(_split(backbone.layers), dtypes, strict=True)
+        ]
+        border = len(layers[0])
+        is_stage = backbone.is_stage
+        large = _Part(layers[0], (*is_stage[: border - 1], True), dtypes[0])
+        small = _Part(layers[1], is_stage[border:], dtypes[1]) if len(layers[1]) else None
+        return cls(large, sum(is_stage[:border]), small)
+
+
+def _by_pytorch(parts: _Parts, device: torch.device) -> Pass:
+    def fused(part: _Part) -> Callable[[Tensor], list[Tensor]]:
+        return compiled(part.to(memory_format=torch.channels_last), device, part.dtype, dynamic=False)
+
+    large, small = fused(parts.large), parts.small and fused(parts.small)
+
+    def network(pixel_BHWC: Tensor) -> list[Tensor]:
+        maps = large(pixel_BHWC.permute(0, 3, 1, 2))
+        small_maps = small(maps[-1]) if small else []
+        return [map_BCHW.float() for map_BCHW in (*maps[: parts.stages_in_large], *small_maps)]
 
     return network
 
 
-def _by_openvino(
-    parts: Sequence[nn.Module], dtypes: Sequence[torch.dtype], sizes: Sequence[tuple[int, int]], batch: int
-) -> list[Pass]:
+def _by_openvino(parts: _Parts, sizes: Sequence[tuple[int, int]], batch: int) -> list[Pass]:
     """A pass for each height and width of images, and for this many of them alone."""
-    first, rest = parts
 
-    def from_pixels(pixel_BHWC: Tensor) -> Tensor:
-        map_BCHW: Tensor = first(pixel_BHWC.permute(0, 3, 1, 2))
-        return map_BCHW
+    def from_pixels(pixel_BHWC: Tensor) -> list[Tensor]:
+        maps: list[Tensor] = parts.large(pixel_BHWC.permute(0, 3, 1, 2))
+        return maps
 
     # The smallest size and one image give the same graph as the largest, in less time.
     pixel_BHWC = torch.zeros(1, *sizes[-1], 3)
     with torch.no_grad():
-        map_BCHW = from_pixels(pixel_BHWC)
-    networks = [_converted(from_pixels, pixel_BHWC), _converted(rest, map_BCHW)]
-    channels, stride = map_BCHW.shape[1], sizes[-1][0] // map_BCHW.shape[2]
+        border_BCHW = from_pixels(pixel_BHWC)[-1]
+    large = _converted(from_pixels, pixel_BHWC)
+    small = _converted(parts.small, border_BCHW) if parts.small else None
     passes: list[Pass] = []
     for height, width in sizes:
         few = range(1, max(1, CACHED_PIXELS // (height * width)) + 1)
         at_once = max(images for images in few if batch % images == 0)
-        shapes = (at_once, height, width, 3), (batch, channels, height // stride, width // stride)
-        requests = [_request(*part) for part in zip(networks, shapes, dtypes, strict=True)]
-        passes.append(partial(_infer, requests, at_once, np.empty(shapes[1], np.float32)))
+        first = _request(large, (at_once, height, width, 3), parts.large.dtype)
+        shapes = [(batch, *output.shape[1:]) for output in first.model_outputs]
+        rest = _request(small, shapes[-1], parts.small.dtype) if parts.small and small else None
+        passes.append(partial(_infer, first, rest, at_once, shapes, parts.stages_in_large))
     return passes
 
 
-def _converted(network: Callable[[Tensor], Tensor], example: Tensor) -> openvino.Model:
+def _converted(network: Callable[[Tensor], list[Tensor]], example: Tensor) -> openvino.Model:
     with torch.no_grad(), warnings.catch_warnings():
         # Of Python's conditions on shapes, and of `torch.export` to come, which bakes in each batch size.
         warnings.simplefilter("ignore")
@@ -197,15 +232,18 @@ def _keep_biases(network: openvino.Model) -> None:
 
 
 def _infer(
-    requests: Sequence[openvino.InferRequest],
+    first: openvino.InferRequest,
+    rest: openvino.InferRequest | None,
     at_once: int,
-    map_BCHW: NDArray[np.float32],
+    shapes: Sequence[Sequence[int]],
+    stages_in_first: int,
     pixel_BHWC: Tensor,
-) -> Tensor:
-    first, rest = requests
-    for start in range(0, len(map_BCHW), at_once):
+) -> list[Tensor]:
+    maps = [np.empty(shape, np.float32) for shape in shapes]
+    for start in range(0, len(pixel_BHWC), at_once):
         some = slice(start, start + at_once)
         outputs = first.infer([pixel_BHWC[some].numpy()], share_inputs=True, share_outputs=True)
-        (map_BCHW[some],) = outputs.to_tuple()
-    (features_BCHW,) = rest.infer([map_BCHW], share_inputs=True).to_tuple()
-    return torch.from_numpy(features_BCHW)
+        for map_BCHW, of_some_BCHW in zip(maps, outputs.to_tuple(), strict=True):
+            map_BCHW[some] = of_some_BCHW
+    behind = rest.infer([maps[-1]], share_inputs=True).to_tuple() if rest else ()
+    return [torch.from_numpy(map_BCHW) for map_BCHW in (*maps[:stages_in_first], *behind)]

@@ -63,7 +63,7 @@ class _InterleavedBlock(nn.Module):
 
     def __init__(self, block: CouplingBlock, dtype: torch.dtype, sizes: Sequence[MapSize]) -> None:
         super().__init__()
-        self.first = block.halves[0]
+        self.halves = block.halves
         self.permutations = [name for name, _ in block.named_buffers(recurse=False)]
         for name in self.permutations:
             self.register_buffer(name, block.get_buffer(name))
@@ -76,8 +76,8 @@ class _InterleavedBlock(nn.Module):
             y_HWBC.index_select(3, self.get_buffer(name))
             for y_HWBC, name in zip(y, self.permutations, strict=True)
         ]
-        first = [x_HWBC[..., : self.first] for x_HWBC in permuted]
-        second = [x_HWBC[..., self.first :] for x_HWBC in permuted]
+        halves = [x_HWBC.split(sizes, dim=3) for x_HWBC, sizes in zip(permuted, self.halves, strict=True)]
+        first, second = ([half[i] for half in halves] for i in range(2))
         _transform_(first, self.subnetwork_first(second))
         _transform_(second, self.subnetwork_second(first))
         return permuted

@@ -35,8 +35,8 @@ class AugmentedFeatures:
     device: torch.device
 
     @property
-    def channels(self) -> int:
-        return self.cache.feature_shapes[0][0]
+    def channels(self) -> Sequence[int]:
+        return self.cache.channels
 
     def __len__(self) -> int:
         return int(self.images.num_rows)

