@@ -729,6 +729,17 @@ def test_ringing_is_left_out_also_where_a_jpeg_was_saved_as_another_format(
         assert (found.is_defective_HW != mask_HW).mean() < 0.001
 
 
+def test_ringing_of_a_lossy_webp_and_around_a_defect_of_few_pixels_is_left_out() -> None:
+    webp = encoded(Image.fromarray(BLOCK).convert("RGB"), "WEBP", quality=80)
+    np.testing.assert_array_equal(decode_mask(webp).is_defective_HW, BLOCK)
+    for y, x in np.ndindex(4, 4):
+        mask_HW = np.zeros((32, 32), bool)
+        mask_HW[8 + y, 9 + x : 11 + x] = True
+        jpeg = encoded(Image.fromarray(mask_HW).convert("L"), "JPEG", quality=75)
+        found = decode_mask(encoded(Image.open(io.BytesIO(jpeg)))).is_defective_HW
+        np.testing.assert_array_equal(found, mask_HW)
+
+
 def labelled(*levels: int, side: int = 3) -> NDArray[np.uint8]:
     """Squares of these values, some of which touch."""
     squares = np.zeros((12, 20), np.uint8)
