@@ -1,7 +1,7 @@
-"""Image bytes to RGB pixels: the one decoder of training, scoring and report.
+"""Image bytes to pixels: the one decoder of training, scoring and report, and of masks as they are stored.
 
-It is part of a model's preprocessing: the same bytes give the same pixels, whatever else runs in the process.
-What it decides:
+`decode` is part of a model's preprocessing: the same bytes give the same pixels, whatever else runs in the
+process. What it decides:
 
 - First frame of animated and multi-page files. ICC profiles and gamma are ignored.
 - EXIF orientation is applied; damaged EXIF counts as none, as in every viewer.
@@ -16,7 +16,8 @@ import io
 import re
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,6 +76,16 @@ class DecodedImage(NamedTuple):
     width: int
 
 
+class StoredImage(NamedTuple):
+    """An upright image in the mode and bit depth of its file, with its palette and alpha channel."""
+
+    image: Image.Image
+    is_lossy: bool
+    """Compressed as JPEG, or as WebP with losses: values near those of the original, not equal to them."""
+    is_white_zero: bool
+    """TIFF whose greys are stored inverted; Pillow has turned those of up to 8 bits, and no wider ones."""
+
+
 def decode(data: bytes, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> DecodedImage:
     """First frame of a JPEG, PNG, WebP, BMP or TIFF file as upright RGB.
 
@@ -84,12 +95,37 @@ def decode(data: bytes, size: tuple[int, int] | None = None, max_pixels: int = M
     Raises `ImageError` and nothing else: EMPTY, UNSUPPORTED_FORMAT, TRUNCATED, CORRUPT, or TOO_LARGE for more
     than `max_pixels`, found from the header before any pixel is decoded.
     """
+    with _opening(data) as image_file:
+        image, height, width = _read(image_file, data, size, max_pixels)
+    return DecodedImage(np.array(_in_mode(image, "RGB")), height, width)
+
+
+def decode_stored(data: bytes, max_pixels: int = MAX_PIXELS) -> StoredImage:
+    """First frame of the same files, upright, its values as they are: for masks, in which 1 is not black.
+
+    Colour of 16 bits is cut to its high byte by Pillow. Raises as `decode`.
+    """
+    with _opening(data) as image_file:
+        image = image_file(io.BytesIO(data))
+        orientation = _begin(image, max_pixels)
+        image.load()
+        tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+        return StoredImage(
+            image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image,
+            is_lossy=_is_lossy(image, data),
+            is_white_zero=tags.get(PHOTOMETRIC_INTERPRETATION) == 0,
+        )
+
+
+@contextmanager
+def _opening(data: bytes) -> Iterator[type[ImageFile]]:
+    """The Pillow class that reads these bytes; what goes wrong inside becomes an `ImageError`."""
     if not data:
         raise ImageError(ErrorCode.EMPTY, "zero bytes")
     _mute_pillow()
     image_file = _image_file(data)
     try:
-        image, height, width = _read(image_file, data, size, max_pixels)
+        yield image_file
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -99,7 +135,6 @@ def decode(data: bytes, size: tuple[int, int] | None = None, max_pixels: int = M
     except Exception as error:
         # Pillow reports damage as OSError, SyntaxError, ValueError, KeyError, AssertionError and more.
         raise ImageError(_code(error, image_file, data), f"{type(error).__name__}: {error}") from error
-    return DecodedImage(np.array(_in_mode(image, "RGB")), height, width)
 
 
 def _read(
@@ -107,17 +142,7 @@ def _read(
 ) -> tuple[Image.Image, int, int]:
     """8-bit grey or RGB of the wanted size, upright, with the height and width of the original."""
     image = image_file(io.BytesIO(data))
-    if image.width * image.height > max_pixels:
-        raise ImageError(
-            ErrorCode.TOO_LARGE, f"{image.width}x{image.height} pixels, over the limit of {max_pixels} pixels"
-        )
-    # Pillow gathers a row block by block, quadratic in the blocks: minutes for a WebP 16 million wide.
-    image.decodermaxblock = max(image.decodermaxblock, 8 * image.width)  # at most 8 bytes a pixel
-    if isinstance(image, PngImageFile):
-        _drop_wide_colour_key(image)
-    if not isinstance(image, JpegImageFile):
-        image.load()  # Pillow turns a TIFF upright, and swaps its sides, while it loads
-    orientation = _orientation(image)
+    orientation = _begin(image, max_pixels)
     width, height = image.size
     # Resized as stored, then turned: the smaller raster is the cheaper one to turn.
     stored_size = None if size is None else (size[1], size[0])
@@ -133,6 +158,21 @@ def _read(
     if orientation in _UPRIGHT:
         plain = plain.transpose(_UPRIGHT[orientation])
     return plain, height, width
+
+
+def _begin(image: ImageFile, max_pixels: int) -> int:
+    """Loads all but JPEGs, which may be asked for a smaller size first; returns the orientation left."""
+    if image.width * image.height > max_pixels:
+        raise ImageError(
+            ErrorCode.TOO_LARGE, f"{image.width}x{image.height} pixels, over the limit of {max_pixels} pixels"
+        )
+    # Pillow gathers a row block by block, quadratic in the blocks: minutes for a WebP 16 million wide.
+    image.decodermaxblock = max(image.decodermaxblock, 8 * image.width)  # at most 8 bytes a pixel
+    if isinstance(image, PngImageFile):
+        _drop_wide_colour_key(image)
+    if not isinstance(image, JpegImageFile):
+        image.load()  # Pillow turns a TIFF upright, and swaps its sides, while it loads
+    return _orientation(image)
 
 
 def _mute_pillow() -> None:
@@ -176,6 +216,12 @@ def _image_file(data: bytes) -> type[ImageFile]:
         ErrorCode.UNSUPPORTED_FORMAT,
         f"no JPEG, PNG, WebP, BMP or TIFF: the content begins with {data[:12]!r}",
     )
+
+
+def _is_lossy(image: ImageFile, data: bytes) -> bool:
+    if isinstance(image, WebPImageFile):
+        return data[12:16] == b"VP8 "
+    return isinstance(image, JpegImageFile) or image.info.get("compression") == "jpeg"
 
 
 def _draft(image: JpegImageFile, size: tuple[int, int]) -> tuple[float, float, float, float] | None:

@@ -16,7 +16,7 @@ from conftest import ROOT, SMALL_MODEL, copy_some, wait_for
 from ray.util.state import list_actors
 
 from csflow.config import parse
-from csflow.errors import ExitStatus
+from csflow.errors import ExitStatus, WrongUse
 from csflow.images import decode
 from csflow.model_directory import load_model
 from csflow.storage import Location
@@ -110,6 +110,32 @@ def test_an_unreadable_image_is_left_out_and_named(ray_cluster, good_cells, tmp_
     assert train(configure("--input", images, "--output", tmp_path / "model")) == ExitStatus.DONE
     assert f"left out: {images / 'broken.png'}: truncated" in capfd.readouterr().out
     assert json.loads((tmp_path / "model" / "config.json").read_text())["data"]["unreadable_images"] == 1
+
+
+def test_excluded_images_take_no_part_and_leave_the_fingerprint_of_an_input_without_them(
+    model, good_cells, tmp_path, capfd
+):
+    bad, *good = sorted(good_cells.iterdir())
+    (tmp_path / "bad.csv").write_text(f"image_uri\n{bad}\n")
+    (tmp_path / "good.csv").write_text("image_uri\n" + "".join(f"{path}\n" for path in good))
+    arguments = ["--work_dir", model / "_work", "--epochs", 1]
+    some = ["--input", good_cells, "--exclude", tmp_path / "bad.csv", "--output", tmp_path / "some"]
+    assert train(configure(*some, *arguments)) == ExitStatus.DONE
+    printed = capfd.readouterr().out
+    assert "48 images listed\n1 images left out by --exclude" in printed
+    assert "features: 0 images extracted in 0 s, 47 in the cache" in printed
+    rest = ["--input", tmp_path / "good.csv", "--output", tmp_path / "rest"]
+    assert train(configure(*rest, *arguments)) == ExitStatus.DONE
+    some_config, rest_config = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("some", "rest")
+    )
+    assert some_config["data"] == rest_config["data"]
+    assert some_config["training"]["exclude"] == [str(tmp_path / "bad.csv")]
+
+
+def test_excluding_all_images_is_wrong_use(good_cells, tmp_path):
+    with pytest.raises(WrongUse, match="--exclude leaves none of the 48 images of --input"):
+        train(configure("--input", good_cells, "--output", tmp_path / "model", "--exclude", "*/none/*", "*"))
 
 
 def test_tensorboard_has_the_curves(model):

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from csflow.config import JobConfig, Locations, Stages
+from csflow.config import JobConfig, Locations, Patterns, Stages
 from csflow.errors import WrongUse
 from csflow.model import Architecture
 from csflow.training.precision import Precision
@@ -13,6 +13,9 @@ class TrainConfig(JobConfig):
 
     input: Locations
     """Folders, files, globs, archives or manifests of normal images; one or more."""
+    exclude: Patterns = Field([])
+    """Leave out images of the input: manifests (CSV or Parquet with a column image_uri) that name them, or
+    patterns of their URIs; `*` stands for any text, slashes too."""
     output: str
     """Model directory to write."""
     backbone: str = "tf_efficientnet_lite0"

@@ -9,6 +9,7 @@ import torch
 
 from csflow.cluster import connect, share_out
 from csflow.errors import ExitStatus, ImageError, WrongUse
+from csflow.inputs.exclusion import read_exclusion
 from csflow.inputs.listing import list_table
 from csflow.inputs.loading import ImageLoader
 from csflow.inputs.reading import ImageReader
@@ -38,9 +39,8 @@ def train(config: TrainConfig) -> ExitStatus:
         raise WrongUse(f"--min_workers {config.min_workers} is more than --workers {config.workers}")
     output.check_writable()
     detector = _build_detector(config)
-    images = list_table(config.input, config.storage_options)
+    images = _list_images(config)
     split_sizes(images.num_rows, config.validation, config.holdout)
-    print(f"{images.num_rows} images listed")
 
     connect()
     work_dir = Location(config.work_dir, config.storage_options) if config.work_dir else output / "_work"
@@ -56,6 +56,22 @@ def train(config: TrainConfig) -> ExitStatus:
     model_id = _save(config, output, detector, data, images, result)
     print(f"model {model_id} written to {output}")
     return ExitStatus.DONE
+
+
+def _list_images(config: TrainConfig) -> pa.Table:
+    """The images to learn from. Raises WrongUse if `--exclude` is wrong or leaves none."""
+    exclusion = read_exclusion(config.exclude, config.storage_options)
+    listed = list_table(config.input, config.storage_options)
+    print(f"{listed.num_rows} images listed")
+    if not config.exclude:
+        return listed
+    for line in exclusion.warnings(listed):
+        print(f"warning: {line}")
+    images = exclusion.leave_out(listed)
+    print(f"{listed.num_rows - images.num_rows} images left out by --exclude")
+    if not images.num_rows:
+        raise WrongUse(f"--exclude leaves none of the {listed.num_rows} images of --input to learn from")
+    return images
 
 
 def _build_detector(config: TrainConfig) -> Detector:
