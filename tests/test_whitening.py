@@ -69,8 +69,8 @@ def test_moments_of_disjoint_images_add_up():
     both = start.with_images(y_BCHW[:11]) + start.with_images(y_BCHW[11:])
     whole = start.with_images(y_BCHW)
     assert both.images == whole.images == 30
-    torch.testing.assert_close(both.product_CC, whole.product_CC)
-    torch.testing.assert_close(both.position_sum_CHW, whole.position_sum_CHW)
+    torch.testing.assert_close(both.product_PCC, whole.product_PCC)
+    torch.testing.assert_close(both.sum_CHW, whole.sum_CHW)
     assert both.squared_norm == pytest.approx(whole.squared_norm)
 
 
@@ -105,6 +105,29 @@ def test_features_that_never_differ_are_only_centred():
     for x_BCHW, shape in zip(whitening([y_BCHW + 1 for y_BCHW in y]), SHAPES, strict=True):
         torch.testing.assert_close(x_BCHW, torch.ones(5, *shape))
     assert whitening.log_det() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_covariance_that_differs_between_positions_is_whitened_at_each_of_them():
+    """Given images enough; a few say nothing of single positions, and the level's covariance serves all."""
+    y_BCHW = correlated(4000)[0]
+    scale_HW = torch.linspace(0.2, 5, 16).view(4, 4)
+    part_BCHW = (y_BCHW - 5) * scale_HW
+    (x_BCHW,) = fitted([part_BCHW])([part_BCHW])
+    torch.testing.assert_close(x_BCHW.var(0), torch.ones(6, 4, 4), atol=0.1, rtol=0)
+    few = fitted([y_BCHW[:5]])
+    assert (few.matrix(0) - few.matrix(0)[0]).abs().max() < 0.05 * few.matrix(0).abs().max()
+
+
+def test_levels_without_room_for_a_matrix_per_position_have_one_for_all(monkeypatch):
+    monkeypatch.setattr("csflow.model.whitening.MOST_NUMBERS", 9 * 9 * 4)
+    y = correlated(2000)
+    whitening = fitted(y)
+    assert [whitening.matrix(level).shape for level in (0, 1)] == [(1, 6, 6), (4, 9, 9)]
+    for x_BCHW in whitening(y):
+        x_CN = x_BCHW.movedim(1, 0).flatten(1)
+        torch.testing.assert_close(x_CN.cov(), torch.eye(len(x_CN)), atol=0.05, rtol=0)
+    for restored, expected in zip(whitening.inverse(whitening(y)), y, strict=True):
+        torch.testing.assert_close(restored, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_no_images_are_refused():
