@@ -7,6 +7,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from csflow.preprocessing import Interpolation
+
 PAPER_STAGE = "blocks.5"
 """The sixth stage of an EfficientNet, where the paper cuts its B5."""
 
@@ -40,6 +42,10 @@ class Backbone(nn.Module):
         published = cast(dict[str, Any], network.pretrained_cfg)
         self.mean: tuple[float, ...] = tuple(published["mean"])
         self.std: tuple[float, ...] = tuple(published["std"])
+        self.interpolation: Interpolation = (
+            "bilinear" if published.get("interpolation") == "bilinear" else "bicubic"
+        )
+        """The filter of resizing with which the network was tested: timm has these two."""
         chain = dict(_chain(network, self.cut_after))
         # Sequential names cannot hold the dots of the path.
         self.layers = nn.Sequential()

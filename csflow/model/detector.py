@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from csflow.model.backbone import Backbone
 from csflow.model.flow import CrossScaleFlow
 from csflow.model.rounding import rounding_shifts
+from csflow.preprocessing import Fit, Interpolation, Preprocessing
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,15 @@ class Architecture:
     """One per coupling block."""
     seed: int = 0
     """Of the channel permutations and the initial weights."""
+    fit: Fit = "stretch"
+    """What becomes of images of another aspect ratio; the default is what models that do not say so have."""
+    interpolation: Interpolation = "bilinear"
+    """The filter of resizing; likewise."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images become the pixels that the detector takes."""
+        return Preprocessing(self.image_size, self.fit, self.interpolation)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"image_size": list(self.image_size), "kernel_sizes": list(self.kernel_sizes)}

@@ -83,13 +83,13 @@ class ShardScorer:
         detector = model.detector.to(self._device)
         self._detector = InferenceDetector(detector, settings.precision, self._batch_size)
         storage_options = settings.output.location.storage_options
-        image_size = model.detector.architecture.image_size
+        preprocessing = model.detector.architecture.preprocessing
         self._loader: ImageLoader | IsolatedLoader
         if settings.is_isolated:
-            self._loader = IsolatedLoader(storage_options, image_size)
+            self._loader = IsolatedLoader(storage_options, preprocessing)
         else:
             threads = max(READ_THREADS, READ_THREADS_PER_CPU * resources.cpus)
-            self._loader = ImageLoader(ImageReader(storage_options), image_size, threads)
+            self._loader = ImageLoader(ImageReader(storage_options), preprocessing, threads)
         self._model_lock = threading.Lock()
         self._process_cpu = ProcessCpu()
         self._start_cpu_seconds = self._process_cpu.take()[0]

@@ -73,7 +73,7 @@ class FeatureExtractor:
         self._backbone = InferenceBackbone(detector, "float32", BATCH_SIZE)
         self._cache = cache
         self._reader = _DigestingReader(cache.folder.storage_options)
-        self._loader = ImageLoader(self._reader, architecture.image_size, READ_THREADS)
+        self._loader = ImageLoader(self._reader, architecture.preprocessing, READ_THREADS)
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         file, failed_for_now = self._extract(list(batch["image_uris"][0]), list(batch["image_versions"][0]))

@@ -1,6 +1,7 @@
 """The training job: lists normal images, extracts their features once, trains, writes a model directory."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +38,7 @@ def train(config: TrainConfig) -> ExitStatus:
     if config.min_workers is not None and config.min_workers > config.workers:
         raise WrongUse(f"--min_workers {config.min_workers} is more than --workers {config.workers}")
     output.check_writable()
-    detector = _build_detector(config)
+    detector = build_detector(config)
     images = list_table(config.input, config.storage_options)
     split_sizes(images.num_rows, config.validation, config.holdout)
     print(f"{images.num_rows} images listed")
@@ -51,14 +52,15 @@ def train(config: TrainConfig) -> ExitStatus:
     data = TrainingData.divide(cached, config.validation, config.holdout, config.seed)
     print(data.summary())
     _measure_rounding(detector, data, config)
-    run = Run(config, cache, data, work_dir)
+    run = Run(config, detector.architecture, cache, data, work_dir)
     result = run.fit()
     model_id = _save(config, output, detector, data, images, result)
     print(f"model {model_id} written to {output}")
     return ExitStatus.DONE
 
 
-def _build_detector(config: TrainConfig) -> Detector:
+def build_detector(config: TrainConfig) -> Detector:
+    """With the backbone's weights and an untrained flow. Raises WrongUse if a setting does not fit."""
     try:
         detector = Detector(config.architecture())
         load_weights(detector.backbone, find_weights(config.weights, config.backbone, config.storage_options))
@@ -66,6 +68,8 @@ def _build_detector(config: TrainConfig) -> Detector:
         raise WrongUse(f"--backbone, --weights: {error}") from None
     except ValueError as error:
         raise WrongUse(str(error)) from None
+    # Images are resized as for the backbone's own training, which is known when it is built.
+    detector.architecture = replace(detector.architecture, interpolation=detector.backbone.interpolation)
     return detector
 
 
@@ -104,7 +108,7 @@ def _measure_rounding(detector: Detector, data: TrainingData, config: TrainConfi
     """What scoring in bfloat16 needs to know; without it, as if no image can be read, it is less exact."""
     images = data.part("training").slice(0, ROUNDING_IMAGES)
     loader = ImageLoader(
-        ImageReader(config.storage_options), detector.architecture.image_size, ROUNDING_IMAGES
+        ImageReader(config.storage_options), detector.architecture.preprocessing, ROUNDING_IMAGES
     )
     loaded = loader.load(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
     pixels = [image.content.pixels_HWC for image in loaded if not isinstance(image.content, ImageError)]
