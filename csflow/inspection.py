@@ -59,7 +59,9 @@ def _model(location: Location) -> Iterator[Line]:
     yield "model", str(location)
     yield "model_id", config["model_id"]
     yield "backbone", f"{architecture['backbone']} up to {architecture['cut_after']}"
-    yield "images", f"{height} x {width} pixels, {architecture['scales']} scales"
+    # Models of older versions do not say.
+    fit, interpolation = architecture.get("fit", "stretch"), architecture.get("interpolation", "bilinear")
+    yield "images", f"{height} x {width} pixels ({fit}, {interpolation}), {architecture['scales']} scales"
     yield (
         "flow",
         f"{_count(len(kernels), 'coupling block')} of {architecture['hidden_channels']} hidden channels",

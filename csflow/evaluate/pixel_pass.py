@@ -41,7 +41,7 @@ def pixel_metrics(
         map_HW = np.asarray(row["anomaly_map"]).reshape(row["map_height"], row["map_width"])
         if mask is None:
             mask = np.zeros((row["image_height"], row["image_width"]), bool)
-        histograms.add(map_HW, mask)
+        histograms.add(map_HW, mask, row["map_box"])
     if not images["with_mask"]:
         return None, {"images": images}
     if without_map:
@@ -64,7 +64,7 @@ def pixel_metrics(
 def _latest_maps(dataset: ds.Dataset, scored: Mapping[str, LabelledScore]) -> Iterator[list[dict[str, Any]]]:
     """The labelled images' latest rows, in batches: all maps of an archive need not fit into memory."""
     columns = ["image_uri", "scored_at", "image_height", "image_width"]
-    columns += ["anomaly_map", "map_height", "map_width"]
+    columns += ["anomaly_map", "map_height", "map_width", "map_box"]
     left = {uri: image.scored_at for uri, image in scored.items()}
     batches = dataset.to_batches(
         columns=columns,

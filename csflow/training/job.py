@@ -19,7 +19,7 @@ from csflow.storage import Location
 from csflow.training.cache import FeatureCache, find_images
 from csflow.training.card import model_card
 from csflow.training.config import TrainConfig
-from csflow.training.data import TrainingData
+from csflow.training.data import TrainingData, stretch_warning
 from csflow.training.features import extract
 from csflow.training.run import Result, Run
 from csflow.training.shards import fingerprint
@@ -49,6 +49,9 @@ def train(config: TrainConfig) -> ExitStatus:
     cached = _extract_features(images, detector, cache)
     if cached is None:
         return ExitStatus.INCOMPLETE
+    warning = stretch_warning(cached, detector.architecture.preprocessing)
+    if warning:
+        print(warning)
     data = TrainingData.divide(cached, config.validation, config.holdout, config.seed)
     print(data.summary())
     _measure_rounding(detector, data, config)
