@@ -448,10 +448,12 @@ def test_pixels_lie_where_the_box_says(fit: Fit, orientation: int, shape: tuple[
     )
     assert decoded.pixels_HWC.shape == (96, 128, 3)
     assert (decoded.height, decoded.width) == shape
-    bright_2N = np.array(np.nonzero(decoded.pixels_HWC[..., 0] > 155)) + 0.5
+    weight_HW = decoded.pixels_HWC[..., 0].astype(float) - 60
+    weight_HW[weight_HW < 20] = 0  # JPEG's ripples
+    row, column = ((weight_HW * place).sum() / weight_HW.sum() + 0.5 for place in np.indices((96, 128)))
     top, left, bottom, right = decoded.box
-    found = top + bright_2N[0].mean() / 96 * (bottom - top), left + bright_2N[1].mean() / 128 * (right - left)
-    np.testing.assert_allclose(found, (y, x), atol=1.5)  # pixels of the model's are 6 to 10 of these
+    found = top + row / 96 * (bottom - top), left + column / 128 * (right - left)
+    np.testing.assert_allclose(found, (y, x), atol=1)  # a pixel of the model's is 6 to 10 of these
 
 
 def test_a_crop_is_the_middle_of_the_image_in_the_models_shape() -> None:
@@ -494,7 +496,7 @@ def test_every_shape_fits_and_keeps_its_own(fit: Fit) -> None:
         for size in [(64, 96), (96, 64), (1, 1), (7, 300)]:
             decoded = decode(data, Preprocessing(size, fit))
             assert decoded.pixels_HWC.shape == (*size, 3)
-            assert (decoded.pixels_HWC == 200).all()
+            assert np.abs(decoded.pixels_HWC.astype(int) - 200).max() <= 3  # Pillow's fixed point
             (top, left, bottom, right), whole = decoded.box, (0, 0, height, width)
             if fit == "stretch":
                 assert decoded.box == whole
@@ -504,7 +506,8 @@ def test_every_shape_fits_and_keeps_its_own(fit: Fit) -> None:
             assert outer[1] <= inner[1] < inner[3] <= outer[3]
             if min(height, width, *size) >= 64:  # else a letterbox's whole pixels are coarse
                 assert (bottom - top) / (right - left) == pytest.approx(size[0] / size[1], rel=0.02)
-    assert distortion((64, 64), 100, 300) == distortion((64, 64), 300, 100) == 3
+    assert distortion((64, 64), 100, 300) == pytest.approx(3)
+    assert distortion((64, 64), 300, 100) == pytest.approx(3)
     assert Preprocessing((64, 96), fit).place(64, 96).box == Box(0, 0, 64, 96)
 
 

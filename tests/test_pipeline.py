@@ -21,7 +21,7 @@ from csflow.inputs.loading import ImageLoader
 from csflow.inputs.reading import ImageReader
 from csflow.maps import box_of, map_of, resample
 from csflow.model import Architecture, Detector, Scores
-from csflow.model_directory import CALIBRATION, load_model, save_model
+from csflow.model_directory import CALIBRATION, load_model, read_model, save_model
 from csflow.preprocessing import Fit, Preprocessing
 from csflow.process import peak_memory_bytes
 from csflow.scores import SCORES
@@ -95,8 +95,7 @@ def call(scorer: ShardScorer, shard: PlannedShard) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("fit", ["stretch", "letterbox", "crop"])
-@pytest.mark.parametrize("orientation", [1, 6])
-@pytest.mark.parametrize("is_isolated", [False, True])
+@pytest.mark.parametrize(("orientation", "is_isolated"), [(1, True), (6, False)])
 def test_a_bright_spot_is_found_at_its_place_with_every_fit(
     tmp_path: Path, fit: Fit, orientation: int, is_isolated: bool
 ) -> None:
@@ -111,7 +110,7 @@ def test_a_bright_spot_is_found_at_its_place_with_every_fit(
     spot, size = ((780, 450), (1200, 600)) if orientation == 1 else ((450, 1200 - 780), (600, 1200))
 
     model = save_small(tmp_path / "model", fit)
-    output = Output(Location(str(tmp_path / "output")), load_model(model).model_id)
+    output = Output(Location(str(tmp_path / "output")), read_model(model).model_id)
     settings = ScoringSettings(model, output, "run", True, 0.01, None, is_isolated=is_isolated)
     scorer = ShardScorer(settings, WorkerResources(workers=1, cpus=1, gpus=0))
     scorer._detector = BrightnessDetector()

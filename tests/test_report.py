@@ -453,8 +453,8 @@ def test_the_heat_map_tells_in_what_share_of_flagged_images_a_place_is_hot(tmp_p
 
 def test_the_heat_map_is_of_the_image_whatever_a_map_covers(tmp_path: Path) -> None:
     unflagged = [scored(f"/d/{i}.png", "v", 1.0, anomaly_map=[0.1] * 6) for i in range(9)]
-    # Of a letterbox that shows the image in its middle third, and of a crop to its right half.
-    letterboxed = scored("/d/l.png", "v", 3.0, anomaly_map=[0.5, 0.5, 0.5, 0.5, 9.0, 0.5])
+    # A letterbox whose lower half is the image, and a crop to the image's right third.
+    letterboxed = scored("/d/l.png", "v", 3.0, anomaly_map=[0.0, 0.0, 0.0, 0.0, 9.0, 0.0])
     height, width = letterboxed["image_height"], letterboxed["image_width"]
     letterboxed["map_box"] = [-height, 0.0, height, width]
     cropped = scored("/d/c.png", "v", 3.0, anomaly_map=[9.0] * 6)
