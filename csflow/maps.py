@@ -96,7 +96,7 @@ def resample(
         box: top, left, bottom and right edge of what the map covers, in these pixels; None for all of them.
         outside: value of the pixels that it does not cover.
     """
-    top, left, bottom, right = box or (0, 0, height, width)
+    top, left, bottom, right = (0, 0, height, width) if box is None else box
     rows, columns = anomaly_map.shape
     above, first_row, last_row, below = _cells(rows, top, bottom, height)
     before, first_column, last_column, after = _cells(columns, left, right, width)
