@@ -75,7 +75,8 @@ class PixelHistograms:
         Raises:
             ValueError: a map value is negative.
         """
-        bin_HW = _bins(upsample(anomaly_map, *mask_HW.shape, box))
+        height, width = mask_HW.shape
+        bin_HW = _bins(upsample(anomaly_map, height, width, box))
         first = int(bin_HW.min())
         if first < 0:
             raise ValueError("anomaly maps are means of squares, and cannot be negative")

@@ -303,5 +303,6 @@ def _on_image(hot_HW: NDArray[np.bool_], box: Box | None) -> NDArray[np.bool_]:
     """The cells as they lie on the image, on a grid as fine as the map."""
     if box is None:
         return hot_HW
+    height, width = hot_HW.shape
     # A cell of the grid may be made of two of the map, one of them hot.
-    return resample(hot_HW.astype(np.float32), *hot_HW.shape, box) > 0.3
+    return resample(hot_HW.astype(np.float32), height, width, box) > 0.3
