@@ -231,7 +231,7 @@ def test_a_model_that_was_trained_scores_within_one_percent_in_mixed_precision(m
     detector = load_model(Location(str(model))).detector
     assert detector.rounding_shifts
     paths = sorted((cells / "defective").iterdir())[:64]
-    size = detector.architecture.image_size
+    size = detector.architecture.preprocessing
     images = torch.from_numpy(np.stack([decode(path.read_bytes(), size).pixels_HWC for path in paths]))
     exact_B = detector(images).anomaly_score_B
     form = InferenceDetector(detector, "mixed", 8)

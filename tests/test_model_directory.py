@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import torch
 from csflow.errors import WrongUse
 from csflow.model import Architecture, Detector
 from csflow.model_directory import CALIBRATION, load_model, save_model
+from csflow.preprocessing import Preprocessing
 from csflow.storage import Location
 
 
@@ -104,6 +106,25 @@ def test_a_model_of_another_decoding_is_refused(detector, tmp_path, monkeypatch)
         save(Location(str(tmp_path)), detector)
     with pytest.raises(WrongUse, match="image decoding version 99"):
         load_model(Location(str(tmp_path)))
+
+
+def test_a_model_that_does_not_say_how_images_fit_stretches_them_with_bilinear_weights(detector):
+    values = detector.architecture.to_json()
+    boxed = Architecture.from_json(values | {"fit": "letterbox", "interpolation": "bicubic"})
+    assert boxed.preprocessing == Preprocessing((64, 128), "letterbox", "bicubic")
+    del values["fit"], values["interpolation"]
+    assert Architecture.from_json(values).preprocessing == Preprocessing((64, 128), "stretch", "bilinear")
+
+
+def test_fit_and_filter_decide_the_id(detector, tmp_path):
+    ids = set()
+    for name, change in enumerate([{}, {"fit": "crop"}, {"interpolation": "bicubic"}]):
+        changed = copy.deepcopy(detector)
+        changed.architecture = replace(detector.architecture, **change)
+        ids.add(save(Location(str(tmp_path / str(name))), changed))
+        loaded = load_model(Location(str(tmp_path / str(name)))).detector
+        assert loaded.architecture.preprocessing == changed.architecture.preprocessing
+    assert len(ids) == 3
 
 
 def test_the_configuration_says_how_the_model_was_made(detector, tmp_path):

@@ -7,6 +7,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from csflow.preprocessing import Interpolation
+
 PAPER_STAGE = "blocks.5"
 """The sixth stage of an EfficientNet, where the paper cuts its B5."""
 
@@ -48,6 +50,10 @@ class Backbone(nn.Module):
         published = cast(dict[str, Any], network.pretrained_cfg)
         self.mean: tuple[float, ...] = tuple(published["mean"])
         self.std: tuple[float, ...] = tuple(published["std"])
+        self.interpolation: Interpolation = (
+            "bilinear" if published.get("interpolation") == "bilinear" else "bicubic"
+        )
+        """The filter of resizing with which the network was tested: timm has these two."""
         self.known_stages = {
             level["module"]: level["reduction"] for level in cast(list[dict[str, Any]], network.feature_info)
         }

@@ -16,6 +16,7 @@ from csflow.model.backbone import Backbone
 from csflow.model.flow import CrossScaleFlow
 from csflow.model.pyramid import Pyramid
 from csflow.model.rounding import rounding_shifts
+from csflow.preprocessing import Fit, Interpolation, Preprocessing
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,21 @@ class Architecture:
     """One per coupling block."""
     seed: int = 0
     """Of the channel permutations and the initial weights."""
+    fit: Fit = "stretch"
+    """What becomes of images of another aspect ratio; the default is what models that do not say so have."""
+    interpolation: Interpolation = "bilinear"
+    """The filter of resizing; likewise."""
 
     def __post_init__(self) -> None:
         # A single stage is a string, as it always was: the id of a model depends on it.
         if not isinstance(self.cut_after, str | None):
             single = len(self.cut_after) == 1
             object.__setattr__(self, "cut_after", self.cut_after[0] if single else tuple(self.cut_after))
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images become the pixels that the detector takes."""
+        return Preprocessing(self.image_size, self.fit, self.interpolation)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"image_size": list(self.image_size), "kernel_sizes": list(self.kernel_sizes)}
