@@ -162,7 +162,7 @@ def test_images_that_are_stretched_are_told_of_until_they_are_letterboxed(
     )
     printed = capfd.readouterr().out
     assert "features: 12 images extracted" in printed
-    assert "stretched" not in printed
+    assert "images are stretched" not in printed
     detector = load_model(Location(str(tmp_path / "boxed"))).detector
     assert detector.architecture.preprocessing == Preprocessing((128, 128), "letterbox", "bicubic")
     calibration = pq.read_table(tmp_path / "boxed" / "calibration.parquet")
