@@ -61,9 +61,7 @@ class Backbone(nn.Module):
         """With which images were resized for the network: bilinear or bicubic."""
         self.native_side: int = published["input_size"][-1]
         """Of the images that the network was trained on, pixels."""
-        self.known_stages = {
-            level["module"]: level["reduction"] for level in cast(list[dict[str, Any]], network.feature_info)
-        }
+        self.known_stages = {level["module"]: level["reduction"] for level in _levels(network)}
         """Stages that timm names, with their strides."""
         wanted = (cut_after,) if isinstance(cut_after, str) else cut_after or default_stages(network)
         self.layers: nn.Module
@@ -143,11 +141,10 @@ class Backbone(nn.Module):
 
     def _take_intermediates(self, wanted: Sequence[str]) -> list[tuple[int, int]]:
         """The network itself; returns channels and strides of the stages."""
-        names = list(self.known_stages)
-        self.stages = tuple(name for name in names if name in wanted)
-        self.layers = IntermediateMaps(
-            _create_flexible(self.name), [names.index(name) for name in self.stages]
-        )
+        network = _create_flexible(self.name)
+        self.stages = tuple(name for name in self.known_stages if name in wanted)
+        indices = {level["module"]: index for index, level in enumerate(_levels(network))}
+        self.layers = IntermediateMaps(network, [indices[stage] for stage in self.stages])
         self.is_stage = ()
         self.eval()
         try:
@@ -249,13 +246,18 @@ def stage_maps(layers: nn.Sequential, is_stage: Sequence[bool], x_BCHW: Tensor) 
     return maps
 
 
+def _levels(network: nn.Module) -> list[dict[str, Any]]:
+    """What timm says of the network's stages, from shallow to deep."""
+    return list(cast(Any, network.feature_info))
+
+
 def default_stages(network: nn.Module) -> tuple[str, ...]:
     """The stages whose maps are the features where nothing else is wished, from shallow to deep."""
     modules = dict(network.named_modules())
     for family, stages in DEFAULT_STAGES.items():
         if family in type(network).__name__ and modules.keys() >= set(stages):
             return stages
-    return (str(cast(Any, network.feature_info)[-1]["module"]),)
+    return (str(_levels(network)[-1]["module"]),)
 
 
 def load_weights(backbone: Backbone, weights: Mapping[str, Tensor]) -> None:
