@@ -61,7 +61,7 @@ def _model(location: Location) -> Iterator[Line]:
     stages = architecture["cut_after"]
     shown = stages if isinstance(stages, str) else " + ".join(stages)
     yield "backbone", f"{architecture['backbone']} up to {shown}"
-    yield "images", f"{height} x {width} pixels, {architecture['scales']} scales"
+    yield "images", f"{height} x {width} pixels, {_count(architecture['scales'], 'scale')}"
     yield (
         "flow",
         f"{_count(len(kernels), 'coupling block')} of {architecture['hidden_channels']} hidden channels",
