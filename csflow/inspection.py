@@ -63,7 +63,8 @@ def _model(location: Location) -> Iterator[Line]:
     yield "backbone", f"{architecture['backbone']} up to {shown}"
     # Models of older versions do not say.
     fit, interpolation = architecture.get("fit", "stretch"), architecture.get("interpolation", "bilinear")
-    yield "images", f"{height} x {width} pixels ({fit}, {interpolation}), {architecture['scales']} scales"
+    scales = _count(architecture["scales"], "scale")
+    yield "images", f"{height} x {width} pixels ({fit}, {interpolation}), {scales}"
     yield (
         "flow",
         f"{_count(len(kernels), 'coupling block')} of {architecture['hidden_channels']} hidden channels",

@@ -54,7 +54,7 @@ def test_what_rounding_shifts_is_saved_with_the_model_and_decides_its_id(detecto
 
 def test_loading_needs_no_proof_of_the_cut(detector, tmp_path, monkeypatch):
     save(Location(str(tmp_path)), detector)
-    monkeypatch.delattr("csflow.model.Backbone._probe")
+    monkeypatch.delattr("csflow.model.Backbone._prove")
     loaded = load_model(Location(str(tmp_path))).detector
     assert (loaded.backbone.channels, loaded.backbone.strides) == ((512,), (32,))
     assert loaded.feature_shapes == detector.feature_shapes
@@ -72,6 +72,16 @@ def test_several_stages_are_a_list_in_the_configuration_and_load_again(tmp_path)
     assert model.detector.feature_shapes == [(128, 8, 8), (256, 4, 4), (512, 2, 2)]
     image_BHWC = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     torch.testing.assert_close(model.detector(image_BHWC), several(image_BHWC), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_dinov3_qkvb", "swin_tiny_patch4_window7_224"])
+def test_a_loaded_transformer_has_all_its_numbers(backbone, tmp_path):
+    # Frequencies, masks and indices of theirs are in no state dict.
+    detector = Detector(Architecture(backbone, (64, 64), None, 1, 4, kernel_sizes=(3,)))
+    save(Location(str(tmp_path)), detector)
+    image_BHWC = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    loaded = load_model(Location(str(tmp_path))).detector
+    torch.testing.assert_close(loaded(image_BHWC), detector(image_BHWC), rtol=0, atol=0)
 
 
 def test_one_stage_in_a_list_is_that_stage_alone():

@@ -17,6 +17,7 @@ from scipy.stats import betabinom, ks_2samp
 from csflow.calibration import p_values
 from csflow.cluster import WorkerResources
 from csflow.errors import WrongUse
+from csflow.images import decode
 from csflow.inputs.listing import list_images
 from csflow.model import Architecture, Detector, load_weights
 from csflow.preprocessing import Preprocessing
@@ -184,7 +185,26 @@ def test_another_flow_finds_the_cache_and_another_backbone_or_size_does_not(dete
     assert folder(hidden_channels=8, kernel_sizes=(3, 5), seed=1) == here
     assert folder(image_size=(128, 128)) != here
     assert folder(scales=1) != here
+    assert folder(cut_after=("blocks.4", "blocks.5"), scales=1) != here
     assert FeatureCache.of(root, Detector(ARCHITECTURE)).folder.url != here
+
+
+def test_levels_of_several_stages_train_from_the_cache(cells, tmp_path):
+    architecture = replace(ARCHITECTURE, cut_after=("blocks.2", "blocks.4", "blocks.5"), scales=1)
+    detector = Detector(architecture)
+    images = listed(cells / "functional" / "train").slice(0, 40)
+    cache = extract(images, detector, tmp_path)
+    assert cache.feature_shapes == ((40, 8, 8), (112, 4, 4), (192, 2, 2))
+    rows = find_images(images, cache.index())[0]
+    stored = next(open_features(cache, rows, ROOMY, CPU.device).batches(1, [torch.arange(2)]))
+    paths = [Path(uri) for uri in rows["image_uri"].to_pylist()[:2]]
+    pixels = np.stack([decode(path.read_bytes(), (64, 64)).pixels_HWC for path in paths])
+    for actual, expected in zip(stored, detector.features(torch.from_numpy(pixels)), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-3 * expected.abs().max().item())
+    data = TrainingData.divide(rows, validation=0.1, holdout=0.2, seed=0)
+    trainer = run(new_trainer(cache, data, replace(SETTINGS, architecture=architecture, epochs=3)))
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    detector.flow.load_state_dict(trainer.best_state)
 
 
 def test_half_precision_in_the_cache_does_not_move_scores(cached, detector, cells):

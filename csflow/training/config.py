@@ -20,7 +20,7 @@ class TrainConfig(JobConfig):
     output: str
     """Model directory to write."""
     backbone: str = "tf_efficientnet_lite0"
-    """Frozen feature extractor: name of a convolutional timm network."""
+    """Frozen feature extractor: name of a timm network, convolutional or a vision transformer."""
     cut_after: Stages = None
     """Stages of the backbone whose maps are the features: one or more modules, such as blocks.2 blocks.5.
     [default: stage 6 of an EfficientNet, the last feature level of other networks]"""
