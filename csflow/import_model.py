@@ -197,7 +197,7 @@ def calibrate(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector.to(device)
-    loader = ImageLoader(ImageReader(storage_options), detector.architecture.image_size, READ_THREADS)
+    loader = ImageLoader(ImageReader(storage_options), detector.architecture.preprocessing, READ_THREADS)
     loaded = loader.load(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
     rows: list[dict[str, Any]] = []
     failed: list[LoadedImage] = []

@@ -61,7 +61,10 @@ def _model(location: Location) -> Iterator[Line]:
     stages = architecture["cut_after"]
     shown = stages if isinstance(stages, str) else " + ".join(stages)
     yield "backbone", f"{architecture['backbone']} up to {shown}"
-    yield "images", f"{height} x {width} pixels, {architecture['scales']} scales"
+    # Models of older versions do not say.
+    fit, interpolation = architecture.get("fit", "stretch"), architecture.get("interpolation", "bilinear")
+    scales = _count(architecture["scales"], "scale")
+    yield "images", f"{height} x {width} pixels ({fit}, {interpolation}), {scales}"
     yield (
         "flow",
         f"{_count(len(kernels), 'coupling block')} of {architecture['hidden_channels']} hidden channels",

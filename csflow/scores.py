@@ -33,6 +33,7 @@ SCORES = pa.schema(
         pa.field("peak_x", pa.float32(), nullable=False),
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("scored_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("map_box", FLOATS),  # null if the map covers the whole image
     ]
 )
 

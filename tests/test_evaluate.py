@@ -450,6 +450,24 @@ def test_maps_are_upsampled_as_torch_does_it() -> None:
     np.testing.assert_allclose(upsample(anomaly_map, 17, 40), expected[0, 0], atol=1e-6)
 
 
+def test_pixels_count_where_the_box_puts_them_and_lowest_beyond_it() -> None:
+    anomaly_map, mask_HW = defects(4, (64, 64))[3]
+    cropped, letterboxed = np.zeros((64, 96), bool), mask_HW[16:48]
+    cropped[:, 16:80] = mask_HW
+    cropped[:4, :4] = True  # a defect that the model cannot see
+    seen, boxed, crop = PixelHistograms(), PixelHistograms(), PixelHistograms()
+    boxed.add(anomaly_map, letterboxed, [-16, 0, 48, 64])
+    seen.add(upsample(anomaly_map, 64, 64)[16:48], letterboxed)
+    assert boxed.auroc().value == pytest.approx(seen.auroc().value, abs=1e-3)
+    assert boxed.aupro().value == pytest.approx(seen.aupro().value, abs=1e-3)
+    crop.add(anomaly_map, cropped, [0, 16, 64, 80])
+    levels = np.zeros((64, 96), np.float32)
+    levels[:, 16:80] = upsample(anomaly_map, 64, 64)
+    expected = roc_auc_score(cropped.ravel(), levels.ravel())
+    assert crop.auroc().value == pytest.approx(expected, abs=crop.auroc().binning_error + 1e-6)
+    assert crop.normal_pixels + crop.defective_pixels == 64 * 96
+
+
 def test_ten_million_pixels_need_no_more_memory_than_one_million() -> None:
     anomaly_map, mask_HW = defects(4, (512, 512))[3]
     peaks = []

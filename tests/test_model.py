@@ -279,7 +279,7 @@ def test_maps_of_several_stages_are_those_of_the_stages_alone():
 def test_a_backbone_that_was_proven_before_is_the_same_without_a_proof(monkeypatch):
     stages = ("layer1", "layer3")
     proven = Backbone("resnet10t", stages)
-    monkeypatch.delattr("csflow.model.Backbone._probe")
+    monkeypatch.delattr("csflow.model.Backbone._prove")
     again = Backbone("resnet10t", stages, is_proven=True)
     assert (again.channels, again.strides) == (proven.channels, proven.strides) == ((64, 256), (4, 16))
 
@@ -332,10 +332,112 @@ def test_backbone_stays_frozen_and_in_eval_mode():
     assert all(torch.equal(value, before[name]) for name, value in detector.backbone.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "no_such_network", "hrnet_w18_small"])
-def test_networks_that_are_no_chain_of_convolutions_are_refused(name):
-    with pytest.raises(BackboneError, match=name):
-        Backbone(name)
+def test_networks_that_give_no_maps_are_refused():
+    with pytest.raises(BackboneError, match="no_such_network is not a timm model"):
+        Backbone("no_such_network")
+    with pytest.raises(
+        BackboneError, match=r"vit_tiny_patch16_224 cannot be cut after.*its stages are blocks\.0, bl"
+    ):
+        Backbone("vit_tiny_patch16_224", "blocks.3.mlp")
+    with pytest.raises(BackboneError, match="levit_128s gives no map"):
+        Backbone("levit_128s")
+
+
+def test_a_chain_that_computes_something_else_is_refused(monkeypatch):
+    network = timm.create_model("resnet10t")
+    forward = type(network).forward
+    monkeypatch.setattr(type(network), "forward", lambda self, x: forward(self, 2 * x))
+    with pytest.raises(BackboneError, match="resnet10t is no chain of convolutional layers up to layer4"):
+        Backbone("resnet10t")
+
+
+TRANSFORMERS = [
+    ("vit_tiny_patch16_224", ("blocks.3", "blocks.11"), (192, 192), (16, 16)),
+    ("vit_small_patch14_reg4_dinov2", ("blocks.11",), (384,), (14,)),
+    ("vit_tiny_patch16_dinov3_qkvb", ("blocks.5", "blocks.11"), (192, 192), (16, 16)),
+    ("swin_tiny_patch4_window7_224", ("layers.1", "layers.2", "layers.3"), (192, 384, 768), (8, 16, 32)),
+    ("hrnet_w18_small", ("stage3", "stage4"), (512, 1024), (16, 32)),
+]
+
+
+@pytest.mark.parametrize(("name", "stages", "channels", "strides"), TRANSFORMERS)
+def test_networks_that_are_no_chain_give_their_own_maps(name, stages, channels, strides):
+    backbone = Backbone(name, stages)
+    assert (backbone.stages, backbone.channels, backbone.strides) == (stages, channels, strides)
+    height, width = 4 * strides[-1], 6 * strides[-1]
+    maps = backbone(torch.rand(2, 3, height, width))
+    expected = [(2, c, height // s, width // s) for c, s in zip(channels, strides, strict=True)]
+    assert [tuple(map_BCHW.shape) for map_BCHW in maps] == expected
+    assert not any(p.requires_grad for p in backbone.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [("vit_tiny_patch16_224", 1), ("vit_small_patch14_reg4_dinov2", 5), ("vit_tiny_patch16_dinov3_qkvb", 5)],
+)
+def test_maps_of_a_vision_transformer_are_its_patch_tokens(name, prefix):
+    network = timm.create_model(name, dynamic_img_size=True).eval()
+    backbone = Backbone(name, "blocks.4")
+    load_weights(backbone, network.state_dict())
+    stride = backbone.strides[0]
+    image_BCHW = torch.rand(2, 3, 3 * stride, 5 * stride)
+    found: list[Tensor] = []
+    network.blocks[4].register_forward_hook(lambda module, inputs, output: found.append(output))
+    with torch.inference_mode():
+        network(image_BCHW)
+    tokens_BNC = found[0][:, prefix:]
+    assert tokens_BNC.shape[1] == 15
+    (map_BCHW,) = backbone(image_BCHW)
+    for y, x in [(0, 0), (0, 4), (2, 1)]:
+        torch.testing.assert_close(map_BCHW[:, :, y, x], tokens_BNC[:, 5 * y + x])
+
+
+def test_maps_of_a_swin_transformer_have_their_channels_first():
+    network = timm.create_model("swin_tiny_patch4_window7_224", strict_img_size=False).eval()
+    backbone = Backbone("swin_tiny_patch4_window7_224", ("layers.1", "layers.2"))
+    load_weights(backbone, network.state_dict())
+    image_BCHW = torch.rand(1, 3, 96, 160)
+    with torch.inference_mode():
+        second_BHWC = network.layers[:2](network.patch_embed(image_BCHW))
+        third_BHWC = network.layers[2](second_BHWC)
+    expected = [second_BHWC.permute(0, 3, 1, 2), third_BHWC.permute(0, 3, 1, 2)]
+    torch.testing.assert_close(backbone(image_BCHW), expected)
+
+
+def test_what_lies_behind_the_deepest_block_is_left_out():
+    shallow, deep = Backbone("vit_tiny_patch16_224", "blocks.2"), Backbone("vit_tiny_patch16_224")
+    assert deep.stages == ("blocks.11",)
+    sizes = [sum(p.numel() for p in backbone.parameters()) for backbone in (shallow, deep)]
+    assert sizes[0] < 0.35 * sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "image_size", "scales", "message"),
+    [
+        ("vit_tiny_patch16_224", 250, 3, r"multiples of 64 .*nearest: 192 or 256"),
+        ("vit_small_patch14_dinov2", 256, 1, r"multiples of 14 .*nearest: 252 or 266"),
+        ("swin_tiny_patch4_window7_224", 224, 2, r"multiples of 64 .*nearest: 192 or 256"),
+        ("maxvit_tiny_tf_224", 256, 1, r"multiples of 32 that the network takes .*nearest: 224 or 448"),
+        ("test_vit_relpos", 320, 1, r"multiples of 16 that the network takes .*nearest: 160\)"),
+        ("test_vit_relpos", 160, 2, r"nearest: none; choose fewer scales"),
+    ],
+)
+def test_image_sizes_that_a_transformer_does_not_take_are_refused(backbone, image_size, scales, message):
+    with pytest.raises(ValueError, match=message):
+        Detector(Architecture(backbone, (image_size, image_size), None, scales, 4, (3,)))
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "interpolation"),
+    [
+        ("tf_efficientnet_b5", (0.485, 0.456, 0.406), "bicubic"),
+        ("fbnetc_100", (0.485, 0.456, 0.406), "bilinear"),
+        ("vit_tiny_patch16_224", (0.5, 0.5, 0.5), "bicubic"),
+    ],
+)
+def test_images_are_prepared_as_the_network_was_trained_on_them(name, mean, interpolation):
+    backbone = Backbone(name)
+    assert (backbone.mean, backbone.interpolation) == (mean, interpolation)
 
 
 def test_a_cut_that_does_not_exist_is_refused_with_those_that_do():

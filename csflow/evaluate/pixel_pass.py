@@ -47,7 +47,7 @@ def pixel_metrics(
             continue
         map_HW = np.asarray(row["anomaly_map"]).reshape(row["map_height"], row["map_width"])
         size = (row["image_height"], row["image_width"])
-        histograms.add(map_HW, mask.is_defective_HW if mask else np.zeros(size, bool))
+        histograms.add(map_HW, mask.is_defective_HW if mask else np.zeros(size, bool), row["map_box"])
     if not images["with_mask"]:
         return None, {"images": images, "empty_masks": empty_masks}
     if without_map:
@@ -71,7 +71,7 @@ def pixel_metrics(
 def _latest_maps(dataset: ds.Dataset, scored: Mapping[str, LabelledScore]) -> Iterator[list[dict[str, Any]]]:
     """The labelled images' latest rows, in batches: all maps of an archive need not fit into memory."""
     columns = ["image_uri", "scored_at", "image_height", "image_width"]
-    columns += ["anomaly_map", "map_height", "map_width"]
+    columns += ["anomaly_map", "map_height", "map_width", "map_box"]
     left = {uri: image.scored_at for uri, image in scored.items()}
     batches = dataset.to_batches(
         columns=columns,

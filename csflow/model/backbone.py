@@ -1,11 +1,15 @@
 """The frozen feature extractor: a timm network whose maps behind some stages are the features."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import timm
 import torch
+from timm.data.config import resolve_data_config
 from torch import Tensor, nn
+
+from csflow.preprocessing import Interpolation
 
 PAPER_STAGE = "blocks.5"
 """The sixth stage of an EfficientNet, where the paper cuts its B5."""
@@ -14,7 +18,7 @@ DEFAULT_STAGES: Mapping[str, tuple[str, ...]] = {"EfficientNet": (PAPER_STAGE,)}
 """By what a timm network's class is called; of other networks it is the last feature level."""
 
 PROBE_SIDE = 128
-"""Of the image that finds out what a backbone's maps are like."""
+"""Of the image that finds out what the maps of a chain are like; a multiple of every usual stride."""
 
 
 class BackboneError(ValueError):
@@ -22,7 +26,11 @@ class BackboneError(ValueError):
 
 
 class Backbone(nn.Module):
-    """A timm network up to a stage; always in eval mode and without gradients."""
+    """A timm network up to a stage; always in eval mode and without gradients.
+
+    Most networks are a chain of modules up to the cut. Others, such as vision transformers, give their maps
+    through timm's `forward_intermediates`.
+    """
 
     def __init__(
         self,
@@ -40,22 +48,76 @@ class Backbone(nn.Module):
                 the cut right.
 
         Raises:
-            BackboneError: timm knows no such network, or it is no chain of modules up to the cut.
+            BackboneError: timm knows no such network, or it gives no maps of these stages.
         """
         super().__init__()
         network = _create(name)
         self.name = name
-        published = cast(dict[str, Any], network.pretrained_cfg)
+        published = resolve_data_config(pretrained_cfg=network.pretrained_cfg)
         self.mean: tuple[float, ...] = tuple(published["mean"])
         self.std: tuple[float, ...] = tuple(published["std"])
-        self.known_stages = {
-            level["module"]: level["reduction"] for level in cast(list[dict[str, Any]], network.feature_info)
-        }
+        self.interpolation: Interpolation = (
+            "bilinear" if published["interpolation"] == "bilinear" else "bicubic"
+        )
+        """The filter of resizing with which the network was tested: timm has these two."""
+        self.native_side: int = published["input_size"][-1]
+        """Of the images that the network was trained on, pixels."""
+        self.known_stages = {level["module"]: level["reduction"] for level in _levels(network)}
         """Stages that timm names, with their strides."""
         wanted = (cut_after,) if isinstance(cut_after, str) else cut_after or default_stages(network)
+        self.layers: nn.Module
+        self.stages: tuple[str, ...]
+        """From shallow to deep."""
+        self.is_stage: tuple[bool, ...] = ()
+        """Of each layer of a chain."""
+        try:
+            shapes = self._take_chain(network, wanted)
+        except BackboneError:
+            if not (hasattr(network, "forward_intermediates") and self.known_stages.keys() >= set(wanted)):
+                raise
+            shapes = self._take_intermediates(wanted)
+        self.channels: tuple[int, ...] = tuple(channels for channels, _ in shapes)
+        """Of each stage's map."""
+        self.strides: tuple[int, ...] = tuple(stride for _, stride in shapes)
+        """Of each stage's map: height and width of the image are so many times its own."""
+        self.requires_grad_(False)
+        self.eval()
+        if self.is_chain and not is_proven:
+            self._prove(network)
+
+    @property
+    def cut_after(self) -> tuple[str, ...] | str:
+        """The stages as settings name them: a single one by itself."""
+        return self.stages[0] if len(self.stages) == 1 else self.stages
+
+    @property
+    def is_chain(self) -> bool:
+        """`layers` are one after the other, in place of `IntermediateMaps`."""
+        return isinstance(self.layers, nn.Sequential)
+
+    def forward(self, image_BCHW: Tensor) -> list[Tensor]:
+        """Per stage the feature map (B, channels, H / stride, W / stride) of normalised images."""
+        if isinstance(self.layers, nn.Sequential):
+            return stage_maps(self.layers, self.is_stage, image_BCHW)
+        return cast(list[Tensor], self.layers(image_BCHW))
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Stays in eval mode: a pass in train mode would move the batch-norm statistics."""
+        return super().train(False)
+
+    def takes(self, height: int, width: int) -> bool:
+        """Whether images of this size give maps of the size that the strides say."""
+        try:
+            maps = self._maps_on_meta(height, width)
+        except Exception:  # networks complain in ways of their own
+            return False
+        sizes = [(height // stride, width // stride) for stride in self.strides]
+        return [tuple(map_BCHW.shape[2:]) for map_BCHW in maps] == sizes
+
+    def _take_chain(self, network: nn.Module, wanted: Sequence[str]) -> list[tuple[int, int]]:
+        """The modules on the way to the stages; returns their channels and strides."""
         chain = dict(_chain(network, wanted))
         self.stages = tuple(path for path in chain if path in wanted)
-        """From shallow to deep."""
         for lost in sorted(set(wanted) - chain.keys()):
             raise BackboneError(
                 f"{lost} holds another of the stages {', '.join(wanted)}; name one of the two"
@@ -65,39 +127,50 @@ class Backbone(nn.Module):
         for path, layer in chain.items():
             self.layers.add_module(_layer_name(path), layer)
         self.is_stage = tuple(path in wanted for path in chain)
-        """Of each layer."""
-        self.requires_grad_(False)
         self.eval()
-        shapes = self._shapes() if is_proven else self._probe(network)
-        self.channels: tuple[int, ...] = tuple(channels for channels, _, _ in shapes)
-        """Of each stage's map."""
-        self.strides: tuple[int, ...] = tuple(PROBE_SIDE // height for _, height, _ in shapes)
-        """Of each stage's map: height and width of the image are so many times its own."""
+        try:
+            maps = self._maps_on_meta(PROBE_SIDE, PROBE_SIDE)
+        except Exception as error:
+            raise self._no_cut(error) from None
+        for stage, features in zip(self.stages, maps, strict=True):
+            is_map = (
+                isinstance(features, Tensor) and features.ndim == 4 and PROBE_SIDE % features.shape[2] == 0
+            )
+            if not is_map or getattr(network, "output_fmt", "NCHW") != "NCHW":
+                raise self._no_chain(stage)
+        return [(features.shape[1], PROBE_SIDE // features.shape[2]) for features in maps]
 
-    @property
-    def cut_after(self) -> tuple[str, ...] | str:
-        """The stages as settings name them: a single one by itself."""
-        return self.stages[0] if len(self.stages) == 1 else self.stages
+    def _take_intermediates(self, wanted: Sequence[str]) -> list[tuple[int, int]]:
+        """The network itself; returns channels and strides of the stages."""
+        network = _create_flexible(self.name)
+        self.stages = tuple(name for name in self.known_stages if name in wanted)
+        indices = {level["module"]: index for index, level in enumerate(_levels(network))}
+        self.layers = IntermediateMaps(network, [indices[stage] for stage in self.stages])
+        self.is_stage = ()
+        self.eval()
+        try:
+            maps = self._maps_on_meta(self.native_side, self.native_side)
+        except Exception as error:
+            raise self._no_cut(error) from None
+        strides = [self.known_stages[stage] for stage in self.stages]
+        for stage, stride, map_BCHW in zip(self.stages, strides, maps, strict=True):
+            if map_BCHW.shape[2] * stride != self.native_side:
+                raise BackboneError(
+                    f"backbone {self.name} gives no map after {stage} whose side divides that of the image; "
+                    "choose another cut or network"
+                )
+        return [(map_BCHW.shape[1], stride) for map_BCHW, stride in zip(maps, strides, strict=True)]
 
-    def forward(self, image_BCHW: Tensor) -> list[Tensor]:
-        """Per stage the feature map (B, channels, H / stride, W / stride) of normalised images."""
-        return stage_maps(self.layers, self.is_stage, image_BCHW)
-
-    def train(self, mode: bool = True) -> "Backbone":
-        """Stays in eval mode: a pass in train mode would move the batch-norm statistics."""
-        return super().train(False)
-
-    def _shapes(self) -> list[torch.Size]:
-        """Per stage (channels, height, width) for the probing image, without computing any number."""
+    def _maps_on_meta(self, height: int, width: int) -> list[Tensor]:
+        """The maps of an image of this size without their numbers, which takes no time to speak of."""
         state = [*self.named_parameters(), *self.named_buffers()]
-        image_BCHW = torch.empty(1, 3, PROBE_SIDE, PROBE_SIDE, device="meta")
-        with torch.inference_mode():
+        image_BCHW = torch.empty(1, 3, height, width, device="meta")
+        with torch.inference_mode(), torch.device("meta"):
             on_meta = {name: tensor.to("meta") for name, tensor in state}
-            maps = cast(list[Tensor], torch.func.functional_call(self, on_meta, image_BCHW))
-        return [features_BCHW.shape[1:] for features_BCHW in maps]
+            return cast(list[Tensor], torch.func.functional_call(self, on_meta, image_BCHW))
 
-    def _probe(self, network: nn.Module) -> list[torch.Size]:
-        """As `_shapes`, and proves that the chain computes what the network computes."""
+    def _prove(self, network: nn.Module) -> None:
+        """Proves that the chain computes what the network computes."""
         image_BCHW = torch.rand(1, 3, PROBE_SIDE, PROBE_SIDE, generator=torch.Generator().manual_seed(0))
         expected: dict[str, Tensor] = {}
         hooks = [
@@ -109,24 +182,59 @@ class Backbone(nn.Module):
         try:
             with torch.inference_mode():
                 network.eval()(image_BCHW)
-                maps = dict(zip(self.stages, self(image_BCHW), strict=True))
+                for hook in hooks:
+                    hook.remove()  # chain and network have the same modules
+                maps = self(image_BCHW)
         except Exception as error:
-            raise BackboneError(
-                f"backbone {self.name} cannot be cut after {' and '.join(self.stages)}: {error}"
-            ) from None
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for stage, features in maps.items():
-            is_map = (
-                isinstance(features, Tensor) and features.ndim == 4 and PROBE_SIDE % features.shape[2] == 0
-            )
-            if not is_map or not torch.allclose(features, expected[stage], atol=1e-5):
-                raise BackboneError(
-                    f"backbone {self.name} is no chain of convolutional layers up to {stage}; "
-                    "choose another cut or network"
-                )
-        return [features_BCHW.shape[1:] for features_BCHW in maps.values()]
+            raise self._no_cut(error) from None
+        for stage, features_BCHW in zip(self.stages, maps, strict=True):
+            if not torch.allclose(features_BCHW, expected[stage], atol=1e-5):
+                raise self._no_chain(stage)
+
+    def _no_cut(self, error: Exception) -> BackboneError:
+        return BackboneError(
+            f"backbone {self.name} cannot be cut after {' and '.join(self.stages)}: {error}; "
+            f"its stages are {', '.join(self.known_stages)}"
+        )
+
+    def _no_chain(self, stage: str) -> BackboneError:
+        return BackboneError(
+            f"backbone {self.name} is no chain of convolutional layers up to {stage}; "
+            f"its stages are {', '.join(self.known_stages)}"
+        )
+
+
+class IntermediateMaps(nn.Module):
+    """A network that hands out its own maps; the modules behind the deepest are left out.
+
+    timm's `forward_intermediates` knows where each architecture keeps its tokens: it drops class and register
+    tokens, and lays out patch tokens with channels first.
+    """
+
+    def __init__(self, network: nn.Module, indices: Sequence[int]) -> None:
+        """`indices` are those of the maps in the network's `feature_info`, ascending."""
+        super().__init__()
+        self.indices = list(indices)
+        cast(Any, network).prune_intermediate_layers(self.indices, prune_norm=True)
+        self.network = network
+
+    def forward(self, image_BCHW: Tensor) -> list[Tensor]:
+        """Each map (B, C, H, W)."""
+        maps = cast(Any, self.network).forward_intermediates(
+            image_BCHW, indices=self.indices, intermediates_only=True, output_fmt="NCHW"
+        )
+        return list(maps)
+
+    def at_size(self, height: int, width: int) -> "IntermediateMaps":
+        """For images of one size: position embeddings are resampled now, and not for every image."""
+        network: Any = self.network
+        if not (
+            getattr(network, "dynamic_img_size", False) and getattr(network, "pos_embed", None) is not None
+        ):
+            return self
+        fixed = copy.deepcopy(self)
+        cast(Any, fixed.network).set_input_size((height, width))
+        return fixed
 
 
 def stage_maps(layers: nn.Sequential, is_stage: Sequence[bool], x_BCHW: Tensor) -> list[Tensor]:
@@ -139,13 +247,18 @@ def stage_maps(layers: nn.Sequential, is_stage: Sequence[bool], x_BCHW: Tensor) 
     return maps
 
 
+def _levels(network: nn.Module) -> list[dict[str, Any]]:
+    """What timm says of the network's stages, from shallow to deep."""
+    return list(cast(Any, network.feature_info))
+
+
 def default_stages(network: nn.Module) -> tuple[str, ...]:
     """The stages whose maps are the features where nothing else is wished, from shallow to deep."""
     modules = dict(network.named_modules())
     for family, stages in DEFAULT_STAGES.items():
         if family in type(network).__name__ and modules.keys() >= set(stages):
             return stages
-    return (str(cast(Any, network.feature_info)[-1]["module"]),)
+    return (str(_levels(network)[-1]["module"]),)
 
 
 def load_weights(backbone: Backbone, weights: Mapping[str, Tensor]) -> None:
@@ -167,6 +280,10 @@ def load_weights(backbone: Backbone, weights: Mapping[str, Tensor]) -> None:
             raise BackboneError(f"the weights are not those of a {backbone.name}")
         weights = dict(zip(own, weights.values(), strict=True))
     network.load_state_dict(weights)
+    if isinstance(backbone.layers, IntermediateMaps):
+        kept, whole = backbone.layers.network, network.state_dict()
+        kept.load_state_dict({name: whole[name] for name in kept.state_dict()})
+        return
     backbone.layers.load_state_dict(
         {
             f"{_layer_name(path)}.{name}": tensor
@@ -182,6 +299,17 @@ def _create(name: str, pretrained: bool = False) -> nn.Module:
     except RuntimeError:
         close = ", ".join(timm.list_models(f"*{name.split('.')[0][-8:]}*")[:5]) or "timm.list_models()"
         raise BackboneError(f"backbone {name} is not a timm model; try one of: {close}") from None
+    return network
+
+
+def _create_flexible(name: str) -> nn.Module:
+    """The network for images of any size, if it can be built so."""
+    # Never without memory: buffers that are no part of the state would stay without their numbers.
+    with torch.device("cpu"):
+        try:
+            network: nn.Module = timm.create_model(name, dynamic_img_size=True)
+        except TypeError:
+            network = timm.create_model(name)
     return network
 
 

@@ -16,6 +16,7 @@ from csflow.model.backbone import Backbone
 from csflow.model.flow import CrossScaleFlow
 from csflow.model.pyramid import Pyramid
 from csflow.model.rounding import rounding_shifts
+from csflow.preprocessing import Fit, Interpolation, Preprocessing
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,21 @@ class Architecture:
     """One per coupling block."""
     seed: int = 0
     """Of the channel permutations and the initial weights."""
+    fit: Fit = "stretch"
+    """What becomes of images of another aspect ratio; the default is what models that do not say so have."""
+    interpolation: Interpolation = "bilinear"
+    """The filter of resizing; likewise."""
 
     def __post_init__(self) -> None:
         # A single stage is a string, as it always was: the id of a model depends on it.
         if not isinstance(self.cut_after, str | None):
             single = len(self.cut_after) == 1
             object.__setattr__(self, "cut_after", self.cut_after[0] if single else tuple(self.cut_after))
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images become the pixels that the detector takes."""
+        return Preprocessing(self.image_size, self.fit, self.interpolation)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"image_size": list(self.image_size), "kernel_sizes": list(self.kernel_sizes)}
@@ -82,6 +92,7 @@ class Detector(nn.Module):
         self.architecture = architecture
         strides = dict(zip(self.backbone.stages, self.backbone.strides, strict=True))
         self.pyramid = Pyramid.of(strides, architecture.scales, self.backbone.known_stages)
+        _check_size(architecture, self.backbone, self.pyramid, is_proven)
         self.feature_shapes = _feature_shapes(architecture, self.backbone, self.pyramid)
         """Per level (channels, height, width) of the features."""
         self.flow = new_flow(architecture, [channels for channels, _, _ in self.feature_shapes])
@@ -165,23 +176,42 @@ def score_latents(z: Sequence[Tensor]) -> Scores:
     )
 
 
+def _check_size(architecture: Architecture, backbone: Backbone, pyramid: Pyramid, is_proven: bool) -> None:
+    """Raises ValueError if the image size does not fit, naming those nearest to it that do.
+
+    A side must be a multiple of the coarsest level's reduction, or levels would not align. A network that is
+    no chain of convolutions may ask for more, as for whole windows.
+    """
+    scales, multiple = architecture.scales, pyramid.reductions[-1]
+
+    def fits(height: int, width: int) -> bool:
+        if height % multiple or width % multiple or min(height, width) < multiple:
+            return False
+        asks = not (backbone.is_chain or is_proven)
+        return not asks or all(backbone.takes(height >> s, width >> s) for s in range(scales))
+
+    height, width = architecture.image_size
+    if fits(height, width):
+        return
+    side = next((side for side in (height, width) if not fits(side, side)), height)
+    most = max(2 * side, backbone.native_side << (scales - 1)) + multiple
+    ways = (
+        range(side - side % multiple, 0, -multiple),
+        range(side - side % multiple + multiple, most, multiple),
+    )
+    nearest = [next((s for s in way if s != side and fits(s, s)), None) for way in ways]
+    found = " or ".join(str(s) for s in nearest if s) or "none; choose fewer scales or another network"
+    raise ValueError(
+        f"image size {side} does not fit: with backbone {architecture.backbone} and {scales} "
+        f"scale{'s' * (scales != 1)}, height and width must be multiples of {multiple}"
+        f"{'' if backbone.is_chain else ' that the network takes'} (nearest: {found})"
+    )
+
+
 def _feature_shapes(
     architecture: Architecture, backbone: Backbone, pyramid: Pyramid
 ) -> list[tuple[int, int, int]]:
-    """Per level (channels, height, width) of the features.
-
-    Raises:
-        ValueError: a side is no multiple of the coarsest level's reduction, so that levels would not align.
-    """
-    multiple = pyramid.reductions[-1]
-    for side in architecture.image_size:
-        if side < multiple or side % multiple:
-            below = max(side // multiple, 1) * multiple
-            raise ValueError(
-                f"image size {side} does not fit: with backbone {architecture.backbone} and "
-                f"{architecture.scales} scales, height and width must be multiples of {multiple} "
-                f"(nearest: {below}{'' if side < multiple else f' or {below + multiple}'})"
-            )
+    """Per level (channels, height, width) of the features."""
     height, width = architecture.image_size
     channels = pyramid.channels(backbone.channels)
     return [(c, height // r, width // r) for c, r in zip(channels, pyramid.reductions, strict=True)]

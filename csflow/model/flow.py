@@ -46,7 +46,7 @@ class CrossScaleFlow(nn.Module):
         super().__init__()
         channels = [channels] * scales if isinstance(channels, int) else channels
         if not 1 <= scales <= 4:
-            raise ValueError(f"scales must be 1 to 4, not {scales}")
+            raise ValueError(f"scales must be 1 to 4, not {scales}: each level of the pyramid is one")
         if len(channels) != scales:
             raise ValueError(f"channels must be one number for each of {scales} scales, not {list(channels)}")
         if min(channels) < 2:

@@ -5,15 +5,17 @@ faster than PyTorch's own kernels (docs/performance.md). On GPUs PyTorch compile
 
 The network is run in two parts: layers of large maps, and those behind. Roundings of the first grow on their
 way through the second, so `mixed` precision is float32 in the first and bfloat16 in the second. And large
-maps stay in a CPU's cache only if they are of few images.
+maps stay in a CPU's cache only if they are of few images. A network that is no chain of layers, such as a
+vision transformer, is run whole, and in float32 when `mixed`.
 
 Dimension letters: B batch, C channels, H height, W width.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import openvino
@@ -23,16 +25,18 @@ from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
-from csflow.model.backbone import Backbone, stage_maps
+from csflow.model.backbone import Backbone, IntermediateMaps, stage_maps
 from csflow.model.compilation import compiled
 from csflow.model.detector import Detector
 from csflow.model.precision import Precision
-from csflow.model.rounding import without_shifts
+from csflow.model.rounding import Layers, without_shifts
 
 SMALL_MAPS_STRIDE = 16
 """Maps are small from this reduction of the image on: two thirds of an EfficientNet's products make them."""
 CACHED_PIXELS = 256 * 256
 """Images of together no more pixels than this, or one, go through the layers of large maps at a time."""
+WHOLE_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""Most by which maps of a network that OpenVINO takes in whole may be off, of the largest activation."""
 BEYOND = 1e30
 """More than any activation."""
 
@@ -60,13 +64,15 @@ class InferenceBackbone:
         is_split = precision == "mixed" and bool(detector.rounding_shifts)
         dtypes = dtype, torch.bfloat16 if is_split else dtype
         self._join = detector.pyramid.join
-        parts = _Parts.of(detector.backbone, detector.rounding_shifts, dtypes)
         self._passes: list[Pass]
-        if self._is_fixed:
-            sizes = [(height >> s, width >> s) for s in range(scales)]
+        sizes = [(height >> s, width >> s) for s in range(scales)]
+        parts = _Parts.of(detector.backbone, detector.rounding_shifts, dtypes)
+        if not self._is_fixed:
+            self._passes = [_by_pytorch(parts, device)] * scales
+        elif detector.backbone.is_chain:
             self._passes = _by_openvino(parts, sizes, batch_size)
         else:
-            self._passes = [_by_pytorch(parts, device)] * scales
+            self._passes = [_whole_by_openvino(parts.large, (batch_size, *size, 3)) for size in sizes]
 
     @torch.inference_mode()
     def __call__(self, image_BHWC: Tensor) -> list[Tensor]:
@@ -116,19 +122,21 @@ def _split(layers: nn.Sequential) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 class _Part(nn.Module):
-    """Some layers of the backbone, with their maps."""
+    """Some layers of the backbone, or all of it, with their maps."""
 
-    def __init__(self, layers: nn.Sequential, is_wanted: Sequence[bool], dtype: torch.dtype) -> None:
-        """`is_wanted` says of each layer whether its map is returned."""
+    def __init__(self, layers: nn.Module, dtype: torch.dtype, is_wanted: Sequence[bool] = ()) -> None:
+        """`is_wanted` says of each layer of a chain whether its map is returned."""
         super().__init__()
-        self.layers, self.is_wanted, self.dtype = layers, is_wanted, dtype
+        self.layers, self.dtype, self.is_wanted = layers, dtype, is_wanted
 
     def forward(self, x_BCHW: Tensor) -> list[Tensor]:
-        return stage_maps(self.layers, self.is_wanted, x_BCHW)
+        if isinstance(self.layers, nn.Sequential):
+            return stage_maps(self.layers, self.is_wanted, x_BCHW)
+        return cast(list[Tensor], self.layers(x_BCHW))
 
 
 class _Parts(NamedTuple):
-    """The backbone in two."""
+    """The backbone in two, if it is a chain; else the whole of it is in `large`, in one precision."""
 
     large: _Part
     """The layers of large maps; what they give last goes to the others."""
@@ -141,14 +149,15 @@ class _Parts(NamedTuple):
     def of(
         cls, backbone: Backbone, shifts: Mapping[str, Tensor], dtypes: tuple[torch.dtype, torch.dtype]
     ) -> "_Parts":
-        layers = [
-            without_shifts(some, shifts) if dtype == torch.bfloat16 else some
-            for some, dtype in zip(_split(backbone.layers), dtypes, strict=True)
-        ]
-        border = len(layers[0])
-        is_stage = backbone.is_stage
-        large = _Part(layers[0], (*is_stage[: border - 1], True), dtypes[0])
-        small = _Part(layers[1], is_stage[border:], dtypes[1]) if len(layers[1]) else None
+        def rounded(layers: Layers, dtype: torch.dtype) -> Layers:
+            return without_shifts(layers, shifts) if dtype == torch.bfloat16 else layers
+
+        if not isinstance(backbone.layers, nn.Sequential):
+            return cls(_Part(rounded(backbone.layers, dtypes[0]), dtypes[0]), len(backbone.stages), None)
+        first, rest = _split(backbone.layers)
+        is_stage, border = backbone.is_stage, len(first)
+        large = _Part(rounded(first, dtypes[0]), dtypes[0], (*is_stage[: border - 1], True))
+        small = _Part(rounded(rest, dtypes[1]), dtypes[1], is_stage[border:]) if len(rest) else None
         return cls(large, sum(is_stage[:border]), small)
 
 
@@ -166,18 +175,20 @@ def _by_pytorch(parts: _Parts, device: torch.device) -> Pass:
     return network
 
 
+def _from_pixels(network: Callable[[Tensor], list[Tensor]]) -> Pass:
+    def run(pixel_BHWC: Tensor) -> list[Tensor]:
+        return network(pixel_BHWC.permute(0, 3, 1, 2))
+
+    return run
+
+
 def _by_openvino(parts: _Parts, sizes: Sequence[tuple[int, int]], batch: int) -> list[Pass]:
     """A pass for each height and width of images, and for this many of them alone."""
-
-    def from_pixels(pixel_BHWC: Tensor) -> list[Tensor]:
-        maps: list[Tensor] = parts.large(pixel_BHWC.permute(0, 3, 1, 2))
-        return maps
-
     # The smallest size and one image give the same graph as the largest, in less time.
     pixel_BHWC = torch.zeros(1, *sizes[-1], 3)
     with torch.no_grad():
-        border_BCHW = from_pixels(pixel_BHWC)[-1]
-    large = _converted(from_pixels, pixel_BHWC)
+        border_BCHW = _from_pixels(parts.large)(pixel_BHWC)[-1]
+    large = _converted(_from_pixels(parts.large), pixel_BHWC)
     small = _converted(parts.small, border_BCHW) if parts.small else None
     passes: list[Pass] = []
     for height, width in sizes:
@@ -188,6 +199,33 @@ def _by_openvino(parts: _Parts, sizes: Sequence[tuple[int, int]], batch: int) ->
         rest = _request(small, shapes[-1], parts.small.dtype) if parts.small and small else None
         passes.append(partial(_infer, first, rest, at_once, shapes, parts.stages_in_large))
     return passes
+
+
+@torch.no_grad()
+def _whole_by_openvino(part: _Part, shape: tuple[int, int, int, int]) -> Pass:
+    """A pass for pixels of this shape through a network that is no chain, by PyTorch if it must be.
+
+    OpenVINO takes in what depends on the size of images as constants, or not at all. Hence the comparison.
+    """
+    network = _from_pixels(cast(IntermediateMaps, part.layers).at_size(*shape[1:3]))
+    pixel_BHWC = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = network(pixel_BHWC)
+    try:
+        request = _request(_converted(network, pixel_BHWC), shape, part.dtype)
+        shapes = [map_BCHW.shape for map_BCHW in expected]
+        run = partial(_infer, request, None, shape[0], shapes, len(shapes))
+        off = max(
+            (actual_BCHW - exact_BCHW).abs().max().item() / exact_BCHW.abs().max().item()
+            for actual_BCHW, exact_BCHW in zip(run(pixel_BHWC), expected, strict=True)
+        )
+    except Exception as error:  # whatever conversion and compilation stumble over
+        problem = f"{type(error).__name__}: {error}".partition("\n")[0]
+    else:
+        if off <= WHOLE_TOLERANCES[part.dtype]:
+            return run
+        problem = f"its maps are off by {off:.1e}"
+    logging.getLogger(__name__).warning("the backbone runs without OpenVINO, more slowly: %s", problem)
+    return network
 
 
 def _converted(network: Callable[[Tensor], list[Tensor]], example: Tensor) -> openvino.Model:

@@ -23,6 +23,7 @@ from csflow.inputs.loading import ImageLoader, LoadedImage, batches
 from csflow.inputs.reading import ImageReader
 from csflow.model import InferenceDetector, Scores
 from csflow.model_directory import load_model
+from csflow.preprocessing import whole
 from csflow.process import peak_memory_bytes
 from csflow.redaction import redact
 from csflow.scores import ERRORS, FLOATS, SCORES
@@ -83,13 +84,13 @@ class ShardScorer:
         detector = model.detector.to(self._device)
         self._detector = InferenceDetector(detector, settings.precision, self._batch_size)
         storage_options = settings.output.location.storage_options
-        image_size = model.detector.architecture.image_size
+        preprocessing = model.detector.architecture.preprocessing
         self._loader: ImageLoader | IsolatedLoader
         if settings.is_isolated:
-            self._loader = IsolatedLoader(storage_options, image_size)
+            self._loader = IsolatedLoader(storage_options, preprocessing)
         else:
             threads = max(READ_THREADS, READ_THREADS_PER_CPU * resources.cpus)
-            self._loader = ImageLoader(ImageReader(storage_options), image_size, threads)
+            self._loader = ImageLoader(ImageReader(storage_options), preprocessing, threads)
         self._model_lock = threading.Lock()
         self._process_cpu = ProcessCpu()
         self._start_cpu_seconds = self._process_cpu.take()[0]
@@ -158,7 +159,8 @@ class ShardScorer:
         anomaly_map_BHW = scores.anomaly_map_BHW.float().numpy()
         height_B = np.array([image.decoded.height for image in images], dtype=np.int32)
         width_B = np.array([image.decoded.width for image in images], dtype=np.int32)
-        peak_y_B, peak_x_B = peak(anomaly_map_BHW, height_B, width_B)
+        box_B4 = np.array([image.decoded.box for image in images])
+        peak_y_B, peak_x_B = peak(anomaly_map_BHW, height_B, width_B, box_B4)
         p_value_B = p_values(anomaly_score_B, self._calibration_scores)
         keeps_maps = self._settings.keep_maps
         columns = {
@@ -177,6 +179,7 @@ class ShardScorer:
             "peak_x": peak_x_B.astype(np.float32),
             "run_id": [self._settings.run_id] * len(images),
             "scored_at": [datetime.now(UTC)] * len(images),
+            "map_box": [_map_box(image.decoded) for image in images],
         }
         return pa.RecordBatch.from_pydict(columns, schema=SCORES)
 
@@ -252,10 +255,27 @@ def _float_lists(values_BX: NDArray[np.float32]) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, flat_BN.ravel(), type=FLOATS)
 
 
+def _map_box(decoded: DecodedImage) -> list[float] | None:
+    """What the map covers, in pixels of the original; None for all of it."""
+    return None if decoded.box == whole(decoded.height, decoded.width) else list(decoded.box)
+
+
 def peak(
-    anomaly_map_BHW: NDArray[np.float32], image_height_B: NDArray[np.int32], image_width_B: NDArray[np.int32]
+    anomaly_map_BHW: NDArray[np.float32],
+    image_height_B: NDArray[np.int32],
+    image_width_B: NDArray[np.int32],
+    box_B4: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Centres (y, x) of the maps' hottest cells, in pixels of the original images."""
+    """Centres (y, x) of the maps' hottest cells, in pixels of the original images.
+
+    Of a cell in the padding of a letterbox, the nearest pixel of the image.
+
+    Args:
+        box_B4: what each map covers: top, left, bottom and right edge.
+    """
     map_height, map_width = anomaly_map_BHW.shape[1:]
     row_B, column_B = np.divmod(anomaly_map_BHW.reshape(len(anomaly_map_BHW), -1).argmax(1), map_width)
-    return (row_B + 0.5) * image_height_B / map_height, (column_B + 0.5) * image_width_B / map_width
+    top_B, left_B, bottom_B, right_B = box_B4.T
+    y_B = top_B + (row_B + 0.5) * (bottom_B - top_B) / map_height
+    x_B = left_B + (column_B + 0.5) * (right_B - left_B) / map_width
+    return y_B.clip(0.5, image_height_B - 0.5), x_B.clip(0.5, image_width_B - 0.5)

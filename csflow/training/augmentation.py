@@ -45,7 +45,7 @@ class AugmentedFeatures:
         """See `FeatureSource`; raises ImageError if an image cannot be read any more."""
         detector = load_backbone(self.architecture, self.cache).to(self.device)
         loader = ImageLoader(
-            ImageReader(self.cache.folder.storage_options), self.architecture.image_size, READ_THREADS
+            ImageReader(self.cache.folder.storage_options), self.architecture.preprocessing, READ_THREADS
         )
         order = torch.cat([*shares, torch.empty(0, dtype=torch.int64)]).tolist()
         rows = self.images.take(pa.array(order, pa.int64()))

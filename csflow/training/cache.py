@@ -1,6 +1,6 @@
 """The feature cache: features of single images by content of the image and whatever decides them.
 
-A cache folder is named by backbone, weights, image size and decoding. Its files hold the features of some
+A cache folder is named by backbone, weights, preprocessing and decoding. Its files hold the features of some
 images each, in the order in which they were extracted; index files say which image is where. A file is
 written whole and never changed, so that an interrupted extraction leaves nothing that is wrong.
 
@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -26,7 +26,7 @@ from csflow.storage import Location, read_parquet, to_parquet
 SUFFIX = ".features.safetensors"
 INDEX_SUFFIX = ".index.parquet"
 BACKBONE_FILE = "backbone.safetensors"
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 """Part of the folder's name: files of another layout are not looked at."""
 READ_THREADS = 16
 HEADER_BYTES = 1 << 16
@@ -40,6 +40,8 @@ INDEX = pa.schema(
         pa.field("image_version", pa.string(), nullable=False),
         pa.field("content_digest", pa.string()),  # null for an image that cannot be read
         pa.field("error_message", pa.string()),  # why it cannot
+        pa.field("image_height", pa.int32()),  # of the original, in pixels; null likewise
+        pa.field("image_width", pa.int32()),
         pa.field("file", pa.string(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),  # of the image's features in the file, bytes
         pa.field("dtype", pa.string(), nullable=False),
@@ -55,6 +57,8 @@ class FeatureFile:
     image_versions: list[str]
     content_digests: list[str]
     """SHA-256 of each image's bytes, in hexadecimal."""
+    image_sizes: list[tuple[int, int]]
+    """Height and width of each original in pixels."""
     features_ND: Tensor
     failed: list[tuple[str, str, str]]
     """URI, version and message of images that cannot be read and never will."""
@@ -67,13 +71,14 @@ class FeatureFile:
             "image_uris": self.image_uris,
             "image_versions": self.image_versions,
             "content_digests": self.content_digests,
+            "image_sizes": self.image_sizes,
             "failed": self.failed,
         }
         return safetensors.torch.save({"features": stored_ND}, metadata={"images": json.dumps(images)})
 
 
 class FeatureCache:
-    """The features of one backbone, one set of weights, one image size."""
+    """The features of one backbone, one set of weights, one preprocessing."""
 
     def __init__(self, folder: Location, feature_shapes: Sequence[tuple[int, int, int]]) -> None:
         self.folder = folder
@@ -86,7 +91,7 @@ class FeatureCache:
         decides = {
             "backbone": architecture.backbone,
             "cut_after": detector.backbone.cut_after,
-            "image_size": list(architecture.image_size),
+            "preprocessing": asdict(architecture.preprocessing),
             "scales": architecture.scales,
             "decoding_version": DECODING_VERSION,
             "layout_version": LAYOUT_VERSION,
@@ -156,10 +161,13 @@ class FeatureCache:
         dtype = tensor["dtype"]
         step = sum(self.sizes) * DTYPES[dtype].itemsize
         place = {"file": name, "dtype": dtype}
-        good = zip(images["image_uris"], images["image_versions"], images["content_digests"], strict=True)
+        columns = ("image_uris", "image_versions", "content_digests", "image_sizes")
+        good = zip(*(images[column] for column in columns), strict=True)
         rows: list[dict[str, Any]] = [
-            {"image_uri": u, "image_version": v, "content_digest": d, "offset": start + i * step} | place
-            for i, (u, v, d) in enumerate(good)
+            {"image_uri": uri, "image_version": version, "content_digest": digest}
+            | {"image_height": height, "image_width": width, "offset": start + i * step}
+            | place
+            for i, (uri, version, digest, (height, width)) in enumerate(good)
         ]
         return rows + [
             {"image_uri": u, "image_version": v, "error_message": message, "offset": 0} | place

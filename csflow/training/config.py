@@ -5,6 +5,7 @@ from pydantic import Field
 from csflow.config import JobConfig, Locations, Patterns, Stages
 from csflow.errors import WrongUse
 from csflow.model import Architecture
+from csflow.preprocessing import Fit
 from csflow.training.precision import Precision
 
 
@@ -19,7 +20,7 @@ class TrainConfig(JobConfig):
     output: str
     """Model directory to write."""
     backbone: str = "tf_efficientnet_lite0"
-    """Frozen feature extractor: name of a convolutional timm network."""
+    """Frozen feature extractor: name of a timm network, convolutional or a vision transformer."""
     cut_after: Stages = None
     """Stages of the backbone whose maps are the features: one or more modules, such as blocks.2 blocks.5.
     [default: stage 6 of an EfficientNet, the last feature level of other networks]"""
@@ -27,6 +28,9 @@ class TrainConfig(JobConfig):
     """Weights of the backbone: `timm` (downloads), an installed package, or a file's path or URL."""
     image_size: list[int] = Field([256], min_length=1, max_length=2)
     """Side, or height and width, in pixels to which images are resized."""
+    fit: Fit = "stretch"
+    """What becomes of images of another aspect ratio: stretch distorts them, letterbox keeps their shape and
+    pads them, crop keeps it too and takes the part in the middle. Stored with the model."""
     scales: int = Field(3, ge=1, le=4)
     """Number of image scales, each half the size of the one before."""
     coupling_blocks: int = Field(1, ge=1)
@@ -94,4 +98,5 @@ class TrainConfig(JobConfig):
             hidden_channels=self.hidden_channels,
             kernel_sizes=tuple(kernel_sizes),
             seed=self.seed,
+            fit=self.fit,
         )

@@ -1,6 +1,7 @@
 """The training job: lists normal images, extracts their features once, trains, writes a model directory."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from csflow.storage import Location
 from csflow.training.cache import FeatureCache, find_images
 from csflow.training.card import model_card
 from csflow.training.config import TrainConfig
-from csflow.training.data import TrainingData
+from csflow.training.data import TrainingData, stretch_warning
 from csflow.training.features import extract
 from csflow.training.run import Result, Run
 from csflow.training.shards import fingerprint
@@ -38,7 +39,7 @@ def train(config: TrainConfig) -> ExitStatus:
     if config.min_workers is not None and config.min_workers > config.workers:
         raise WrongUse(f"--min_workers {config.min_workers} is more than --workers {config.workers}")
     output.check_writable()
-    detector = _build_detector(config)
+    detector = build_detector(config)
     images = _list_images(config)
     split_sizes(images.num_rows, config.validation, config.holdout)
 
@@ -48,10 +49,13 @@ def train(config: TrainConfig) -> ExitStatus:
     cached = _extract_features(images, detector, cache)
     if cached is None:
         return ExitStatus.INCOMPLETE
+    warning = stretch_warning(cached, detector.architecture.preprocessing)
+    if warning:
+        print(warning)
     data = TrainingData.divide(cached, config.validation, config.holdout, config.seed)
     print(data.summary())
     _measure_rounding(detector, data, config)
-    run = Run(config, cache, data, work_dir)
+    run = Run(config, detector.architecture, cache, data, work_dir)
     result = run.fit()
     model_id = _save(config, output, detector, data, images, result)
     print(f"model {model_id} written to {output}")
@@ -74,7 +78,8 @@ def _list_images(config: TrainConfig) -> pa.Table:
     return images
 
 
-def _build_detector(config: TrainConfig) -> Detector:
+def build_detector(config: TrainConfig) -> Detector:
+    """With the backbone's weights and an untrained flow. Raises WrongUse if a setting does not fit."""
     try:
         detector = Detector(config.architecture())
         load_weights(detector.backbone, find_weights(config.weights, config.backbone, config.storage_options))
@@ -82,6 +87,8 @@ def _build_detector(config: TrainConfig) -> Detector:
         raise WrongUse(f"--backbone, --weights: {error}") from None
     except ValueError as error:
         raise WrongUse(str(error)) from None
+    # Images are resized as for the backbone's own training, which is known when it is built.
+    detector.architecture = replace(detector.architecture, interpolation=detector.backbone.interpolation)
     return detector
 
 
@@ -120,7 +127,7 @@ def _measure_rounding(detector: Detector, data: TrainingData, config: TrainConfi
     """What scoring in bfloat16 needs to know; without it, as if no image can be read, it is less exact."""
     images = data.part("training").slice(0, ROUNDING_IMAGES)
     loader = ImageLoader(
-        ImageReader(config.storage_options), detector.architecture.image_size, ROUNDING_IMAGES
+        ImageReader(config.storage_options), detector.architecture.preprocessing, ROUNDING_IMAGES
     )
     loaded = loader.load(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
     pixels = [image.content.pixels_HWC for image in loaded if not isinstance(image.content, ImageError)]

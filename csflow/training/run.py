@@ -3,7 +3,7 @@
 import hashlib
 import json
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ray.util.queue import Queue
 from torch import Tensor
 
 from csflow.cluster import share_out
+from csflow.model import Architecture
 from csflow.storage import Location, to_parquet
 from csflow.training.cache import FeatureCache
 from csflow.training.checkpoint import read_checkpoint, with_prefix
@@ -46,10 +47,16 @@ class Run:
     """A training, named by what decides its result, so that --resume cannot continue another one."""
 
     def __init__(
-        self, config: TrainConfig, cache: FeatureCache, data: TrainingData, work_dir: Location
+        self,
+        config: TrainConfig,
+        architecture: Architecture,
+        cache: FeatureCache,
+        data: TrainingData,
+        work_dir: Location,
     ) -> None:
+        """`architecture` is that of the detector which made the cache."""
         self._config, self._cache, self._data = config, cache, data
-        self._loop = LoopSettings.of(config)
+        self._loop = replace(LoopSettings.of(config), architecture=architecture)
         parts = data.split["part"].to_pylist(), data.split["content_digest"].to_pylist()
         decides = [asdict(self._loop), config.augment, cache.folder.name, fingerprint(*parts)]
         self.name = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
