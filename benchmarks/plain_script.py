@@ -64,7 +64,7 @@ def main():
                         "image_height": height_B,
                         "image_width": width_B,
                         "anomaly_score": anomaly_score,
-                        "p_value": p_values(anomaly_score, model.calibration_scores),
+                        "p_value": p_values(anomaly_score, model.calibration.anomaly_score),
                         "anomaly_map": list(scores.anomaly_map_BHW.flatten(1).numpy()),
                         "scored_at": time.time(),
                     }

@@ -6,7 +6,7 @@ scales.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,12 @@ from csflow.model.backbone import Backbone
 from csflow.model.flow import CrossScaleFlow
 from csflow.model.pyramid import Pyramid
 from csflow.model.rounding import rounding_shifts
+from csflow.model.statistic import PlainStatistic, Scores, StandardisedStatistic, energy_map
+from csflow.model.whitening import PositionGaussian, Whitening
 from csflow.preprocessing import Fit, Interpolation, Preprocessing
+
+OLD_DEFAULTS = {"fit": "stretch", "interpolation": "bilinear", "whitening": False}
+"""What holds for models that do not say."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Architecture:
     """What becomes of images of another aspect ratio; the default is what models that do not say so have."""
     interpolation: Interpolation = "bilinear"
     """The filter of resizing; likewise."""
+    whitening: bool = False
+    """Whether features are whitened before the flow, and scores standardised; likewise."""
 
     def __post_init__(self) -> None:
         # A single stage is a string, as it always was: the id of a model depends on it.
@@ -53,21 +60,17 @@ class Architecture:
         return Preprocessing(self.image_size, self.fit, self.interpolation)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"image_size": list(self.image_size), "kernel_sizes": list(self.kernel_sizes)}
+        values = asdict(self) | {
+            "image_size": list(self.image_size),
+            "kernel_sizes": list(self.kernel_sizes),
+        }
+        # What older models do not say is left unsaid where it is the same, so that their ids stay.
+        return {name: value for name, value in values.items() if OLD_DEFAULTS.get(name, object()) != value}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Architecture":
         sizes = {name: tuple(values[name]) for name in ("image_size", "kernel_sizes")}
         return cls(**(values | sizes))
-
-
-class Scores(NamedTuple):
-    anomaly_score_B: Tensor
-    """Mean of z²/2 over every entry of all levels, float32."""
-    scale_scores_BS: Tensor
-    """The same of each scale, largest first."""
-    anomaly_map_BHW: Tensor
-    """Mean of z² over the channels of scale 0, in its native resolution."""
 
 
 class Detector(nn.Module):
@@ -96,6 +99,11 @@ class Detector(nn.Module):
         self.feature_shapes = _feature_shapes(architecture, self.backbone, self.pyramid)
         """Per level (channels, height, width) of the features."""
         self.flow = new_flow(architecture, [channels for channels, _, _ in self.feature_shapes])
+        self.whitening = Whitening(self.feature_shapes) if architecture.whitening else None
+        self.gaussian = PositionGaussian(self.feature_shapes) if architecture.whitening else None
+        self.statistic: PlainStatistic | StandardisedStatistic = (
+            StandardisedStatistic if architecture.whitening else PlainStatistic
+        )(self.feature_shapes)
         for name in ("mean", "std"):
             value_C = torch.tensor(getattr(self.backbone, name), dtype=torch.float32)
             self.register_buffer(name, value_C)
@@ -144,11 +152,25 @@ class Detector(nn.Module):
     @torch.no_grad()
     def score_features(self, y: Sequence[Tensor]) -> Scores:
         """Scores of images whose features are known."""
-        return score_latents(self.flow(y).z)
+        scores: Scores = self.statistic(energies(self.whitening, self.gaussian, self.flow, y))
+        return scores
 
     def forward(self, image_BHWC: Tensor) -> Scores:
         """Scores of uint8 RGB images of `image_size`."""
         return self.score_features(self.features(image_BHWC))
+
+
+def energies(
+    whitening: Whitening | None, gaussian: PositionGaussian | None, flow: CrossScaleFlow, y: Sequence[Tensor]
+) -> list[Tensor]:
+    """What the statistic of a detector takes, given its features: energy maps (B, H, W) of each level.
+
+    Of the Gaussian at each position, if features are whitened, then of the latents.
+    """
+    if whitening is None or gaussian is None:
+        return [energy_map(z_BCHW) for z_BCHW in flow(y).z]
+    x = whitening(y)
+    return [energy_map(x_BCHW) for x_BCHW in [*gaussian(x), *flow(x).z]]
 
 
 def new_flow(architecture: Architecture, channels: Sequence[int]) -> CrossScaleFlow:
@@ -162,18 +184,6 @@ def new_flow(architecture: Architecture, channels: Sequence[int]) -> CrossScaleF
             architecture.kernel_sizes,
             architecture.seed,
         )
-
-
-def score_latents(z: Sequence[Tensor]) -> Scores:
-    """Scores of images by their latents, per scale (B, C, H, W)."""
-    z = [z_BCHW.float() for z_BCHW in z]
-    energy_BS = torch.stack([z_BCHW.square().flatten(1).sum(1) for z_BCHW in z], dim=1)
-    sizes_S = torch.tensor([z_BCHW[0].numel() for z_BCHW in z], device=energy_BS.device)
-    return Scores(
-        anomaly_score_B=energy_BS.sum(1) / sizes_S.sum() / 2,
-        scale_scores_BS=energy_BS / sizes_S / 2,
-        anomaly_map_BHW=z[0].square().mean(1),
-    )
 
 
 def _check_size(architecture: Architecture, backbone: Backbone, pyramid: Pyramid, is_proven: bool) -> None:

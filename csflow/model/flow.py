@@ -42,6 +42,7 @@ class CrossScaleFlow(nn.Module):
 
         Args:
             channels: of each scale, or of every one.
+            hidden_channels: of the scale with most channels; the others have theirs in proportion.
         """
         super().__init__()
         channels = [channels] * scales if isinstance(channels, int) else channels
@@ -54,9 +55,8 @@ class CrossScaleFlow(nn.Module):
         if not kernel_sizes or any(k < 1 or k % 2 == 0 for k in kernel_sizes):
             raise ValueError(f"kernel_sizes must be one odd number per block, not {list(kernel_sizes)}")
         generator = torch.Generator().manual_seed(seed)
-        self.blocks = nn.ModuleList(
-            CouplingBlock(channels, hidden_channels, k, generator) for k in kernel_sizes
-        )
+        hidden = [max(1, round(hidden_channels * count / max(channels))) for count in channels]
+        self.blocks = nn.ModuleList(CouplingBlock(channels, hidden, k, generator) for k in kernel_sizes)
 
     def forward(self, y: Sequence[Tensor]) -> FlowOutput:
         """Maps features to latents.
@@ -87,9 +87,13 @@ class CouplingBlock(nn.Module):
     """
 
     def __init__(
-        self, channels: Sequence[int], hidden_channels: int, kernel_size: int, generator: torch.Generator
+        self,
+        channels: Sequence[int],
+        hidden_channels: Sequence[int],
+        kernel_size: int,
+        generator: torch.Generator,
     ) -> None:
-        """`channels` are those of each scale."""
+        """`channels` and `hidden_channels` are those of each scale."""
         super().__init__()
         self.halves = [(count // 2, count - count // 2) for count in channels]
         """Channels of the first and of the second half of each scale."""
@@ -128,11 +132,10 @@ class CrossScaleSubnetwork(nn.Module):
     """
 
     def __init__(
-        self, given: Sequence[int], predicted: Sequence[int], hidden_channels: int, kernel_size: int
+        self, given: Sequence[int], predicted: Sequence[int], hidden: Sequence[int], kernel_size: int
     ) -> None:
-        """`given` and `predicted` are the channels of both halves at each scale."""
+        """`given` and `predicted` are the channels of both halves at each scale, `hidden` those between."""
         super().__init__()
-        scales, hidden = len(given), [hidden_channels] * len(given)
         out = [2 * count for count in predicted]
 
         def convolutions(channels: Sequence[int], out: Sequence[int], stride: int = 1) -> nn.ModuleList:
@@ -141,11 +144,11 @@ class CrossScaleSubnetwork(nn.Module):
 
         self.enter = convolutions(given, hidden)
         self.same = convolutions(hidden, out)
-        self.down = convolutions(hidden[1:], out[1:], stride=2)
+        self.down = convolutions(hidden[:-1], out[1:], stride=2)
         """down[s] feeds scale s + 1 from scale s."""
         self.up = convolutions(hidden[1:], out[:-1])
         """up[s] feeds scale s from scale s + 1."""
-        self.gamma_S = nn.Parameter(torch.zeros(scales))
+        self.gamma_S = nn.Parameter(torch.zeros(len(given)))
 
     def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
         hidden = [

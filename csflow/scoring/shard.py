@@ -79,7 +79,8 @@ class ShardScorer:
                 f"{settings.model} holds model {model.model_id}, and {settings.output.model_id} when the run "
                 "began; start the run again"
             )
-        self._calibration_scores = model.calibration_scores
+        self._calibration = model.calibration
+        self._map_threshold = model.calibration.map_threshold(settings.false_positive_rate)
         self._batch_size = settings.batch_size or (GPU_BATCH_SIZE if resources.gpus else CPU_BATCH_SIZE)
         detector = model.detector.to(self._device)
         self._detector = InferenceDetector(detector, settings.precision, self._batch_size)
@@ -161,7 +162,7 @@ class ShardScorer:
         width_B = np.array([image.decoded.width for image in images], dtype=np.int32)
         box_B4 = np.array([image.decoded.box for image in images])
         peak_y_B, peak_x_B = peak(anomaly_map_BHW, height_B, width_B, box_B4)
-        p_value_B = p_values(anomaly_score_B, self._calibration_scores)
+        p_value_B = p_values(anomaly_score_B, self._calibration.anomaly_score)
         keeps_maps = self._settings.keep_maps
         columns = {
             "image_uri": [image.image_uri for image in images],
@@ -180,7 +181,11 @@ class ShardScorer:
             "run_id": [self._settings.run_id] * len(images),
             "scored_at": [datetime.now(UTC)] * len(images),
             "map_box": [_map_box(image.decoded) for image in images],
+            "map_threshold": [self._map_threshold] * len(images),
         }
+        # Of models without whitening the anomaly score is the global one, and there is no other.
+        columns |= _with_p_values("global", scores.global_score_B, self._calibration.global_score, p_value_B)
+        columns |= _with_p_values("local", scores.local_score_B, self._calibration.local_score, None)
         return pa.RecordBatch.from_pydict(columns, schema=SCORES)
 
     @torch.inference_mode()
@@ -246,6 +251,17 @@ class _Released:
 
     def __exit__(self, *error: object) -> None:
         self._lock.acquire()
+
+
+def _with_p_values(
+    name: str, score_B: Tensor, heldout: NDArray[np.float64] | None, without: NDArray[np.float64] | None
+) -> dict[str, Any]:
+    """The columns of a score and of its p-value, which is `without` if no held-out image has such a score."""
+    score_B = score_B.double()
+    p_value_B = without if heldout is None else p_values(score_B.numpy(), heldout)
+    if p_value_B is None:
+        return {f"{name}_score": [None] * len(score_B), f"{name}_p_value": [None] * len(score_B)}
+    return {f"{name}_score": score_B.numpy(), f"{name}_p_value": p_value_B}
 
 
 def _float_lists(values_BX: NDArray[np.float32]) -> pa.Array:

@@ -26,6 +26,8 @@ from csflow.storage import Location, read_parquet, to_parquet
 SUFFIX = ".features.safetensors"
 INDEX_SUFFIX = ".index.parquet"
 BACKBONE_FILE = "backbone.safetensors"
+FEATURES = ("backbone.", "mean", "std")
+"""Beginnings of the names of those tensors of a detector that its features depend on."""
 LAYOUT_VERSION = 3
 """Part of the folder's name: files of another layout are not looked at."""
 READ_THREADS = 16
@@ -99,11 +101,6 @@ class FeatureCache:
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
         digest.update(backbone_bytes(detector))
         return cls(root / digest.hexdigest()[:16], detector.feature_shapes)
-
-    @property
-    def channels(self) -> list[int]:
-        """Of each level."""
-        return [channels for channels, _, _ in self.feature_shapes]
 
     @property
     def sizes(self) -> list[int]:
@@ -189,7 +186,7 @@ def find_images(images: pa.Table, index: pa.Table) -> tuple[pa.Table, pa.Table]:
 
 
 def backbone_bytes(detector: Detector) -> bytes:
-    """Everything but the flow, as a safetensors file; the same weights give the same bytes."""
+    """What features depend on, as a safetensors file; the same weights give the same bytes."""
     state: Mapping[str, Tensor] = detector.state_dict()
-    kept = {name: state[name].contiguous() for name in sorted(state) if not name.startswith("flow.")}
+    kept = {name: state[name].contiguous() for name in sorted(state) if name.startswith(FEATURES)}
     return safetensors.torch.save(kept)

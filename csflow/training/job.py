@@ -15,7 +15,7 @@ from csflow.inputs.listing import list_table
 from csflow.inputs.loading import ImageLoader
 from csflow.inputs.reading import ImageReader
 from csflow.model import BackboneError, Detector, load_weights
-from csflow.model_directory import CALIBRATION, holds_model, save_model, worker_bytes
+from csflow.model_directory import holds_model, save_model, worker_bytes
 from csflow.storage import Location
 from csflow.training.cache import FeatureCache, find_images
 from csflow.training.card import model_card
@@ -144,9 +144,11 @@ def _save(
     result: Result,
 ) -> str:
     """Writes the model directory; returns the model id."""
-    detector.flow.load_state_dict(result.flow_state)
+    detector.load_state_dict(detector.state_dict() | result.state)
     heldout = data.part("heldout")
-    columns = [heldout["image_uri"], heldout["image_version"], pa.array(result.calibration_scores)]
+    calibration = result.calibration
+    for name in ("image_version", "image_uri"):
+        calibration = calibration.add_column(0, name, heldout[name])
     settings = config.model_dump(mode="json", exclude={"storage_options"})
     fingerprints = {
         "images": images.num_rows,
@@ -161,13 +163,14 @@ def _save(
         "history": result.history,
         "best_epoch": result.best_epoch,
         "heldout_loss": result.heldout_loss,
+        "gaussian_loss": result.gaussian_loss,
     }
     return save_model(
         output,
         detector,
-        pa.table(columns, schema=CALIBRATION),
+        calibration,
         training=settings,
         data=fingerprints,
         metrics=metrics,
-        card=model_card(settings, fingerprints, metrics, result.calibration_scores),
+        card=model_card(settings, fingerprints, metrics, calibration["anomaly_score"].to_numpy()),
     )
