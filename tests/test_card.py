@@ -258,7 +258,7 @@ def test_labelled_images_are_measured_as_the_evaluation_job_does_and_change_noth
     assert config["model_id"] == plain["model_id"]
     assert config["data"] == plain["data"]
     found = json.loads((measured / "metrics.json").read_text())["evaluation"]
-    assert found["images"], found["defective"] == (40, 20)
+    assert (found["images"], found["defective"]) == (40, 20)
     line = f"flow {found['flow_auroc']:.3f}, Gaussian {found['gaussian_auroc']:.3f} on 40 labelled images"
     assert line in printed
     assert line in (measured / "README.md").read_text()

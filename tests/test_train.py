@@ -52,7 +52,7 @@ def test_the_model_directory_is_complete_and_free_of_pickles(model):
     names = {path.name for path in model.iterdir() if path.is_file()}
     assert names == {
         "model.safetensors", "config.json", "calibration.parquet", "metrics.json",
-        "README.md", "curves.svg", "calibration.svg",
+        "README.md", "curves.svg", "calibration.svg", "outliers.csv",
     }  # fmt: skip
     config = json.loads((model / "config.json").read_text())
     assert config["architecture"]["backbone"] == "tf_efficientnet_lite0"
