@@ -53,12 +53,14 @@ class PlainStatistic(nn.Module):
     def __init__(self, feature_shapes: Sequence[Sequence[int]]) -> None:
         super().__init__()
         numbers = [channels * height * width for channels, height, width in feature_shapes]
-        self.share_S = nn.Buffer(torch.tensor(numbers) / sum(numbers), persistent=False)
+        # No buffer: it would be in no state, and so without a value in a model that is loaded.
+        self.shares = [number / sum(numbers) for number in numbers]
 
     def forward(self, energies: Sequence[Tensor]) -> Scores:
         """Scores, given the latents' energy map of each level, (B, H, W)."""
         scale_scores_BS = _scale_scores(energies)
-        score_B = (scale_scores_BS * self.share_S.to(scale_scores_BS.device)).sum(1)
+        weighted = [share * score_B for share, score_B in zip(self.shares, scale_scores_BS.T, strict=True)]
+        score_B = torch.stack(weighted).sum(0)
         return Scores(score_B, score_B, torch.full_like(score_B, torch.nan), scale_scores_BS, energies[0])
 
 
