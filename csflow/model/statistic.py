@@ -135,7 +135,7 @@ def fitted_statistic(
     spread_2 = pair_2N.std(1, correction=0).clamp(min=SMALLEST)
     share_2 = torch.tensor([1.0, GLOBAL_WEIGHT]).to(spread_2) / spread_2
     # 1 for an image whose two scores are the usual ones.
-    statistic.score_weight_2.copy_(share_2 / (share_2 @ pair_2N.mean(1)))
+    statistic.score_weight_2.copy_(share_2 / (share_2 @ pair_2N.mean(1).clamp(min=SMALLEST)))
     return statistic
 
 
