@@ -20,6 +20,12 @@ class TrainConfig(JobConfig):
     exclude: Patterns = Field([])
     """Leave out images of the input: manifests (CSV or Parquet with a column image_uri) that name them, or
     patterns of their URIs; `*` stands for any text, slashes too."""
+    trim: float = Field(0, ge=0, lt=0.5)
+    """Leave out this share of the training images, those least like the others; no held-out or validation
+    image."""
+    evaluate: str | None = None
+    """CSV or Parquet file with the columns image_uri and label (0 normal, 1 defective): images that take no
+    part in the training, and on which the trained model and its Gaussian are compared."""
     output: str
     """Model directory to write."""
     backbone: str = "tf_efficientnet_lite0"
