@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SMALL_MODEL, copy_some
@@ -117,16 +119,16 @@ def test_each_image_is_scored_by_the_gaussian_of_the_folds_it_is_not_in(features
             torch.testing.assert_close(found_map, by_hand_map, rtol=1e-3, atol=1e-4)
 
 
-def test_scores_do_not_depend_on_how_many_images_tell_what_is_usual_by_more_than_chance(
-    features, monkeypatch
+@pytest.mark.parametrize("usual_images", [1000, 40])
+def test_an_odd_image_is_found_whether_or_not_it_is_in_the_sample_of_usual_ones(
+    features, monkeypatch, usual_images
 ):
-    features.y[0][13] *= 3
+    monkeypatch.setattr("csflow.training.outliers.USUAL_IMAGES", usual_images)
+    features.y[0][[13, 53]] *= 3
     _, of_others = leave_out_gaussians(features)
     scores_N = leave_out_scores(features, of_others)
-    assert scores_N.argmax() == 13
+    assert sorted(scores_N.argsort(descending=True)[:2].tolist()) == [13, 53]
     assert scores_N.median() == pytest.approx(1, abs=0.2)
-    monkeypatch.setattr("csflow.training.outliers.USUAL_IMAGES", 40)
-    torch.testing.assert_close(leave_out_scores(features, of_others), scores_N, rtol=0.2, atol=0)
 
 
 def test_a_share_to_trim_is_at_least_one_image_and_never_all():
@@ -134,60 +136,83 @@ def test_a_share_to_trim_is_at_least_one_image_and_never_all():
     assert trimmed_count(1, 0.4) == 0
 
 
-def test_planted_images_lead_the_list_and_its_manifest_leaves_them_out(
-    ray_cluster, contaminated, tmp_path, capfd
-):
-    model = tmp_path / "model"
-    arguments = ["--input", contaminated, "--work_dir", tmp_path / "work", "--validation", 0.05]
-    arguments += ["--holdout", 0.05]
-    assert run_train(*arguments, "--output", model) == ExitStatus.DONE
-    metrics = json.loads((model / "metrics.json").read_text())
-    config = json.loads((model / "config.json").read_text())
-    card = (model / "README.md").read_text()
-    held = {row["image_uri"] for row in calibration(model)}
-    planted = {path.name for path in contaminated.glob("planted-*")} - {Path(uri).name for uri in held}
+@pytest.fixture(scope="module")
+def odd_run(
+    ray_cluster, contaminated: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, set[str]]:
+    """A model trained on the contaminated images, and those of the smeared ones that it was trained on."""
+    folder = tmp_path_factory.mktemp("odd") / "model"
+    assert run_train("--input", contaminated, "--output", folder) == ExitStatus.DONE
+    return folder, planted_in_training(folder)
+
+
+@pytest.fixture(scope="module")
+def odd_model(odd_run: tuple[Path, set[str]]) -> Path:
+    return odd_run[0]
+
+
+def settings_and_data(model: Path) -> dict[str, dict[str, object]]:
+    return json.loads((model / "config.json").read_text())
+
+
+def held_out(model: Path) -> list[str]:
+    return pq.read_table(model / "calibration.parquet")["image_uri"].to_pylist()
+
+
+def planted_in_training(model: Path) -> set[str]:
+    """Names of the smeared images that are neither held out nor for validation."""
+    [split] = [path for path in (model / "_work" / "splits").glob("*.parquet") if "ranking" not in path.name]
+    rows = pq.read_table(split).to_pylist()
+    names = [Path(row["image_uri"]).name for row in rows if row["part"] == "training"]
+    return {name for name in names if name.startswith("planted")}
+
+
+def test_planted_images_lead_the_list_and_have_pictures(odd_run):
+    odd_model, planted = odd_run
     assert planted
-    assert set(listed(model)[: len(planted)]) == planted
-    assert f"validation loss of the Gaussian of each position | {metrics['gaussian_loss']:.4f}" in card
-    assert config["data"]["trimmed_images"] == 0
+    assert set(listed(odd_model)[: len(planted)]) == planted
+    card = (odd_model / "README.md").read_text()
     for number in range(1, 13):
-        with Image.open(model / "outliers" / f"{number:02}.jpg") as thumbnail:
+        with Image.open(odd_model / "outliers" / f"{number:02}.jpg") as thumbnail:
             assert max(thumbnail.size) <= 160
         assert f"![](outliers/{number:02}.jpg)" in card
-    rows = list(csv.DictReader(io.StringIO((model / "outliers.csv").read_text())))
-    assert [Path(row["image_uri"]).name for row in rows] == listed(model)
+    rows = list(csv.DictReader(io.StringIO((odd_model / "outliers.csv").read_text())))
+    assert [Path(row["image_uri"]).name for row in rows] == listed(odd_model)
     scores = [float(row["score"]) for row in rows]
     assert scores == sorted(scores, reverse=True)
+
+
+def test_the_gaussians_loss_and_all_warnings_stand_in_the_card(odd_model):
+    metrics = json.loads((odd_model / "metrics.json").read_text())
+    card = (odd_model / "README.md").read_text()
+    assert f"| validation loss of the Gaussian of each position | {metrics['gaussian_loss']:.4f} |" in card
+    # Two epochs of a small flow are too few, and that is said.
+    assert metrics["warnings"]
     for line in metrics["warnings"]:
         assert f"> {line}" in card
 
-    capfd.readouterr()
-    again = [*arguments, "--output", tmp_path / "again", "--exclude", model / "outliers.csv"]
-    assert run_train(*again) == ExitStatus.DONE
+
+def test_the_list_is_a_manifest_of_images_to_exclude(odd_model, contaminated, tmp_path, capfd):
+    arguments = ["--input", contaminated, "--work_dir", odd_model / "_work", "--output", tmp_path / "model"]
+    assert run_train(*arguments, "--exclude", odd_model / "outliers.csv") == ExitStatus.DONE
     assert "12 images left out by --exclude" in capfd.readouterr().out
-    assert not set(listed(model)) & set(listed(tmp_path / "again"))
+    assert not set(listed(odd_model)) & set(listed(tmp_path / "model"))
 
 
-def calibration(model: Path) -> list[dict[str, object]]:
-    import pyarrow.parquet as pq
-
-    return pq.read_table(model / "calibration.parquet").to_pylist()
-
-
-def test_trimmed_images_are_not_trained_on_and_held_out_ones_stay(ray_cluster, contaminated, tmp_path, capfd):
-    arguments = ["--input", contaminated, "--work_dir", tmp_path / "work"]
-    for name, trim in (("all", 0), ("trimmed", 0.1)):
-        assert run_train(*arguments, "--output", tmp_path / name, "--trim", trim) == ExitStatus.DONE
-    assert "4 training images left out by --trim" in capfd.readouterr().out
-    everything, trimmed = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("all", "trimmed"))
+def test_trimmed_images_are_not_trained_on_and_held_out_ones_stay(odd_model, contaminated, tmp_path, capfd):
+    arguments = ["--input", contaminated, "--work_dir", odd_model / "_work", "--output", tmp_path / "model"]
+    runs = set((odd_model / "_work" / "training").iterdir())
+    assert run_train(*arguments, "--trim", 0.1) == ExitStatus.DONE
+    printed = capfd.readouterr().out
+    assert "4 training images left out by --trim" in printed
+    everything, trimmed = settings_and_data(odd_model), settings_and_data(tmp_path / "model")
     assert trimmed["data"]["trimmed_images"] == 4
     assert trimmed["data"]["training_images"] == everything["data"]["training_images"] - 4
     assert trimmed["model_id"] != everything["model_id"]
-    uris = [[row["image_uri"] for row in calibration(tmp_path / name)] for name in ("all", "trimmed")]
-    assert uris[0] == uris[1]
-    assert (tmp_path / "trimmed" / "README.md").read_text().count("(left out by `--trim`)") == 4
-    # Each has checkpoints of its own.
-    assert len(list((tmp_path / "work" / "training").iterdir())) == 2
+    assert held_out(tmp_path / "model") == held_out(odd_model)
+    assert listed(tmp_path / "model") == listed(odd_model)
+    assert (tmp_path / "model" / "README.md").read_text().count("(left out by `--trim`)") == 4
+    assert len(set((odd_model / "_work" / "training").iterdir()) - runs) == 1, "it has checkpoints of its own"
 
 
 def test_the_papers_recipe_has_no_gaussian_in_its_card(ray_cluster, good_cells, model, tmp_path):
@@ -263,8 +288,6 @@ def test_a_wrong_table_of_labels_is_refused_before_any_work(good_cells, tmp_path
 
 
 def test_an_image_that_is_gone_is_listed_without_a_picture(tmp_path):
-    import pyarrow as pa
-
     columns = {
         "image_uri": [str(tmp_path / "gone.png")], "image_version": ["1"],
         "image_height": [10], "image_width": [10], "leave_out_score": [3.0],
