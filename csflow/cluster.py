@@ -5,7 +5,7 @@ import os
 import queue
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -76,6 +76,16 @@ def _fit(nodes: Sequence[Mapping[str, float]], workers: int, gpus: int) -> Worke
     largest = max((int(node.get("CPU", 0)) for node in nodes), default=1)
     cpus = next((cpus for cpus in range(largest, 1, -1) if room(cpus) >= workers), 1)
     return WorkerResources(workers, cpus, gpus)
+
+
+ONE_CPU = WorkerResources(workers=1, cpus=1, gpus=0)
+
+
+def run_task(function: Callable[..., T], *arguments: Any, resources: WorkerResources = ONE_CPU) -> T:
+    """What a function returns that runs once, on some node of the cluster."""
+    remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=SHARD_RETRIES)
+    result: T = ray.get(remote(function).remote(*arguments))
+    return result
 
 
 def map_shards(

@@ -461,8 +461,11 @@ def test_augmentation_keeps_the_shape_and_the_pixels_but_for_their_brightness():
     assert len({augment(square_HWC, np.random.default_rng(s)).tobytes() for s in range(100)}) >= 8
 
 
+NEEDED = ["--input", "good", "--output", "model"]
+
+
 def configured(*arguments: str) -> LoopSettings:
-    return LoopSettings.of(parse(TrainConfig, None, ["--input", "good", "--output", "model", *arguments]))
+    return LoopSettings.of(parse(TrainConfig, None, [*NEEDED, *arguments]), 700)
 
 
 def test_the_recipe_of_the_paper_has_its_constants():
@@ -477,8 +480,9 @@ def test_the_recipe_of_the_paper_has_its_constants():
 
 def test_the_default_recipe_is_whitened_annealed_and_of_several_stages():
     default = configured()
-    assert (default.learning_rate, default.is_annealed, default.adam_epsilon) == (1e-3, True, 1e-8)
-    assert default.epochs == 8
+    assert (default.learning_rate, default.is_annealed, default.adam_epsilon) == (3e-3, True, 1e-8)
+    assert default.epochs == 6
+    assert LoopSettings.of(parse(TrainConfig, None, NEEDED), 100).epochs == 42
     architecture = default.architecture
     assert (architecture.hidden_channels, architecture.kernel_sizes) == (256, (3,))
     assert (architecture.cut_after, architecture.scales) == (("blocks.2", "blocks.4", "blocks.5"), 2)

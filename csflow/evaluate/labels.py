@@ -42,14 +42,17 @@ class LabelledScore:
     scored_at: datetime
 
 
-def read_labels(location: Location) -> dict[str, Label]:
+def read_labels(location: Location, flag: str = "--labels") -> dict[str, Label]:
     """Label by image URI, from a CSV or Parquet file with the columns image_uri and label (0 normal, 1
     defective), and optionally mask_uri and defect_class.
+
+    Args:
+        flag: the setting that names the file, for messages.
 
     Raises:
         WrongUse: the file is missing, lacks a column, or holds another label or two for one image.
     """
-    table = _read_table(location)
+    table = _read_table(location, flag)
     folder = canonical_uri(location.url).rpartition("/")[0] or "/"
     labels: dict[str, Label] = {}
     for row in table.to_pylist():
@@ -94,7 +97,7 @@ def among(image_uris: Mapping[str, object]) -> pc.Expression:
     return pc.field("image_uri").isin(pa.array(image_uris, pa.string()))
 
 
-def _read_table(location: Location) -> pa.Table:
+def _read_table(location: Location, flag: str) -> pa.Table:
     types = REQUIRED | OPTIONAL
     formats = {
         ".csv": ds.CsvFileFormat(convert_options=pyarrow.csv.ConvertOptions(column_types=types)),
@@ -102,15 +105,15 @@ def _read_table(location: Location) -> pa.Table:
     }
     suffix = posixpath.splitext(location.path)[1].lower()
     if suffix not in formats:
-        raise WrongUse(f"--labels {location} must be a .csv or .parquet file")
+        raise WrongUse(f"{flag} {location} must be a .csv or .parquet file")
     if not location.exists():
-        raise WrongUse(f"--labels {location} does not exist")
+        raise WrongUse(f"{flag} {location} does not exist")
     try:
         dataset = ds.dataset([location.path], filesystem=location.fs, format=formats[suffix])
         missing = [name for name in REQUIRED if name not in dataset.schema.names]
         if missing:
-            raise WrongUse(f"--labels {location} lacks the column {' and '.join(missing)}")
+            raise WrongUse(f"{flag} {location} lacks the column {' and '.join(missing)}")
         found = {name: type_ for name, type_ in types.items() if name in dataset.schema.names}
         return dataset.to_table(columns=list(found)).cast(pa.schema(found))
     except pa.ArrowException as error:
-        raise WrongUse(f"--labels {location} cannot be read: {error}") from None
+        raise WrongUse(f"{flag} {location} cannot be read: {error}") from None

@@ -1,5 +1,6 @@
 """The model card: a README of a model directory, with its loss curves and calibration scores drawn."""
 
+import html
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,21 +9,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 import csflow
+from csflow.model_directory import Calibration
+from csflow.training.labelled import auroc_line
 
 WIDTH, HEIGHT, MARGIN = 640, 280, 48
 BINS = 40
+FALSE_POSITIVE_RATE = 0.01
+"""For which the card names the map threshold."""
 
 CARD = """\
 # {backbone}, {blocks} coupling block{plural}, {height} × {width} px
 
 A CS-Flow defect detector trained by csflow {csflow_version} on images of good parts. Score images with
 it: `python jobs/score.py --model <this folder> --input <images> --output <folder>`.
-
+{warnings}
 ![Loss per epoch](curves.svg)
 
 | | |
 |---|---|
 | training images | {training_images} |
+| training images left out by `--trim` | {trimmed_images} |
 | validation images (choose the epoch) | {validation_images} |
 | held-out images (calibration) | {heldout_images} |
 | unreadable images left out | {unreadable_images} |
@@ -32,9 +38,13 @@ it: `python jobs/score.py --model <this folder> --input <images> --output <folde
 | training loss of that epoch | {loss:.4f} |
 | validation loss of that epoch | {validation_loss} |
 | held-out loss | {heldout_loss:.4f} |
-
+{baseline}
 The loss is (½‖z‖² − log|det J|) / dim(z) per image. The epoch with the lowest validation loss is kept;
-without validation images it is the last one. No label of a defect was ever seen.
+without validation images it is the last one. {no_label}
+
+## Scores
+
+{scores}
 
 ## Calibration
 
@@ -42,12 +52,18 @@ without validation images it is the last one. No label of a defect was ever seen
 
 | | |
 |---|---|
-| held-out anomaly score, median | {score_median:.4f} |
-| held-out anomaly score, 95 % | {score_95:.4f} |
-| smallest possible p-value | {smallest_p_value:.4g} |
+{calibration}
+P-values compare an image's score with those of the held-out images in `calibration.parquet`, which took part
+neither in training nor in the choice of the epoch.
 
-P-values compare an image's anomaly score with those of the held-out images in `calibration.parquet`, which
-took part neither in training nor in the choice of the epoch.
+## Training images least like the others
+
+A defect among the training images is learned as usual. These {outlier_count} are the least likely, each by a
+Gaussian of three quarters of the training images that it is not among; a score of 1 is usual. Look at them:
+odd but good ones should stay. The next training leaves the others out with `--exclude outliers.csv`, once the
+good ones are deleted from that file. `--trim 0.01` leaves out the first hundredth without asking.
+
+{outliers}
 
 ## Settings
 
@@ -56,19 +72,38 @@ took part neither in training nor in the choice of the epoch.
 ```
 """
 
+STANDARDISED_SCORES = """\
+The anomaly map tells, place by place, how unusual the backbone's features are to a Gaussian of each position,
+as a multiple of what is usual there; the scores read the flow's latents, too. 1 is usual. The *global score*
+is the mean over all places: is the whole image unusual? The *local score* is the mean over the most unusual
+hundredth of them: is there an unusual place? The anomaly score is their weighted sum, in which the local one
+counts most. No cell of a normal image's map exceeds the map threshold, except in the stated share of them."""
+
+PLAIN_SCORES = """\
+The anomaly score is the mean of z²/2 over all entries of the latents; the global score is the same, and there
+is no local score. The anomaly map is the mean of z² at each place of the largest scale. No cell of a normal
+image's map exceeds the map threshold, except in the stated share of them."""
+
+NO_LABEL_SEEN = "No label of a defect was ever seen."
+NO_LABEL_USED = "Labelled images were scored at the end and decided nothing."
+
 
 def model_card(
     settings: Mapping[str, Any],
     data: Mapping[str, Any],
     metrics: Mapping[str, Any],
-    calibration_scores: NDArray[np.float64],
+    calibration: Calibration,
+    outliers: Sequence[Mapping[str, Any]],
 ) -> dict[str, bytes]:
     """Files of the card by name.
 
     Args:
         data: counts of images and their fingerprint.
-        metrics: `history`, the loss curves, `best_epoch` and `heldout_loss`.
+        metrics: `history`, the loss curves, `best_epoch`, `heldout_loss`, `gaussian_loss`, `warnings` and
+            `evaluation`.
+        outliers: as `outlier_files` gives them.
     """
+    is_whitened = metrics["gaussian_loss"] is not None
     history, best_epoch = metrics["history"], metrics["best_epoch"]
     best = history[best_epoch - 1]
     validation_loss = best["validation_loss"]
@@ -85,16 +120,61 @@ def model_card(
         loss=best["loss"],
         validation_loss="none" if validation_loss is None else f"{validation_loss:.4f}",
         heldout_loss=metrics["heldout_loss"],
-        score_median=np.median(calibration_scores),
-        score_95=np.quantile(calibration_scores, 0.95),
-        smallest_p_value=1 / (len(calibration_scores) + 1),
+        baseline=_baseline(metrics),
+        no_label=NO_LABEL_USED if metrics["evaluation"] else NO_LABEL_SEEN,
+        warnings="".join(f"\n> {line}\n" for line in metrics["warnings"]),
+        scores=STANDARDISED_SCORES if is_whitened else PLAIN_SCORES,
+        calibration=_calibration_rows(calibration),
+        outlier_count=len(outliers),
+        outliers=_outlier_table(outliers),
         settings=json.dumps(settings, indent=2),
     )
     return {
         "README.md": text.encode(),
         "curves.svg": curves_svg(history, best_epoch),
-        "calibration.svg": histogram_svg(calibration_scores),
+        "calibration.svg": histogram_svg(calibration.anomaly_score),
     }
+
+
+def _baseline(metrics: Mapping[str, Any]) -> str:
+    """Rows on what the flow has to beat, and on labelled images; none where there are no such figures."""
+    rows = []
+    best = metrics["history"][metrics["best_epoch"] - 1]
+    if metrics["gaussian_loss"] is not None and best["validation_loss"] is not None:
+        rows.append(f"| validation loss of the Gaussian of each position | {metrics['gaussian_loss']:.4f} |")
+    evaluation = metrics["evaluation"]
+    if evaluation and "flow_auroc" in evaluation:
+        line = auroc_line(evaluation["flow_auroc"], evaluation["gaussian_auroc"], evaluation["images"])
+        rows.append(f"| AUROC | {line.removeprefix('AUROC: ')} |")
+    return "".join(f"{row}\n" for row in rows)
+
+
+def _calibration_rows(calibration: Calibration) -> str:
+    """What scores normal images have, as rows of a table."""
+    scores = {"anomaly": calibration.anomaly_score}
+    if calibration.global_score is not None and calibration.local_score is not None:
+        scores |= {"global": calibration.global_score, "local": calibration.local_score}
+    rows = [
+        f"| held-out {name} score, median and 95 % "
+        f"| {np.median(values):.4f}, {np.quantile(values, 0.95):.4f} |"
+        for name, values in scores.items()
+    ]
+    threshold = calibration.map_threshold(FALSE_POSITIVE_RATE)
+    shown = "too few held-out images to tell" if threshold is None else f"{threshold:.4f}"
+    rows.append(f"| map threshold at a false-positive rate of {FALSE_POSITIVE_RATE:g} | {shown} |")
+    rows.append(f"| smallest possible p-value | {1 / (len(calibration.anomaly_score) + 1):.4g} |")
+    return "".join(f"{row}\n" for row in rows)
+
+
+def _outlier_table(outliers: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for row in outliers:
+        # As HTML: no character of a URI ends a cell or the code.
+        uri = html.escape(row["image_uri"]).replace("|", "&#124;")
+        picture = f"![]({row['thumbnail']})" if row["thumbnail"] else "can no longer be read"
+        trimmed = " (left out by `--trim`)" if row["trimmed"] else ""
+        rows.append(f"| {picture} | {row['score']:.3f}{trimmed} | <code>{uri}</code> |")
+    return "\n".join(["| image | score | URI |", "|---|---|---|", *rows])
 
 
 def curves_svg(history: Sequence[Mapping[str, Any]], best_epoch: int) -> bytes:

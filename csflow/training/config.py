@@ -20,6 +20,12 @@ class TrainConfig(JobConfig):
     exclude: Patterns = Field([])
     """Leave out images of the input: manifests (CSV or Parquet with a column image_uri) that name them, or
     patterns of their URIs; `*` stands for any text, slashes too."""
+    trim: float = Field(0, ge=0, lt=0.5)
+    """Leave out this share of the training images, those least like the others; no held-out or validation
+    image."""
+    evaluate: str | None = None
+    """CSV or Parquet file with the columns image_uri and label (0 normal, 1 defective): images that take no
+    part in the training, and on which the trained model and its Gaussian are compared."""
     output: str
     """Model directory to write."""
     backbone: str = "tf_efficientnet_lite0"
@@ -46,8 +52,9 @@ class TrainConfig(JobConfig):
     """Channels inside the coupling blocks' subnetworks. [default: 256; paper: 1024]"""
     kernel_sizes: list[int] | None = None
     """Odd kernel size of each coupling block, or one for all. [default: 3, and 5 in the last of several]"""
-    epochs: int = Field(8, ge=1)
-    """Most passes over the training images. [default: 8; paper: 240]"""
+    epochs: int | None = Field(None, ge=1)
+    """Most passes over the training images. [default: 6, and of fewer than 700 images as many as show the
+    flow 4,200; paper: 240]"""
     patience: int = Field(10, ge=1)
     """Epochs without a lower validation loss after which training stops. [default: 10; paper: 240]"""
     augment: bool = False
@@ -60,8 +67,8 @@ class TrainConfig(JobConfig):
     precision: Precision = "auto"
     """Of the flow's convolutions in training: float32, bfloat16, or auto for bfloat16 where the hardware
     has it. Validation and calibration are float32."""
-    learning_rate: float = Field(1e-3, gt=0)
-    """Of Adam; it falls along a cosine. [default: 0.001; paper: 0.0002, and it stays]"""
+    learning_rate: float = Field(3e-3, gt=0)
+    """Of Adam; it falls along a cosine. [default: 0.003; paper: 0.0002, and it stays]"""
     holdout: float = Field(0.2, gt=0, lt=1)
     """Share of the images kept from training, for calibration."""
     validation: float = Field(0.1, ge=0, lt=1)

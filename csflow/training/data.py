@@ -1,6 +1,7 @@
 """The images of a training: which part each one belongs to, and where its features are."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,8 @@ from csflow.training.cache import INDEX
 from csflow.training.split import split_images
 
 PARTS = ("training", "validation", "heldout")
+TRIMMED = "trimmed"
+"""Part of the training images that are left out for being unlike the others."""
 MOST_DISTORTION = 1.5
 """Up to which change of their aspect ratio images are stretched without a word."""
 SPLIT = pa.schema([pa.field("part", pa.string(), nullable=False), *INDEX])
@@ -42,6 +45,17 @@ class TrainingData:
         names = [name for name, part in zip(PARTS, parts, strict=True) for _ in part]
         split = readable.take(pa.array(order, pa.int64())).add_column(0, SPLIT.field("part"), pa.array(names))
         return cls(split, readable.num_rows - len(rows), cached.num_rows - readable.num_rows)
+
+    def trimmed(self, content_digests: Iterable[str]) -> "TrainingData":
+        """The same with these training images left out of training."""
+        left_out = set(content_digests)
+        parts = [
+            TRIMMED if digest in left_out else part
+            for part, digest in zip(
+                self.split["part"].to_pylist(), self.split["content_digest"].to_pylist(), strict=True
+            )
+        ]
+        return replace(self, split=self.split.set_column(0, SPLIT.field("part"), pa.array(parts)))
 
     def part(self, name: str) -> pa.Table:
         return self.split.filter(pc.field("part") == name)

@@ -1,20 +1,32 @@
-"""The closed-form part of a training: one pass over the features of the training images, before the flow."""
+"""The closed-form part of a training: one pass over the features of the training images, before the flow.
 
+Dimension letters: N images, H height, W width.
+"""
+
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pyarrow as pa
-import ray
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from csflow.model import Moments, PositionGaussian, Whitening, gaussians_of
+from csflow.model import (
+    Moments,
+    PositionGaussian,
+    Scores,
+    StandardisedStatistic,
+    Whitening,
+    fitted_statistic,
+    gaussians_of,
+)
+from csflow.model.statistic import energy_map
 from csflow.storage import Location
 from csflow.training.cache import FeatureCache
-from csflow.training.sources import FeatureSource, open_features
+from csflow.training.sources import FeatureSource
 
-BATCH_SIZE = 16
+BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,11 @@ class Gaussians:
 
     whitening: Whitening
     positions: PositionGaussian
+
+    @torch.no_grad()
+    def energies(self, y: Sequence[Tensor]) -> list[Tensor]:
+        """Energy maps of the Gaussian, per level (N, H, W), given features that are not whitened."""
+        return [energy_map(x_BCHW) for x_BCHW in self.positions(self.whitening(y))]
 
     def write(self, location: Location) -> None:
         state = {f"whitening.{k}": v for k, v in self.whitening.state_dict().items()}
@@ -42,27 +59,53 @@ class Gaussians:
 
 def fit_gaussians(source: FeatureSource) -> Gaussians:
     """Those of the images of a source, which are not whitened."""
-    levels: list[Moments] = []
-    for y in source.batches(0, torch.arange(len(source)).split(BATCH_SIZE)):
-        levels = levels or [Moments.around(y_BCHW) for y_BCHW in y]
-        levels = [moments.with_images(y_BCHW) for moments, y_BCHW in zip(levels, y, strict=True)]
-    return Gaussians(*gaussians_of(levels))
+    return gaussians_of_folds(fold_moments(source, folds=1))
 
 
-def write_gaussians(cache: FeatureCache, images: pa.Table, location: Location) -> None:
-    """Fits the Gaussians of these images on one CPU of the cluster, whatever number trains, and writes them.
+def fold_moments(source: FeatureSource, folds: int) -> list[list[Moments]]:
+    """Per fold and level the moments of its images; image i is in fold i modulo `folds`."""
+    shares = [
+        share for fold in range(folds) for share in fold_batches(torch.arange(len(source)), folds, fold)
+    ]
+    empty: list[Moments] = []
+    found: list[list[Moments]] = []
+    for share, y in zip(shares, source.batches(0, shares), strict=True):
+        if not found:
+            empty = [Moments.around(y_BCHW) for y_BCHW in y]
+            found = [empty] * folds
+        fold = int(share[0]) % folds
+        found[fold] = [moments.with_images(y_BCHW) for moments, y_BCHW in zip(found[fold], y, strict=True)]
+    return found
+
+
+def fold_batches(images_N: Tensor, folds: int, fold: int) -> list[Tensor]:
+    """Those of these positions of images that are in this fold, in batches."""
+    return [share for share in images_N[images_N % folds == fold].split(BATCH_SIZE) if len(share)]
+
+
+def gaussians_of_folds(folds: Sequence[Sequence[Moments]]) -> Gaussians:
+    """Those of the images of these folds together."""
+    return Gaussians(
+        *gaussians_of([functools.reduce(operator.add, levels) for levels in zip(*folds, strict=True)])
+    )
+
+
+def gaussian_statistic(
+    energies: Sequence[Tensor], feature_shapes: Sequence[Sequence[int]]
+) -> StandardisedStatistic:
+    """The statistic of a detector that is the Gaussian of each position alone.
 
     Args:
-        images: rows in the `INDEX` schema.
+        energies: of the Gaussian in usual images, per level (N, H, W).
     """
+    # Its own energies stand where those of the latents would.
+    return fitted_statistic([*energies, *energies], feature_shapes)
 
-    @ray.remote(num_cpus=1, max_retries=3)
-    def fit() -> None:
-        # Streamed: features may be more than one worker holds.
-        source = open_features(cache, images, memory_bytes=0, device=torch.device("cpu"))
-        fit_gaussians(source).write(location)
 
-    ray.get(fit.remote())
+def gaussian_scores(statistic: StandardisedStatistic, energies: Sequence[Tensor]) -> Tensor:
+    """Anomaly score of each image by a `gaussian_statistic`, (N,); 1 is usual."""
+    scores: Scores = statistic([*energies, *energies])
+    return scores.anomaly_score_B
 
 
 def gaussian_losses(energies: Sequence[Tensor], gaussians: Gaussians) -> Tensor:

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,14 +16,17 @@ from csflow.inputs.listing import list_table
 from csflow.inputs.loading import ImageLoader
 from csflow.inputs.reading import ImageReader
 from csflow.model import BackboneError, Detector, load_weights
-from csflow.model_directory import holds_model, save_model, worker_bytes
+from csflow.model_directory import Calibration, holds_model, save_model, worker_bytes
 from csflow.storage import Location
+from csflow.training.advice import advice
 from csflow.training.cache import FeatureCache, find_images
 from csflow.training.card import model_card
 from csflow.training.config import TrainConfig
-from csflow.training.data import TrainingData, stretch_warning
+from csflow.training.data import TRIMMED, TrainingData, stretch_warning
 from csflow.training.features import extract
-from csflow.training.run import Result, Run
+from csflow.training.labelled import LabelledImages
+from csflow.training.outliers import ClosedForm, outlier_files, trimmed_count
+from csflow.training.run import Run
 from csflow.training.shards import fingerprint
 from csflow.training.split import split_sizes
 from csflow.weights import find_weights
@@ -42,22 +46,43 @@ def train(config: TrainConfig) -> ExitStatus:
     detector = build_detector(config)
     images = _list_images(config)
     split_sizes(images.num_rows, config.validation, config.holdout)
+    labelled = LabelledImages.read(config, images)
 
     connect()
     work_dir = Location(config.work_dir, config.storage_options) if config.work_dir else output / "_work"
     cache = FeatureCache.of(work_dir / "features", detector)
-    cached = _extract_features(images, detector, cache)
-    if cached is None:
+    all_images = pa.concat_tables([images, labelled.listed]) if labelled else images
+    all_cached = _extract_features(all_images, detector, cache)
+    if all_cached is None:
         return ExitStatus.INCOMPLETE
+    cached = find_images(images, all_cached)[0]
     warning = stretch_warning(cached, detector.architecture.preprocessing)
     if warning:
         print(warning)
     data = TrainingData.divide(cached, config.validation, config.holdout, config.seed)
     print(data.summary())
+    closed_form = ClosedForm(work_dir / "splits", cache, data.part("training"), config.trim)
+    ranking = closed_form.fit(config.resume)
+    data = _trim(data, ranking, config.trim)
     _measure_rounding(detector, data, config)
-    run = Run(config, detector.architecture, cache, data, work_dir)
+    gaussians = closed_form.gaussians if detector.architecture.whitening else None
+    run = Run(config, detector.architecture, cache, data, work_dir, gaussians)
     result = run.fit()
-    model_id = _save(config, output, detector, data, images, result)
+    detector.load_state_dict(detector.state_dict() | result.state)
+    lines = advice(result.history, result.gaussian_loss, run.epochs)
+    for line in lines:
+        print(line)
+    metrics = {
+        "history": result.history,
+        "best_epoch": result.best_epoch,
+        "heldout_loss": result.heldout_loss,
+        "gaussian_loss": result.gaussian_loss,
+        "warnings": [warning, *lines] if warning else lines,
+        "evaluation": labelled.measure(detector, cache, all_cached, data) if labelled else None,
+    }
+    # The model says how many epochs the recipe allowed.
+    config = config.model_copy(update={"epochs": run.epochs})
+    model_id = _save(config, output, detector, data, images, result.calibration, metrics, ranking)
     print(f"model {model_id} written to {output}")
     return ExitStatus.DONE
 
@@ -123,6 +148,14 @@ def _extract_features(images: pa.Table, detector: Detector, cache: FeatureCache)
     return cached
 
 
+def _trim(data: TrainingData, ranking: pa.Table, share: float) -> TrainingData:
+    """Without the training images that are least like the others; says how many those are."""
+    trimmed = ranking.slice(0, trimmed_count(ranking.num_rows, share))
+    if trimmed.num_rows:
+        print(f"{trimmed.num_rows} training images left out by --trim, the least like the others")
+    return data.trimmed(trimmed["content_digest"].to_pylist())
+
+
 def _measure_rounding(detector: Detector, data: TrainingData, config: TrainConfig) -> None:
     """What scoring in bfloat16 needs to know; without it, as if no image can be read, it is less exact."""
     images = data.part("training").slice(0, ROUNDING_IMAGES)
@@ -141,12 +174,12 @@ def _save(
     detector: Detector,
     data: TrainingData,
     images: pa.Table,
-    result: Result,
+    calibration: pa.Table,
+    metrics: dict[str, Any],
+    ranking: pa.Table,
 ) -> str:
     """Writes the model directory; returns the model id."""
-    detector.load_state_dict(detector.state_dict() | result.state)
     heldout = data.part("heldout")
-    calibration = result.calibration
     for name in ("image_version", "image_uri"):
         calibration = calibration.add_column(0, name, heldout[name])
     settings = config.model_dump(mode="json", exclude={"storage_options"})
@@ -154,17 +187,14 @@ def _save(
         "images": images.num_rows,
         "fingerprint": fingerprint(images["image_uri"].to_pylist(), images["image_version"].to_pylist()),
         "training_images": data.part("training").num_rows,
+        "trimmed_images": data.part(TRIMMED).num_rows,
         "validation_images": data.part("validation").num_rows,
         "heldout_images": heldout.num_rows,
         "unreadable_images": data.unreadable,
         "copies": data.copies,
     }
-    metrics = {
-        "history": result.history,
-        "best_epoch": result.best_epoch,
-        "heldout_loss": result.heldout_loss,
-        "gaussian_loss": result.gaussian_loss,
-    }
+    outliers, files = outlier_files(ranking, data.part(TRIMMED).num_rows, config.storage_options)
+    card = model_card(settings, fingerprints, metrics, Calibration.of(calibration), outliers)
     return save_model(
         output,
         detector,
@@ -172,5 +202,5 @@ def _save(
         training=settings,
         data=fingerprints,
         metrics=metrics,
-        card=model_card(settings, fingerprints, metrics, calibration["anomaly_score"].to_numpy()),
+        card=card | files,
     )

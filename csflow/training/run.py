@@ -21,7 +21,6 @@ from csflow.training.cache import FeatureCache
 from csflow.training.checkpoint import read_checkpoint, with_prefix
 from csflow.training.config import TrainConfig
 from csflow.training.data import TrainingData
-from csflow.training.gaussians import write_gaussians
 from csflow.training.live import LiveView
 from csflow.training.loop import LoopSettings
 from csflow.training.shards import fingerprint
@@ -55,27 +54,34 @@ class Run:
         cache: FeatureCache,
         data: TrainingData,
         work_dir: Location,
+        gaussians: Location | None,
     ) -> None:
-        """`architecture` is that of the detector which made the cache."""
+        """
+        Args:
+            architecture: of the detector that made the cache.
+            gaussians: what `Gaussians.write` has written for the training images; None without whitening.
+        """
         self._config, self._cache, self._data = config, cache, data
-        self._loop = replace(LoopSettings.of(config), architecture=architecture)
+        loop = LoopSettings.of(config, data.part("training").num_rows)
+        self._loop = replace(loop, architecture=architecture)
         parts = data.split["part"].to_pylist(), data.split["content_digest"].to_pylist()
         decides = [asdict(self._loop), config.augment, cache.folder.name, fingerprint(*parts)]
         self.name = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
         self._folder = work_dir / "training" / self.name
         self._split = work_dir / "splits" / f"{self.name}.parquet"
-        self._gaussians: Location | None = None
-        if architecture.whitening:
-            self._gaussians = work_dir / "splits" / f"{self.name}.gaussians.safetensors"
+        self._gaussians = gaussians
         self._tensorboard = work_dir / "tensorboard" / self.name
+
+    @property
+    def epochs(self) -> int:
+        """Most passes over the training images."""
+        return self._loop.epochs
 
     def fit(self) -> Result:
         """Trains until the end, restarting workers that die."""
         if not self._config.resume and self._folder.exists():
             self._folder.fs.rm(self._folder.path, recursive=True)
         self._split.write(to_parquet(self._data.split))
-        if self._gaussians is not None and not (self._config.resume and self._gaussians.exists()):
-            write_gaussians(self._cache, self._data.part("training"), self._gaussians)
         progress = Queue(actor_options={"num_cpus": 0})
         follower = threading.Thread(target=self._follow, args=(progress,), daemon=True)
         follower.start()
@@ -143,7 +149,7 @@ class Run:
 
     def _follow(self, progress: Queue) -> None:
         # In one thread from start to end: MLflow's runs belong to threads.
-        view = LiveView(self._config, self._tensorboard)
+        view = LiveView(self._config, self._loop.epochs, self._tensorboard)
         while (line := progress.get()) is not None:
             view.show(line)
         view.close()

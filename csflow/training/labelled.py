@@ -1,0 +1,169 @@
+"""Labelled images that a training is measured on (`--evaluate`): they take no other part in it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from csflow import device
+from csflow.cluster import WorkerResources, run_task, share_out
+from csflow.errors import WrongUse
+from csflow.evaluate import image_metrics
+from csflow.evaluate.labels import Label, read_labels
+from csflow.inputs.listing import list_table
+from csflow.model import Detector
+from csflow.storage import Location
+from csflow.training.cache import FeatureCache, find_images
+from csflow.training.config import TrainConfig
+from csflow.training.data import TrainingData
+from csflow.training.gaussians import Gaussians, gaussian_scores, gaussian_statistic
+from csflow.training.sources import open_features
+
+BATCH_SIZE = 32
+
+
+class Measured(NamedTuple):
+    """AUROC of two anomaly scores on the same images."""
+
+    flow: float
+    gaussian: float | None
+    """Of the Gaussian of each position alone; None without whitening."""
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """What `--evaluate` names."""
+
+    table: str
+    labels: dict[str, Label]
+    """By image URI."""
+    listed: pa.Table
+    """Those of them that the input does not name, in the `LISTING` schema."""
+    in_input: int
+    """Those that it does."""
+    unlabelled: int
+    """Listed by the table without a label of their own, as members of an archive."""
+
+    @classmethod
+    def read(cls, config: TrainConfig, images: pa.Table) -> "LabelledImages | None":
+        """None without `--evaluate`.
+
+        Args:
+            images: the input, in the `LISTING` schema.
+
+        Raises:
+            WrongUse: the table is wrong, or has labels of one kind only.
+        """
+        if config.evaluate is None:
+            return None
+        location = Location(config.evaluate, config.storage_options)
+        labels = read_labels(location, "--evaluate")
+        if len({label.is_defective for label in labels.values()}) < 2:
+            raise WrongUse(
+                f"--evaluate {location} needs images of label 0 and of label 1, and its {len(labels)} have "
+                "one label; add others"
+            )
+        listed = list_table([config.evaluate], config.storage_options)
+        labelled = listed.filter(pc.field("image_uri").isin(pa.array(labels, pa.string())))
+        own = labelled.filter(~pc.field("image_uri").isin(images["image_uri"].combine_chunks()))
+        return cls(
+            table=config.evaluate,
+            labels=labels,
+            listed=own,
+            in_input=labelled.num_rows - own.num_rows,
+            unlabelled=listed.num_rows - labelled.num_rows,
+        )
+
+    def measure(
+        self, detector: Detector, cache: FeatureCache, cached: pa.Table, data: TrainingData
+    ) -> dict[str, Any]:
+        """Prints and returns what metrics.json tells of them.
+
+        Args:
+            detector: the trained one.
+            cached: rows of them and of the input in the `INDEX` schema.
+        """
+        found = find_images(self.listed, cached)[0]
+        readable = found.filter(pc.is_valid(pc.field("content_digest")))
+        own = readable.filter(~pc.field("content_digest").isin(data.split["content_digest"].combine_chunks()))
+        is_defective_N = np.array(
+            [self.labels[uri].is_defective for uri in own["image_uri"].to_pylist()], bool
+        )
+        counts = {
+            "images": own.num_rows,
+            "defective": int(is_defective_N.sum()),
+            "in_input": self.in_input + readable.num_rows - own.num_rows,
+            "unreadable": len(self.labels) - self.in_input - readable.num_rows,
+            "unlabelled": self.unlabelled,
+        }
+        print(_summary(counts))
+        if is_defective_N.all() or not is_defective_N.any():
+            print(f"warning: --evaluate {self.table}: images of both labels are needed, and one is left")
+            return {"labels": self.table} | counts
+        auroc = _measured(detector, cache, data, own, is_defective_N.tolist())
+        print(auroc_line(auroc.flow, auroc.gaussian, own.num_rows))
+        return {"labels": self.table, **counts, "flow_auroc": auroc.flow, "gaussian_auroc": auroc.gaussian}
+
+
+def auroc_line(flow: float, gaussian: float | None, images: int) -> str:
+    """One line for terminal and model card."""
+    alone = f", Gaussian {gaussian:.3f}" if gaussian is not None else ""
+    return f"AUROC: flow {flow:.3f}{alone} on {images:,} labelled images"
+
+
+def _summary(counts: dict[str, int]) -> str:
+    said = {
+        "in_input": "are in the input as well and left out",
+        "unreadable": "cannot be read",
+        "unlabelled": "have no label of their own",
+    }
+    parts = [f"{counts[name]:,} {text}" for name, text in said.items() if counts[name]]
+    return "; ".join([f"{counts['images']:,} labelled images to evaluate on", *parts])
+
+
+def _measured(
+    detector: Detector, cache: FeatureCache, data: TrainingData, images: pa.Table, labels: Sequence[bool]
+) -> Measured:
+    # As at the end of training: without validation images training ones must tell what is usual.
+    usual = data.part("validation") if data.part("validation").num_rows else data.part("training")
+    resources = share_out(1)
+    flow_scores, gaussian_scores = run_task(
+        _scores, detector, cache, usual, images, resources, resources=resources
+    )
+    return Measured(
+        image_metrics(labels, flow_scores)["image_auroc"],
+        image_metrics(labels, gaussian_scores)["image_auroc"] if gaussian_scores else None,
+    )
+
+
+@torch.no_grad()
+def _scores(
+    detector: Detector, cache: FeatureCache, usual: pa.Table, images: pa.Table, resources: WorkerResources
+) -> tuple[list[float], list[float]]:
+    """Anomaly scores of each image: of the detector, and of its Gaussian alone (none without whitening)."""
+    where = device.set_up(resources.cpus, resources.gpus)
+    detector = detector.to(where)
+    gaussians = None
+    if detector.whitening is not None and detector.gaussian is not None:
+        gaussians = Gaussians(detector.whitening, detector.gaussian)
+
+    def batches(some: pa.Table) -> Iterator[list[Tensor]]:
+        source = open_features(cache, some, memory_bytes=0, device=where)
+        return source.batches(0, torch.arange(len(source)).split(BATCH_SIZE))
+
+    of_flow = [
+        score for y in batches(images) for score in detector.score_features(y).anomaly_score_B.tolist()
+    ]
+    if gaussians is None:
+        return of_flow, []
+    maps = zip(*(gaussians.energies(y) for y in batches(usual)), strict=True)
+    statistic = gaussian_statistic([torch.cat(parts) for parts in maps], cache.feature_shapes)
+    of_gaussian = [
+        score for y in batches(images) for score in gaussian_scores(statistic, gaussians.energies(y)).tolist()
+    ]
+    return of_flow, of_gaussian

@@ -1,0 +1,188 @@
+"""Training images that are unlike the others: ranked by a leave-out estimate, listed, and trimmed on demand.
+
+A Gaussian that has seen a defect takes it for a little more usual. So the images are dealt into folds, and
+each is scored by the Gaussian of the folds that it is not in.
+
+Dimension letters: N images, H height, W width.
+"""
+
+import contextlib
+import csv
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from csflow.cluster import run_task
+from csflow.errors import ImageError
+from csflow.inputs.reading import ImageReader
+from csflow.maps import READ_DEADLINE_S, read_image
+from csflow.storage import Location, read_parquet, to_parquet
+from csflow.training.cache import FeatureCache
+from csflow.training.gaussians import (
+    Gaussians,
+    fit_gaussians,
+    fold_batches,
+    fold_moments,
+    gaussian_scores,
+    gaussian_statistic,
+    gaussians_of_folds,
+)
+from csflow.training.shards import fingerprint
+from csflow.training.sources import FeatureSource, open_features
+
+FOLDS = 4
+USUAL_IMAGES = 1000
+"""So many tell what is usual: a sample, since the order of images comes from a hash of their contents."""
+LISTED = 12
+"""Images in the model card."""
+THUMBNAIL_SIDE = 160
+"""Pixels."""
+SCORE = "leave_out_score"
+"""Column of a ranking."""
+
+
+class ClosedForm:
+    """Ranking of the training images and the Gaussians of those that are kept, named by what decides them."""
+
+    def __init__(self, folder: Location, cache: FeatureCache, images: pa.Table, trim: float) -> None:
+        """
+        Args:
+            images: the training images, rows in the `INDEX` schema.
+            trim: share of them to leave out.
+        """
+        decides = [
+            cache.folder.name,
+            fingerprint(images["content_digest"].to_pylist(), images["dtype"].to_pylist()),
+        ]
+        name = hashlib.sha256(json.dumps([*decides, trim]).encode()).hexdigest()[:16]
+        self.gaussians = folder / f"{name}.gaussians.safetensors"
+        self._ranking = folder / f"{name}.ranking.parquet"
+        self._cache, self._images, self._trim = cache, images, trim
+
+    def fit(self, resume: bool) -> pa.Table:
+        """Fits on one CPU of the cluster, whatever number trains, and writes `gaussians`.
+
+        Args:
+            resume: take what an earlier run has written.
+
+        Returns:
+            The images with their `SCORE`, highest first.
+        """
+        if not (resume and self.gaussians.exists()):
+            run_task(_write, self._cache, self._images, self._trim, self._ranking, self.gaussians)
+        return read_parquet(self._ranking)
+
+
+def trimmed_count(images: int, trim: float) -> int:
+    """How many of the training images a share is: at least one if it is not 0, and never all."""
+    return min(images - 1, max(1, round(images * trim))) if trim else 0
+
+
+def leave_out_gaussians(source: FeatureSource) -> tuple[Gaussians, list[Gaussians]]:
+    """Those of all images, and of all but the images of each fold."""
+    folds = fold_moments(source, min(FOLDS, len(source)))
+    # One image alone has no others to be compared with.
+    others = [[*folds[:k], *folds[k + 1 :]] or folds for k in range(len(folds))]
+    return gaussians_of_folds(folds), [gaussians_of_folds(some) for some in others]
+
+
+def leave_out_scores(source: FeatureSource, gaussians: Sequence[Gaussians]) -> Tensor:
+    """Anomaly score of each image by the Gaussian that has not seen it, (N,); 1 is usual.
+
+    Args:
+        gaussians: of all but each fold.
+    """
+    images_N = torch.arange(len(source))
+    sample = list(_energies(source, gaussians, images_N[:USUAL_IMAGES]))
+    usual = [torch.cat(maps) for maps in zip(*(energies for _, energies in sample), strict=True)]
+    statistic = gaussian_statistic(usual, source.feature_shapes)
+    scores_N = torch.empty(len(source))
+    for share, energies in itertools.chain(sample, _energies(source, gaussians, images_N[USUAL_IMAGES:])):
+        scores_N[share] = gaussian_scores(statistic, energies)
+    return scores_N
+
+
+def outlier_files(
+    ranking: pa.Table, trimmed: int, storage_options: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """What the model card lists, and the files beside it by name.
+
+    Args:
+        ranking: training images, highest `SCORE` first.
+        trimmed: how many of them were left out.
+
+    Returns:
+        Rows of `image_uri`, `score`, `trimmed` and `thumbnail`, a file name or None if the image can no
+        longer be read; and the thumbnails and `outliers.csv`, a manifest.
+    """
+    reader = ImageReader(storage_options, deadline_s=READ_DEADLINE_S)
+    rows: list[dict[str, Any]] = []
+    files: dict[str, bytes] = {}
+    for number, image in enumerate(ranking.slice(0, LISTED).to_pylist(), start=1):
+        name = f"outliers/{number:02}.jpg"
+        with contextlib.suppress(ImageError):
+            files[name] = _thumbnail(image, reader)
+        rows.append(
+            {
+                "image_uri": image["image_uri"],
+                "score": image[SCORE],
+                "trimmed": number <= trimmed,
+                "thumbnail": name if name in files else None,
+            }
+        )
+    files["outliers.csv"] = _manifest(ranking.slice(0, max(LISTED, trimmed)), trimmed)
+    return rows, files
+
+
+def _write(cache: FeatureCache, images: pa.Table, trim: float, ranking: Location, location: Location) -> None:
+    """Writes the ranking of these images, and then the Gaussians of those that are kept."""
+
+    def source(some: pa.Table) -> FeatureSource:
+        # Streamed: features may be more than one worker holds.
+        return open_features(cache, some, memory_bytes=0, device=torch.device("cpu"))
+
+    gaussians, of_others = leave_out_gaussians(source(images))
+    scores_N = leave_out_scores(source(images), of_others)
+    order_N = scores_N.argsort(descending=True, stable=True)
+    scored = images.append_column(SCORE, pa.array(scores_N.double().numpy()))
+    ranking.write(to_parquet(scored.take(pa.array(order_N.numpy()))))
+    trimmed = trimmed_count(len(order_N), trim)
+    if trimmed:
+        kept_N = order_N[trimmed:].sort().values
+        gaussians = fit_gaussians(source(images.take(pa.array(kept_N.numpy()))))
+    gaussians.write(location)
+
+
+def _energies(
+    source: FeatureSource, gaussians: Sequence[Gaussians], images_N: Tensor
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Batches of positions of images, and their energy maps by the Gaussian of the other folds."""
+    folds = len(gaussians)
+    shares = [share for fold in range(folds) for share in fold_batches(images_N, folds, fold)]
+    for share, y in zip(shares, source.batches(0, shares), strict=True):
+        yield share, gaussians[int(share[0]) % folds].energies(y)
+
+
+def _thumbnail(image: Mapping[str, Any], reader: ImageReader) -> bytes:
+    """JPEG of an image, a row in the `INDEX` schema. Raises ImageError if it can no longer be read."""
+    data = io.BytesIO()
+    read_image(image, reader, THUMBNAIL_SIDE).save(data, "JPEG", quality=80)
+    return data.getvalue()
+
+
+def _manifest(ranking: pa.Table, trimmed: int) -> bytes:
+    """CSV with the columns image_uri, score and trimmed (0 or 1)."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image_uri", "score", "trimmed"])
+    pairs = zip(ranking["image_uri"].to_pylist(), ranking[SCORE].to_pylist(), strict=True)
+    for number, (uri, score) in enumerate(pairs):
+        writer.writerow([uri, f"{score:.4f}", int(number < trimmed)])
+    return text.getvalue().encode()
