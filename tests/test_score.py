@@ -171,6 +171,11 @@ def test_files_have_exactly_the_schema_of_the_contract(scored):
         ("run_id", "string"),
         ("scored_at", "timestamp[us, tz=UTC]"),
         ("map_box", "list<element: float>"),
+        ("global_score", "double"),
+        ("global_p_value", "double"),
+        ("local_score", "double"),
+        ("local_p_value", "double"),
+        ("map_threshold", "double"),
     ]
     assert [(f.name, str(f.type)) for f in ERRORS] == [
         ("image_uri", "string"),
