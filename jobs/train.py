@@ -7,8 +7,8 @@ On this machine, and on a Ray cluster with its images and model in object storag
 
 The paper's settings:
 
-    python jobs/train.py --input … --output … --backbone tf_efficientnet_b5 --weights timm --image_size 768 \\
-        --coupling_blocks 4 --hidden_channels 1024 --epochs 240
+    python jobs/train.py --input … --output … --recipe paper --backbone tf_efficientnet_b5 --weights timm \\
+        --image_size 768
 """
 
 from csflow.config import run_job

@@ -218,7 +218,7 @@ def _of_positions(whiten_CC: Tensor, covariance_PCC: Tensor, images: int) -> Ten
     squared_norm = covariance_PCC.square().sum((1, 2)).mean().item()
     distance = (covariance_PCC - identity_CC).square().sum((1, 2)).mean().item()
     scatter = HEAVY_TAILS * (channels**2 + squared_norm) / images
-    shrinkage = min(1.0, scatter / distance) if distance > 0 else 1.0
+    shrinkage = min(1.0, max(SMALLEST_SHRINKAGE, scatter / distance)) if distance > 0 else 1.0
     # Any root will do, since only sums of squares over its outputs are read: this one is the cheapest.
     lower_PCC = torch.linalg.cholesky((1 - shrinkage) * covariance_PCC + shrinkage * identity_CC)
     return torch.linalg.solve_triangular(lower_PCC, identity_CC.expand_as(lower_PCC), upper=False)

@@ -66,9 +66,10 @@ def train(config: TrainConfig) -> ExitStatus:
     data = _trim(data, ranking, config.trim)
     _measure_rounding(detector, data, config)
     gaussians = closed_form.gaussians if detector.architecture.whitening else None
-    result = Run(config, detector.architecture, cache, data, work_dir, gaussians).fit()
+    run = Run(config, detector.architecture, cache, data, work_dir, gaussians)
+    result = run.fit()
     detector.load_state_dict(detector.state_dict() | result.state)
-    lines = advice(result.history, result.gaussian_loss, config.epochs)
+    lines = advice(result.history, result.gaussian_loss, run.epochs)
     for line in lines:
         print(line)
     metrics = {
@@ -79,6 +80,8 @@ def train(config: TrainConfig) -> ExitStatus:
         "warnings": [warning, *lines] if warning else lines,
         "evaluation": labelled.measure(detector, cache, all_cached, data) if labelled else None,
     }
+    # The model says how many epochs the recipe allowed.
+    config = config.model_copy(update={"epochs": run.epochs})
     model_id = _save(config, output, detector, data, images, result.calibration, metrics, ranking)
     print(f"model {model_id} written to {output}")
     return ExitStatus.DONE
