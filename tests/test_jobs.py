@@ -48,7 +48,7 @@ def test_train_names_what_is_wrong(wrong_use, good_cells, tmp_path):
     assert "backbone no_such_net is not a timm model" in wrong(
         "--input", good_cells, "--backbone", "no_such_net"
     )
-    assert "multiples of 128 (nearest: 256 or 384)" in wrong("--input", good_cells, "--image_size", "300")
+    assert "multiples of 64 (nearest: 256 or 320)" in wrong("--input", good_cells, "--image_size", "300")
     assert "--kernel_sizes names 2 sizes for 3" in wrong(
         "--input", good_cells, "--coupling_blocks", 3, "--kernel_sizes", 3, 5
     )
@@ -117,9 +117,9 @@ def test_a_damaged_model_is_refused(wrong_use, file, model, good_cells, tmp_path
 def test_a_model_of_another_format_version_is_refused(wrong_use, model, good_cells, tmp_path):
     copy = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("_work"))
     config = (copy / "config.json").read_text()
-    (copy / "config.json").write_text(config.replace('"format_version": 2', '"format_version": 3'))
+    (copy / "config.json").write_text(config.replace('"format_version": 3', '"format_version": 4'))
     line = wrong_use("score", "--model", copy, "--input", good_cells, "--output", tmp_path / "out")
-    assert "format version 3, this csflow reads 2" in line
+    assert "format version 4, this csflow reads 3" in line
 
 
 @pytest.mark.parametrize("verb", VERBS)
