@@ -1,14 +1,14 @@
 """Simple detectors on frozen features, which a flow has to beat: Gaussians, PaDiM, nearest neighbours.
 
-Each takes levels of features, finest first: a list of tensors (N, C, H, W) in float32. `fit` takes those of normal
-images; `score` gives one number per image and variant, and an anomaly map per image where there is one.
-All run on the threads that torch is given.
+Each takes levels of features, finest first: a list of tensors (N, C, H, W) in float32. `fit` takes those of
+normal images; `score` gives one number per image and variant, and an anomaly map where there is one. All run
+on the threads that torch is given.
 
     python benchmarks/baselines.py run --data quality/data --names elpv planted --work quality
     python benchmarks/baselines.py table --work quality
 
-`run` writes a line of `baselines.jsonl` for each data set, seed, detector and variant, and continues where it was
-stopped. Seeds decide the split as the training job's do, and what a detector draws.
+`run` writes a line of `baselines.jsonl` for each data set, seed, detector and variant, and continues where it
+was stopped. Seeds decide the split as the training job's do, and what a detector draws.
 """
 
 import argparse
@@ -67,8 +67,8 @@ class PooledGaussian:
 class Gaussian:
     """A Gaussian per level: one covariance for all positions, with one mean or a mean per position.
 
-    It is what a flow is that only whitens: z = L⁻¹ (y - μ), with L Lᵀ the covariance. `loss` is in the unit of
-    the flow's: (|z|² / 2 - log |det L⁻¹|) per dimension.
+    It is what a flow is that only whitens: z = L⁻¹ (y - μ), with L Lᵀ the covariance. `loss` is in the unit
+    of the flow's: (|z|² / 2 - log |det L⁻¹|) per dimension.
     """
 
     def __init__(self, mean_per_position: bool, ridge: float = 1e-4) -> None:
@@ -192,9 +192,10 @@ class Padim:
 class NearestNeighbours:
     """As PatchCore (Roth et al., CVPR 2022): distance to the nearest of a coreset of normal patches.
 
-    A patch is the mean of 3 x 3 positions of each level, coarse levels enlarged to the finest one. The coreset is
-    chosen greedily, by distances in a random projection, from at most `candidates` random patches, and has
-    `share` of all patches. `reweighted` is the paper's score, `max` the same without its weight.
+    A patch is the mean of 3 x 3 positions of each level, coarse levels enlarged to the finest one. The
+    coreset has `share` of all patches. It is chosen greedily, by distances in a random projection, from at
+    most `candidates` random ones, or as many as it is to have. `reweighted`
+    is the paper's score, `max` the same without its weight.
     """
 
     def __init__(self, seed: int, share: float = 0.01, candidates: int = 60_000) -> None:
