@@ -48,13 +48,19 @@ class Kind(NamedTuple):
 
 
 def plant(
-    image_HW: Image_HW, kind: str, seed: int, blur: float = 0.0, area: tuple[float, float] = AREA
+    image_HW: Image_HW,
+    kind: str,
+    seed: int,
+    blur: float = 0.0,
+    area: tuple[float, float] = AREA,
+    strength: float = 1.0,
 ) -> Planted:
     """The photograph with one defect of a kind, where the surface is neither frame nor background.
 
     Args:
         blur: standard deviation in pixels of the photograph's own blur; the defect is as blurred.
         area: least and largest share of the image that the defect covers.
+        strength: multiplies the contrast.
     """
     how = KINDS[kind]
     rng = np.random.default_rng([seed, list(KINDS).index(kind)])
@@ -64,7 +70,7 @@ def plant(
     softness = math.hypot(rng.uniform(*how.softness), blur)
     shape = _drawn(how, int(rng.integers(1 << 31)), share * height * width, min(height, width), softness)
     alpha_HW = _placed(shape, image_HW, rng)
-    return Planted(_blended(image_HW, alpha_HW, how, rng), alpha_HW >= VISIBLE)
+    return Planted(_blended(image_HW, alpha_HW, how, strength, rng), alpha_HW >= VISIBLE)
 
 
 def _drawn(how: Kind, seed: int, area: float, side: int, softness: float) -> NDArray[np.float32]:
@@ -101,10 +107,12 @@ def _placed(shape: NDArray[np.float32], image_HW: Image_HW, rng: Generator) -> N
     return alpha_HW
 
 
-def _blended(image_HW: Image_HW, alpha_HW: NDArray[np.float32], how: Kind, rng: Generator) -> Image_HW:
+def _blended(
+    image_HW: Image_HW, alpha_HW: NDArray[np.float32], how: Kind, strength: float, rng: Generator
+) -> Image_HW:
     plain_HW = image_HW.astype(np.float32)
     around_HW = ndimage.gaussian_filter(plain_HW, 3)
-    contrast = rng.uniform(*how.contrast)
+    contrast = strength * rng.uniform(*how.contrast)
     level = float(around_HW[alpha_HW >= VISIBLE].mean())
     # Nothing is brighter than white: there a defect is dark.
     brighter = rng.random() < 0.4 and level * (1 + contrast) < 250

@@ -43,8 +43,10 @@ TILE_BLUR = 1.3
 """Standard deviation in pixels of what enlarging a tile does to an edge."""
 TEST_TILES = 20
 """Of the 64 of each photograph."""
-TILE_DEFECTS = (0.003, 0.03)
-"""Least and largest share of a tile that a defect covers; what is smaller is lost among blades and stones."""
+TILE_DEFECTS = (0.004, 0.04)
+TILE_STRENGTH = 1.7
+"""Least and largest share of a tile that a defect covers, and how much stronger it is than on a solar cell:
+what is smaller or weaker is lost among blades and stones."""
 
 
 class TestImage(NamedTuple):
@@ -137,7 +139,8 @@ def write_textures(folder: Path) -> None:
             _save(tile, folder / "test" / "good" / f"{name}.png")
             # Each is there clean and with every kind of defect: there are not tiles enough for more.
             for kind in KINDS:
-                planted = plant(np.asarray(tile), kind, zlib.crc32(name.encode()), TILE_BLUR, TILE_DEFECTS)
+                seed = zlib.crc32(name.encode())
+                planted = plant(np.asarray(tile), kind, seed, TILE_BLUR, TILE_DEFECTS, TILE_STRENGTH)
                 _save_planted(planted, folder, kind, name)
 
 

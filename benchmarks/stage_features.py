@@ -25,12 +25,17 @@ def stage_features(
         stages: names of modules, such as `blocks.2`.
         cache: folder of what was computed before; features are kept there as float16.
     """
-    names = "\n".join([str(size), *stages, *(f"{path} {path.stat().st_mtime_ns}" for path in paths)])
-    file = cache / f"{hashlib.sha256(names.encode()).hexdigest()[:24]}.pt"
-    if not file.exists():
+    images = "\n".join(f"{path} {path.stat().st_mtime_ns}" for path in paths)
+    files = {
+        stage: cache / f"{hashlib.sha256(f'{size} {stage} {images}'.encode()).hexdigest()[:24]}.pt"
+        for stage in stages
+    }
+    missing = [stage for stage, file in files.items() if not file.exists()]
+    if missing:
         cache.mkdir(parents=True, exist_ok=True)
-        torch.save([level.half() for level in _computed(paths, stages, size)], file)
-    return [level.float() for level in torch.load(file)]
+        for stage, level in zip(missing, _computed(paths, missing, size), strict=True):
+            torch.save(level.half(), files[stage])
+    return [torch.load(file).float() for file in files.values()]
 
 
 def network_with_weights() -> nn.Module:
