@@ -117,7 +117,7 @@ class PositionGaussian:
     mean per position.
     """
 
-    WEIGHTS = (1.0, 0.95, 0.9, 0.8, 0.6, 0.4)
+    WEIGHTS = (1.0, 0.9, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.02)
 
     def __init__(self, validation: Levels) -> None:
         self.validation = validation
