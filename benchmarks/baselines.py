@@ -252,7 +252,8 @@ class NearestNeighbours:
     def _patches(levels: Levels) -> Tensor:
         """(N, P, C)."""
         size = tuple(levels[0].shape[2:])
-        means = [F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False) for level in levels]
+        # With zeros around, as the paper: means of fewer positions at the border would be the farthest ones.
+        means = [F.avg_pool2d(level, 3, stride=1, padding=1) for level in levels]
         large = [F.interpolate(m, size, mode="bilinear", align_corners=False) for m in means]
         return torch.cat(large, 1).flatten(2).transpose(1, 2).contiguous()
 
