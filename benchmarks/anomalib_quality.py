@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["Padim", "Patchcore", "Csflow"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=10.0, help="of processor time to train CS-Flow for")
-    parser.add_argument("--patchcore_images", type=int, default=200)
+    parser.add_argument("--patchcore_images", type=int, default=100)
     parser.add_argument("--output", type=Path, required=True, help="JSON lines to add to")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
