@@ -39,6 +39,7 @@ from csflow.errors import ExitStatus
 from csflow.images import DecodedImage
 from csflow.inputs.loading import LoadedImage
 from csflow.model import Scores
+from csflow.preprocessing import whole
 from csflow.scoring.config import ScoreConfig
 from csflow.scoring.shard import ShardScorer
 from csflow.stages import Stages
@@ -51,7 +52,8 @@ class BlankLoader:
     """Blank images at once; the process that asked is written in their height, to be found in the scores."""
 
     def load(self, uris: Sequence[str], versions: Sequence[str], while_waiting: Any) -> Iterator[LoadedImage]:
-        blank = DecodedImage(np.zeros((256, 256, 3), dtype=np.uint8), os.getpid(), 256)
+        size = os.getpid(), 256
+        blank = DecodedImage(np.zeros((256, 256, 3), dtype=np.uint8), *size, whole(*size))
         for uri, version in zip(uris, versions, strict=True):
             yield LoadedImage(uri, version, blank, Stages())
 

@@ -229,7 +229,7 @@ def accuracy(arguments: argparse.Namespace) -> list[str]:
     for precision in ("float32", "mixed", "bfloat16"):
         forms[f"inference form, {precision}"] = InferenceDetector(detector, precision, 8)
     scores: dict[str, list[Any]] = {name: [] for name in forms}
-    size = detector.architecture.image_size
+    size = detector.architecture.preprocessing
     for start in range(0, len(labels), 8):
         group = [decode((folder / uri).read_bytes(), size).pixels_HWC for uri, _ in labels[start : start + 8]]
         pixels_BHWC = torch.from_numpy(np.stack(group))

@@ -71,7 +71,7 @@ def work(model: str, images: str) -> None:
         listing = Listing.freeze(folder / "listing", list_images([images], {}), None)
         shards = make_plan(listing, output, "run", retry_errors=False)
         scorer._settings = replace(settings, output=output)
-        scorer._loader = ImageLoader(reader, plant.SETTINGS["light"].image_size, threads)
+        scorer._loader = ImageLoader(reader, plant.SETTINGS["light"].preprocessing, threads)
         rows = [{name: np.array([value]) for name, value in shard.to_row().items()} for shard in shards]
         started = time.perf_counter()
         with ThreadPoolExecutor(calls) as pool:

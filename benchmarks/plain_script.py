@@ -21,8 +21,8 @@ from csflow.storage import Location
 
 
 class S3Images(Dataset):
-    def __init__(self, bucket, keys, size):
-        self.bucket, self.keys, self.size = bucket, keys, size
+    def __init__(self, bucket, keys, preprocessing):
+        self.bucket, self.keys, self.preprocessing = bucket, keys, preprocessing
         self.client = None
 
     def __len__(self):
@@ -32,7 +32,7 @@ class S3Images(Dataset):
         if self.client is None:  # one for each worker process
             self.client = boto3.client("s3")
         data = self.client.get_object(Bucket=self.bucket, Key=self.keys[index])["Body"].read()
-        image = decode(data, self.size)
+        image = decode(data, self.preprocessing)
         return self.keys[index], torch.from_numpy(image.pixels_HWC), image.height, image.width
 
 
@@ -50,7 +50,7 @@ def main():
     keys = [item["Key"] for page in pages for item in page["Contents"]]
 
     model = load_model(Location(arguments.model))
-    dataset = S3Images(bucket, keys, model.detector.architecture.image_size)
+    dataset = S3Images(bucket, keys, model.detector.architecture.preprocessing)
     loader = DataLoader(dataset, arguments.batch_size, num_workers=arguments.workers)
     frames = []
     with torch.inference_mode():
@@ -64,7 +64,7 @@ def main():
                         "image_height": height_B,
                         "image_width": width_B,
                         "anomaly_score": anomaly_score,
-                        "p_value": p_values(anomaly_score, model.calibration_scores),
+                        "p_value": p_values(anomaly_score, model.calibration.anomaly_score),
                         "anomaly_map": list(scores.anomaly_map_BHW.flatten(1).numpy()),
                         "scored_at": time.time(),
                     }

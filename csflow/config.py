@@ -41,6 +41,7 @@ def _in_utc(value: datetime) -> datetime:
 
 Locations = Annotated[list[str], BeforeValidator(_one_or_more)]
 Patterns = Annotated[list[str], BeforeValidator(_one_or_more)]
+Stages = Annotated[list[str] | None, BeforeValidator(_one_or_more)]
 Moment = Annotated[datetime, BeforeValidator(_moment), AfterValidator(_in_utc)]
 StorageOptions = Annotated[dict[str, Any], BeforeValidator(_json_object)]
 

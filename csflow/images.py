@@ -1,7 +1,7 @@
-"""Image bytes to RGB pixels: the one decoder of training, scoring and report.
+"""Image bytes to pixels: the one decoder of training, scoring and report, and of masks as they are stored.
 
-It is part of a model's preprocessing: the same bytes give the same pixels, whatever else runs in the process.
-What it decides:
+`decode` is part of a model's preprocessing: the same bytes give the same pixels, whatever else runs in the
+process. What it decides:
 
 - First frame of animated and multi-page files. ICC profiles and gamma are ignored.
 - EXIF orientation is applied; damaged EXIF counts as none, as in every viewer.
@@ -10,13 +10,16 @@ What it decides:
 - Grey of 12, 16 and 32 bits and float is scaled by its type (`_wide_grey`), never by its own minimum and
   maximum. Colour of 16 bits is cut to its high byte by Pillow, within one level of that.
 - CMYK becomes RGB by the plain formula; CMYK JPEGs are taken as inverted, as Adobe writes them.
+- Letterboxes are filled, on either side, with the mean colour of the image's last row or column there
+  (`_padded`).
 """
 
 import io
 import re
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +42,7 @@ from PIL.TiffImagePlugin import (
 from PIL.WebPImagePlugin import WebPImageFile
 
 from csflow.errors import ErrorCode, ImageError
+from csflow.preprocessing import Box, Interpolation, Placement, Preprocessing, whole
 
 # H, W: rows and columns of the upright image; C: red, green, blue.
 
@@ -53,6 +57,11 @@ _DRAFT_MARGIN = 1.5
 _REDUCING_GAP = 3.0
 # Box-reduces huge rasters first; 0.3 levels from the plain filter, a quarter faster at 3000 px.
 
+_FILTERS: dict[Interpolation, Image.Resampling] = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -65,6 +74,10 @@ _UPRIGHT = {
 """EXIF orientation → what turns the stored raster upright; 5 to 8 swap height and width."""
 
 
+_StoredBox = tuple[float, float, float, float]
+"""Left, upper, right and lower edge in the raster as it is stored, as Pillow takes them."""
+
+
 class DecodedImage(NamedTuple):
     """Pixels, and the size of the original they came from."""
 
@@ -73,23 +86,71 @@ class DecodedImage(NamedTuple):
     height: int
     """Of the original, upright, in pixels."""
     width: int
+    box: Box
+    """What the pixels cover, in pixels of the original: all of it if it was stretched, a part if it was
+    cropped, more than there is if it was letterboxed."""
 
 
-def decode(data: bytes, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> DecodedImage:
+class StoredImage(NamedTuple):
+    """An upright image in the mode and bit depth of its file, with its palette and alpha channel."""
+
+    image: Image.Image
+    is_lossy: bool
+    """Compressed as JPEG, or as WebP with losses: values near those of the original, not equal to them."""
+    is_white_zero: bool
+    """TIFF whose greys are stored inverted; Pillow has turned those of up to 8 bits, and no wider ones."""
+
+
+def decode(
+    data: bytes, target: Preprocessing | tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
+) -> DecodedImage:
     """First frame of a JPEG, PNG, WebP, BMP or TIFF file as upright RGB.
 
-    With `size` = (height, width) it is stretched to exactly that, antialiased. Safe to call from many
-    threads, which run side by side as Pillow releases the GIL for most of the work (but not for WebP).
+    Safe to call from many threads, which run side by side as Pillow releases the GIL for most of the work
+    (but not for WebP).
+
+    Args:
+        target: what a model sees of it; (height, width) to stretch it to exactly that; None for its own size.
 
     Raises `ImageError` and nothing else: EMPTY, UNSUPPORTED_FORMAT, TRUNCATED, CORRUPT, or TOO_LARGE for more
     than `max_pixels`, found from the header before any pixel is decoded.
     """
+    preprocessing = Preprocessing(target) if isinstance(target, tuple) else target
+    with _opening(data) as image_file:
+        image, height, width = _read(image_file, data, preprocessing, max_pixels)
+    pixels_HWC = np.array(_in_mode(image, "RGB"))
+    if preprocessing is None:
+        return DecodedImage(pixels_HWC, height, width, whole(height, width))
+    placement = preprocessing.place(height, width)
+    return DecodedImage(_padded(pixels_HWC, placement.padding), height, width, placement.box)
+
+
+def decode_stored(data: bytes, max_pixels: int = MAX_PIXELS) -> StoredImage:
+    """First frame of the same files, upright, its values as they are: for masks, in which 1 is not black.
+
+    Colour of 16 bits is cut to its high byte by Pillow. Raises as `decode`.
+    """
+    with _opening(data) as image_file:
+        image = image_file(io.BytesIO(data))
+        orientation = _begin(image, max_pixels)
+        image.load()
+        tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+        return StoredImage(
+            image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image,
+            is_lossy=_is_lossy(image, data),
+            is_white_zero=tags.get(PHOTOMETRIC_INTERPRETATION) == 0,
+        )
+
+
+@contextmanager
+def _opening(data: bytes) -> Iterator[type[ImageFile]]:
+    """The Pillow class that reads these bytes; what goes wrong inside becomes an `ImageError`."""
     if not data:
         raise ImageError(ErrorCode.EMPTY, "zero bytes")
     _mute_pillow()
     image_file = _image_file(data)
     try:
-        image, height, width = _read(image_file, data, size, max_pixels)
+        yield image_file
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -99,14 +160,31 @@ def decode(data: bytes, size: tuple[int, int] | None = None, max_pixels: int = M
     except Exception as error:
         # Pillow reports damage as OSError, SyntaxError, ValueError, KeyError, AssertionError and more.
         raise ImageError(_code(error, image_file, data), f"{type(error).__name__}: {error}") from error
-    return DecodedImage(np.array(_in_mode(image, "RGB")), height, width)
 
 
 def _read(
-    image_file: type[ImageFile], data: bytes, size: tuple[int, int] | None, max_pixels: int
+    image_file: type[ImageFile], data: bytes, preprocessing: Preprocessing | None, max_pixels: int
 ) -> tuple[Image.Image, int, int]:
-    """8-bit grey or RGB of the wanted size, upright, with the height and width of the original."""
+    """8-bit grey or RGB, upright, resized but not padded, with the height and width of the original."""
     image = image_file(io.BytesIO(data))
+    orientation = _begin(image, max_pixels)
+    is_turned = orientation >= 5
+    width, height = reversed(image.size) if is_turned else image.size
+    if preprocessing:
+        # Resized as stored, then turned: the smaller raster is the cheaper one to turn.
+        size, box = _as_stored(preprocessing.place(height, width), is_turned)
+        if isinstance(image, JpegImageFile):
+            box = _draft(image, size, box)
+        plain = _eight_bit(image).resize(size, _FILTERS[preprocessing.interpolation], box, _REDUCING_GAP)
+    else:
+        plain = _eight_bit(image)
+    if orientation in _UPRIGHT:
+        plain = plain.transpose(_UPRIGHT[orientation])
+    return plain, height, width
+
+
+def _begin(image: ImageFile, max_pixels: int) -> int:
+    """Loads all but JPEGs, which may be asked for a smaller size first; returns the orientation left."""
     if image.width * image.height > max_pixels:
         raise ImageError(
             ErrorCode.TOO_LARGE, f"{image.width}x{image.height} pixels, over the limit of {max_pixels} pixels"
@@ -117,22 +195,7 @@ def _read(
         _drop_wide_colour_key(image)
     if not isinstance(image, JpegImageFile):
         image.load()  # Pillow turns a TIFF upright, and swaps its sides, while it loads
-    orientation = _orientation(image)
-    width, height = image.size
-    # Resized as stored, then turned: the smaller raster is the cheaper one to turn.
-    stored_size = None if size is None else (size[1], size[0])
-    if orientation >= 5:
-        width, height = height, width
-        stored_size = size
-    box = None
-    if stored_size and isinstance(image, JpegImageFile):
-        box = _draft(image, stored_size)
-    plain = _eight_bit(image)
-    if stored_size:
-        plain = plain.resize(stored_size, Image.Resampling.BILINEAR, box, _REDUCING_GAP)
-    if orientation in _UPRIGHT:
-        plain = plain.transpose(_UPRIGHT[orientation])
-    return plain, height, width
+    return _orientation(image)
 
 
 def _mute_pillow() -> None:
@@ -178,11 +241,27 @@ def _image_file(data: bytes) -> type[ImageFile]:
     )
 
 
-def _draft(image: JpegImageFile, size: tuple[int, int]) -> tuple[float, float, float, float] | None:
-    """Lets libjpeg decode at a fraction of the size; the box that the image fills in the smaller raster."""
-    width, height = (int(side * _DRAFT_MARGIN) for side in size)
-    drafted = image.draft(None, (width, height))
-    return drafted[1] if drafted else None
+def _is_lossy(image: ImageFile, data: bytes) -> bool:
+    if isinstance(image, WebPImageFile):
+        return data[12:16] == b"VP8 "
+    return isinstance(image, JpegImageFile) or image.info.get("compression") == "jpeg"
+
+
+def _draft(image: JpegImageFile, size: tuple[int, int], box: _StoredBox) -> _StoredBox:
+    """Lets libjpeg decode at a fraction of the size; returns the box in the smaller raster.
+
+    Args:
+        size: width and height that the box is to be resized to.
+    """
+    stored_width, stored_height = image.size
+    wanted_width = size[0] * stored_width / (box[2] - box[0])
+    wanted_height = size[1] * stored_height / (box[3] - box[1])
+    drafted = image.draft(None, (int(wanted_width * _DRAFT_MARGIN), int(wanted_height * _DRAFT_MARGIN)))
+    if drafted is None:
+        return box
+    reduction = stored_width / drafted[1][2]  # 1, 2, 4 or 8
+    left, upper, right, lower = (edge / reduction for edge in box)
+    return left, upper, right, lower
 
 
 def _drop_wide_colour_key(image: PngImageFile) -> None:
@@ -198,6 +277,45 @@ def _orientation(image: ImageFile) -> int:
     except Exception:  # the EXIF parser lets many types through, and none of them harms the pixels
         return 1
     return orientation if orientation in _UPRIGHT else 1
+
+
+# --- Placing ---------------------------------------------------------------------------------------------
+
+
+def _as_stored(placement: Placement, is_turned: bool) -> tuple[tuple[int, int], _StoredBox]:
+    """Width and height that the source is resized to, and the source, in the raster as it is stored.
+
+    Sources are whole or centred, so that they are where they were after any flip.
+    """
+    (top, left, bottom, right), (height, width) = placement.source, placement.size
+    if is_turned:
+        return (height, width), (top, left, bottom, right)
+    return (width, height), (left, top, right, bottom)
+
+
+def _padded(pixels_HWC: npt.NDArray[np.uint8], padding: tuple[int, int, int, int]) -> npt.NDArray[np.uint8]:
+    """The image with rows and columns added above, to the left, below and to the right.
+
+    Each side takes the mean colour of the row or column it adjoins. Black, or any other fixed colour, would
+    be an edge in every image, as strong as the image is bright. Repeating the last row leaves no edge but
+    draws a defect at the border out into a streak, which reflection would show twice; in a mean it vanishes.
+    """
+    if not any(padding):
+        return pixels_HWC
+    above, left, below, right = padding
+    height, width, channels = pixels_HWC.shape
+    padded_HWC = np.empty((above + height + below, left + width + right, channels), np.uint8)
+    rows, columns = slice(above, above + height), slice(left, left + width)
+    padded_HWC[:above] = _mean_colour(pixels_HWC[0])
+    padded_HWC[above + height :] = _mean_colour(pixels_HWC[-1])
+    padded_HWC[rows, :left] = _mean_colour(pixels_HWC[:, 0])
+    padded_HWC[rows, left + width :] = _mean_colour(pixels_HWC[:, -1])
+    padded_HWC[rows, columns] = pixels_HWC
+    return padded_HWC
+
+
+def _mean_colour(pixels_NC: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    return np.rint(pixels_NC.mean(axis=0)).astype(np.uint8)
 
 
 # --- Pixels ----------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from csflow.images import DecodedImage
 from csflow.inputs.listing import list_images
 from csflow.inputs.loading import ImageLoader, LoadedImage, batches
 from csflow.inputs.reading import ImageReader
-from csflow.model import Architecture, BackboneError, Detector, load_weights
+from csflow.model import PAPER_STAGE, Architecture, BackboneError, Detector, load_weights
 from csflow.model_directory import CALIBRATION, holds_model, save_model
 from csflow.storage import Location
 from csflow.weights import find_weights
@@ -146,10 +146,11 @@ def build_detector(foreign: ForeignModel, config: ImportConfig) -> tuple[Detecto
         ForeignModelError: the feature extractor in the checkpoint is not the one it should be.
     """
     size = config.image_size or foreign.image_size or IMAGE_SIZES[foreign.source]
+    backbone = config.backbone or BACKBONES[foreign.source]
     architecture = Architecture(
-        backbone=config.backbone or BACKBONES[foreign.source],
+        backbone=backbone,
         image_size=(size[0], size[-1]),
-        cut_after=config.cut_after,
+        cut_after=config.cut_after or (PAPER_STAGE if "efficientnet" in backbone else None),
         scales=SCALES,
         hidden_channels=foreign.hidden_channels,
         kernel_sizes=foreign.kernel_sizes,
@@ -157,9 +158,10 @@ def build_detector(foreign: ForeignModel, config: ImportConfig) -> tuple[Detecto
     is_own = bool(foreign.extractor) and config.weights is None and config.backbone is None
     try:
         detector = Detector(architecture)
-        if detector.backbone.channels != foreign.channels:
+        (channels,) = detector.backbone.channels
+        if channels != foreign.channels:
             raise WrongUse(
-                f"--backbone {architecture.backbone} gives {detector.backbone.channels} channels, the flow "
+                f"--backbone {architecture.backbone} gives {channels} channels, the flow "
                 f"takes {foreign.channels}; name the backbone it was trained on, and --cut_after"
             )
         if is_own:
@@ -195,7 +197,7 @@ def calibrate(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector.to(device)
-    loader = ImageLoader(ImageReader(storage_options), detector.architecture.image_size, READ_THREADS)
+    loader = ImageLoader(ImageReader(storage_options), detector.architecture.preprocessing, READ_THREADS)
     loaded = loader.load(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
     rows: list[dict[str, Any]] = []
     failed: list[LoadedImage] = []

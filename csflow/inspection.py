@@ -58,8 +58,13 @@ def _model(location: Location) -> Iterator[Line]:
     kernels = architecture["kernel_sizes"]
     yield "model", str(location)
     yield "model_id", config["model_id"]
-    yield "backbone", f"{architecture['backbone']} up to {architecture['cut_after']}"
-    yield "images", f"{height} x {width} pixels, {architecture['scales']} scales"
+    stages = architecture["cut_after"]
+    shown = stages if isinstance(stages, str) else " + ".join(stages)
+    yield "backbone", f"{architecture['backbone']} up to {shown}"
+    # Models of older versions do not say.
+    fit, interpolation = architecture.get("fit", "stretch"), architecture.get("interpolation", "bilinear")
+    scales = _count(architecture["scales"], "scale")
+    yield "images", f"{height} x {width} pixels ({fit}, {interpolation}), {scales}"
     yield (
         "flow",
         f"{_count(len(kernels), 'coupling block')} of {architecture['hidden_channels']} hidden channels",

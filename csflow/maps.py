@@ -1,6 +1,7 @@
-"""Anomaly maps drawn over their images, on a colour scale that is the same for every image."""
+"""Anomaly maps laid over their images, and drawn there on a colour scale that is the same for every image."""
 
 import io
+import math
 import posixpath
 import re
 import warnings
@@ -17,6 +18,7 @@ from PIL import Image
 from csflow.errors import ImageError
 from csflow.images import decode
 from csflow.inputs.reading import ImageReader
+from csflow.preprocessing import Box
 from csflow.storage import Location
 
 READ_THREADS = 8
@@ -49,7 +51,13 @@ COLOUR_TABLE = _colour_table()
 
 
 def overlay(
-    image: Image.Image, anomaly_map: NDArray[np.float32], *, vmin: float, vmax: float, opacity: float = 0.8
+    image: Image.Image,
+    anomaly_map: NDArray[np.float32],
+    *,
+    vmin: float,
+    vmax: float,
+    opacity: float = 0.8,
+    box: Sequence[float] | None = None,
 ) -> Image.Image:
     """The RGB image with its anomaly map over it.
 
@@ -59,6 +67,8 @@ def overlay(
         vmin: value, and everything below it, that leaves the image as it is.
         vmax: value, and everything above it, that is brightest; cells that are no number count as such.
         opacity: of the brightest cells; it grows linearly with the value.
+        box: what the map covers of the image, as `resample` takes it (`map_box`). What is beyond stays as it
+            is.
 
     Raises:
         ValueError: vmin is not below vmax.
@@ -67,11 +77,59 @@ def overlay(
         raise ValueError(f"vmin {vmin} must be below vmax {vmax}")
     level = np.nan_to_num((anomaly_map.astype(np.float32) - vmin) / (vmax - vmin), nan=1.0)
     # Clipped before upsampling too: a cell far above vmax would bleed its colour over its neighbours.
-    small = Image.fromarray(level.clip(0, 1))
-    level_HW = np.asarray(small.resize(image.size, Image.Resampling.BILINEAR)).clip(0, 1)
+    level_HW = resample(level.clip(0, 1), image.height, image.width, box, outside=0).clip(0, 1)
     colours = Image.fromarray(COLOUR_TABLE[(level_HW * 255).round().astype(np.uint8)])
     alpha = Image.fromarray((level_HW * opacity * 255).round().astype(np.uint8))
     return Image.composite(colours, image, alpha)
+
+
+def resample(
+    anomaly_map: NDArray[np.float32],
+    height: int,
+    width: int,
+    box: Sequence[float] | None = None,
+    outside: float = 0.0,
+) -> NDArray[np.float32]:
+    """The map in the pixels of an image, shape (height, width): bilinear, with cells as areas.
+
+    Args:
+        box: top, left, bottom and right edge of what the map covers, in these pixels; None for all of them.
+        outside: value of the pixels that it does not cover.
+    """
+    top, left, bottom, right = (0, 0, height, width) if box is None else box
+    rows, columns = anomaly_map.shape
+    above, first_row, last_row, below = _cells(rows, top, bottom, height)
+    before, first_column, last_column, after = _cells(columns, left, right, width)
+    cells = np.pad(anomaly_map.astype(np.float32), ((above, below), (before, after)), mode="edge")
+    resized = Image.fromarray(cells).resize(
+        (width, height), Image.Resampling.BILINEAR, (first_column, first_row, last_column, last_row)
+    )
+    value_HW = np.array(resized)
+    y_H, x_W = np.arange(height) + 0.5, np.arange(width) + 0.5
+    value_HW[(y_H < top) | (y_H > bottom)] = outside
+    value_HW[:, (x_W < left) | (x_W > right)] = outside
+    return value_HW
+
+
+def _cells(cells: int, start: float, end: float, side: int) -> tuple[int, float, float, int]:
+    """Which cells lie along one side of an image, of a map that reaches from `start` to `end` in its pixels.
+
+    Returns the cells to add in front, the two edges of the image in cells, and the cells to add behind.
+    """
+    step = (end - start) / cells
+    before, after = max(0, math.ceil(start / step)), max(0, math.ceil((side - end) / step))
+    first, last = before - start / step, before + (side - start) / step
+    return before, max(0.0, first), min(float(before + cells + after), last), after
+
+
+def box_of(row: Mapping[str, Any], height: int, width: int) -> Box | None:
+    """What the map of a row of `scores` covers, in pixels of its image at this size; None for all of it."""
+    box = row.get("map_box")  # an older csflow wrote none
+    if box is None:
+        return None
+    across, down = width / row["image_width"], height / row["image_height"]
+    top, left, bottom, right = map(float, box)
+    return Box(top * down, left * across, bottom * down, right * across)
 
 
 @dataclass(frozen=True)
@@ -178,7 +236,8 @@ def _overlay(
 ) -> Image.Image:
     assert colours is not None  # there is a map
     image = read_image(row, reader, side)
-    return overlay(image, anomaly_map, vmin=colours.vmin, vmax=colours.vmax)
+    box = box_of(row, image.height, image.width)
+    return overlay(image, anomaly_map, vmin=colours.vmin, vmax=colours.vmax, box=box)
 
 
 def read_image(row: Mapping[str, Any], reader: ImageReader, side: int | None = None) -> Image.Image:

@@ -23,9 +23,9 @@ from csflow.storage import Location, to_parquet
 if TYPE_CHECKING:  # the driver of a scoring run needs no torch, which takes seconds and 500 MB
     from csflow.model import Detector
 
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
-"""Models of version 1 do not say what rounding shifts."""
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
+"""Models of version 1 do not say what rounding shifts; those before 3 are not whitened and have one score."""
 ROUNDING = "rounding."
 """Prefix of the detector's `rounding_shifts` among its tensors."""
 LIBRARIES = ("torch", "timm", "safetensors", "pillow", "pyarrow", "ray")
@@ -35,8 +35,55 @@ CALIBRATION = pa.schema(
         pa.field("image_uri", pa.string(), nullable=False),
         pa.field("image_version", pa.string(), nullable=False),
         pa.field("anomaly_score", pa.float64(), nullable=False),
+        pa.field("global_score", pa.float64()),
+        pa.field("local_score", pa.float64()),
+        pa.field("map_maximum", pa.float64()),
     ]
 )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scores of the held-out normal images, each (n,), against which p-values are told."""
+
+    anomaly_score: NDArray[np.float64]
+    global_score: NDArray[np.float64] | None
+    """None in models of older versions, as all that follow."""
+    local_score: NDArray[np.float64] | None
+    map_maximum: NDArray[np.float64] | None
+    """Of each image's anomaly map."""
+    table: pa.Table
+    """The same with the images, in the `CALIBRATION` schema."""
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "Calibration":
+        """Raises KeyError or an ArrowException if a column is missing that every version has."""
+        for field in CALIBRATION:
+            if field.name not in table.schema.names and field.nullable:
+                table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+        table = table.select(CALIBRATION.names).cast(CALIBRATION)
+
+        def values(name: str) -> NDArray[np.float64] | None:
+            return None if table[name].null_count else table[name].to_numpy()
+
+        return cls(
+            table["anomaly_score"].to_numpy(),
+            values("global_score"),
+            values("local_score"),
+            values("map_maximum"),
+            table,
+        )
+
+    def map_threshold(self, false_positive_rate: float) -> float | None:
+        """What no cell of an anomaly map exceeds in more than this share of normal images.
+
+        None if too few images are held out to tell, or if none of their maps is known.
+        """
+        if self.map_maximum is None:
+            return None
+        # The k-th largest of n maxima is exceeded by a new one with probability k / (n + 1) at most.
+        k = int(false_positive_rate * (len(self.map_maximum) + 1) + 1e-9)
+        return float(np.sort(self.map_maximum)[-k]) if k else None
 
 
 @dataclass(frozen=True)
@@ -48,8 +95,7 @@ class ModelFiles:
     feature_shapes: list[list[int]]
     state: Mapping[str, NDArray[Any]]
     """Tensors by name."""
-    calibration_scores: NDArray[np.float64]
-    """Anomaly scores of the held-out normal images, shape (n,)."""
+    calibration: Calibration
 
     @property
     def worker_bytes(self) -> int:
@@ -63,8 +109,7 @@ class Model:
 
     model_id: str
     detector: "Detector"
-    calibration_scores: NDArray[np.float64]
-    """Anomaly scores of the held-out normal images, shape (n,)."""
+    calibration: Calibration
 
 
 def save_model(
@@ -90,7 +135,7 @@ def save_model(
     shifts = {ROUNDING + name: value for name, value in detector.rounding_shifts.items()}
     tensors = sorted((detector.state_dict() | shifts).items())
     state = {name: value.contiguous().numpy() for name, value in tensors}
-    scores = calibration["anomaly_score"].to_numpy()
+    scores = Calibration.of(calibration)
     config = {
         "format_version": FORMAT_VERSION,
         "model_id": _model_id(architecture, DECODING_VERSION, state, scores),
@@ -106,7 +151,7 @@ def save_model(
         "data": dict(data),
     }
     (location / "model.safetensors").write(safetensors.numpy.save(state))
-    (location / "calibration.parquet").write(to_parquet(calibration.cast(CALIBRATION)))
+    (location / "calibration.parquet").write(to_parquet(scores.table))
     (location / "metrics.json").write(_to_json(metrics))
     for name, content in card.items():
         (location / name).write(content)
@@ -125,19 +170,18 @@ def read_model(location: Location) -> ModelFiles:
     try:
         architecture, feature_shapes = config["architecture"], config["feature_shapes"]
         state = safetensors.numpy.load(_read(location / "model.safetensors"))
-        calibration = pq.read_table(io.BytesIO(_read(location / "calibration.parquet")), schema=CALIBRATION)
+        calibration = Calibration.of(pq.read_table(io.BytesIO(_read(location / "calibration.parquet"))))
     except (SafetensorError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise _damaged(location, f"{type(error).__name__}: {error}") from None
-    scores = calibration["anomaly_score"].to_numpy()
     decoding = config.get("preprocessing", {}).get("decoding_version")
-    if _model_id(architecture, decoding, state, scores) != config.get("model_id"):
+    if _model_id(architecture, decoding, state, calibration) != config.get("model_id"):
         raise _damaged(location, "its content does not give the model_id in config.json")
     if decoding != DECODING_VERSION:
         raise WrongUse(
             f"model {location} was trained with image decoding version {decoding}, this csflow has "
             f"{DECODING_VERSION}; use the csflow that trained it or train anew"
         )
-    return ModelFiles(config["model_id"], architecture, feature_shapes, state, scores)
+    return ModelFiles(config["model_id"], architecture, feature_shapes, state, calibration)
 
 
 def load_model(location: Location) -> Model:
@@ -158,7 +202,7 @@ def load_model(location: Location) -> Model:
         detector.load_state_dict(state, assign=True)
     except (RuntimeError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise _damaged(location, f"{type(error).__name__}: {error}") from None
-    return Model(files.model_id, detector.eval().requires_grad_(False), files.calibration_scores)
+    return Model(files.model_id, detector.eval().requires_grad_(False), files.calibration)
 
 
 def worker_bytes(state: Mapping[str, Any]) -> int:
@@ -203,11 +247,11 @@ def _model_id(
     architecture: Mapping[str, Any],
     decoding_version: object,
     state: Mapping[str, NDArray[Any]],
-    calibration_scores: NDArray[np.float64],
+    calibration: Calibration,
 ) -> str:
     """Hash of what decides scores and p-values; equal on every machine and for every copy."""
     digest = hashlib.sha256()
-    for part in _parts(architecture, decoding_version, state, calibration_scores):
+    for part in _parts(architecture, decoding_version, state, calibration):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()[:16]
@@ -217,13 +261,16 @@ def _parts(
     architecture: Mapping[str, Any],
     decoding_version: object,
     state: Mapping[str, NDArray[Any]],
-    calibration_scores: NDArray[np.float64],
+    calibration: Calibration,
 ) -> Iterator[bytes]:
     yield json.dumps([architecture, decoding_version], sort_keys=True).encode()
     for name, value in sorted(state.items()):
         yield f"{name} torch.{value.dtype} {list(value.shape)}".encode()
         yield value.tobytes()
-    yield calibration_scores.astype("<f8").tobytes()
+    yield calibration.anomaly_score.astype("<f8").tobytes()
+    for values in (calibration.global_score, calibration.local_score, calibration.map_maximum):
+        if values is not None:
+            yield values.astype("<f8").tobytes()
 
 
 def _to_json(values: Mapping[str, Any]) -> bytes:

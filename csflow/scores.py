@@ -33,6 +33,12 @@ SCORES = pa.schema(
         pa.field("peak_x", pa.float32(), nullable=False),
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("scored_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("map_box", FLOATS),  # null if the map covers the whole image
+        pa.field("global_score", pa.float64()),
+        pa.field("global_p_value", pa.float64()),
+        pa.field("local_score", pa.float64()),  # null, with the next two, from models without whitening
+        pa.field("local_p_value", pa.float64()),
+        pa.field("map_threshold", pa.float64()),  # null too if the held-out images are too few to tell
     ]
 )
 

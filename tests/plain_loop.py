@@ -48,7 +48,7 @@ class PlainLoop:
     @one_thread()
     def _score(self, data: bytes) -> float | ErrorCode:
         try:
-            pixels_HWC = decode(data, self._detector.architecture.image_size).pixels_HWC
+            pixels_HWC = decode(data, self._detector.architecture.preprocessing).pixels_HWC
         except ImageError as error:
             return error.code
         return float(self._detector(torch.from_numpy(pixels_HWC)[None]).anomaly_score_B.item())

@@ -18,13 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from csflow.errors import ExitStatus, WrongUse
 from csflow.evaluate import EvaluateConfig, evaluate, image_metrics
 from csflow.evaluate.labels import Label, mvtec_labels, read_labels
+from csflow.evaluate.masks import decode_mask
 from csflow.evaluate.pixel_metrics import FPR_LIMIT, PixelHistograms, upsample
 from csflow.evaluate.ranking import Ranking, bootstrap_intervals, share
 from csflow.scores import SCORES
@@ -449,6 +450,24 @@ def test_maps_are_upsampled_as_torch_does_it() -> None:
     np.testing.assert_allclose(upsample(anomaly_map, 17, 40), expected[0, 0], atol=1e-6)
 
 
+def test_pixels_count_where_the_box_puts_them_and_lowest_beyond_it() -> None:
+    anomaly_map, mask_HW = defects(4, (64, 64))[3]
+    cropped, letterboxed = np.zeros((64, 96), bool), mask_HW[16:48]
+    cropped[:, 16:80] = mask_HW
+    cropped[:4, :4] = True  # a defect that the model cannot see
+    seen, boxed, crop = PixelHistograms(), PixelHistograms(), PixelHistograms()
+    boxed.add(anomaly_map, letterboxed, [-16, 0, 48, 64])
+    seen.add(upsample(anomaly_map, 64, 64)[16:48], letterboxed)
+    assert boxed.auroc().value == pytest.approx(seen.auroc().value, abs=1e-3)
+    assert boxed.aupro().value == pytest.approx(seen.aupro().value, abs=1e-3)
+    crop.add(anomaly_map, cropped, [0, 16, 64, 80])
+    levels = np.zeros((64, 96), np.float32)
+    levels[:, 16:80] = upsample(anomaly_map, 64, 64)
+    expected = roc_auc_score(cropped.ravel(), levels.ravel())
+    assert crop.auroc().value == pytest.approx(expected, abs=crop.auroc().binning_error + 1e-6)
+    assert crop.normal_pixels + crop.defective_pixels == 64 * 96
+
+
 def test_ten_million_pixels_need_no_more_memory_than_one_million() -> None:
     anomaly_map, mask_HW = defects(4, (512, 512))[3]
     peaks = []
@@ -491,6 +510,11 @@ def assert_exact(pixels: dict[str, Any], images: dict[str, tuple[np.ndarray, NDA
     assert pixels["metrics"]["aupro"] == pytest.approx(exact_aupro(list(images.values())), abs=error["aupro"])
 
 
+def image_counts(**counts: int) -> dict[str, int]:
+    names = ("normal", "with_mask", "without_mask", "empty_mask", "thresholded_mask")
+    return dict.fromkeys(names, 0) | counts
+
+
 def test_mvtec_layout_finds_the_masks_in_a_store_and_in_an_archive(
     tmp_path: Path, s3_bucket: str, pixel_labels: Any
 ) -> None:
@@ -512,7 +536,8 @@ def test_mvtec_layout_finds_the_masks_in_a_store_and_in_an_archive(
         )
         assert evaluate(config) == ExitStatus.DONE
         pixels = json.loads((tmp_path / "result" / "metrics.json").read_text())["pixels"]
-        assert pixels["images"] == {"normal": 2, "with_mask": 6, "without_mask": 0}
+        assert pixels["images"] == image_counts(normal=2, with_mask=6)
+        assert pixels["empty_masks"] == []
         assert_exact(pixels, pixel_labels)
         assert (tmp_path / "result" / "pro.svg").exists()
 
@@ -540,14 +565,15 @@ def test_defective_images_without_a_mask_are_left_out_of_pixel_metrics_and_count
     images = {f"{i}.png": image for i, image in enumerate(defects(4, (40, 48)))}
     write_pixels(tmp_path / "out", f"{tmp_path}/part", images)
     assert run(tmp_path, layout="mvtec")["pixels"] == {
-        "images": {"normal": 1, "with_mask": 0, "without_mask": 3}
+        "images": image_counts(normal=1, without_mask=3),
+        "empty_masks": [],
     }
     assert "masks               none found" in capsys.readouterr().out
     folder = tmp_path / "part" / "ground_truth" / "crack"
     folder.mkdir(parents=True)
     (folder / "3_mask.png").write_bytes(png(images["3.png"][1]))
     pixels = run(tmp_path, layout="mvtec")["pixels"]
-    assert pixels["images"] == {"normal": 1, "with_mask": 1, "without_mask": 2}
+    assert pixels["images"] == image_counts(normal=1, with_mask=1, without_mask=2)
     assert_exact(pixels, {name: images[name] for name in ("0.png", "3.png")})
     assert "2 defective images, left out of pixel metrics" in capsys.readouterr().out
     assert "pixels" not in run(tmp_path, layout="mvtec", pixel_metrics=False)
@@ -557,7 +583,6 @@ def test_defective_images_without_a_mask_are_left_out_of_pixel_metrics_and_count
     ("mask", "complaint"),
     [
         (np.ones((8, 9), np.uint8), r"mask .*b\.png has 8 x 9 pixels, its image /d/b\.png has 8 x 8"),
-        (np.zeros((8, 8), np.uint8), r"b\.png marks no pixel of a defective image, /d/b\.png"),
         (b"no image", r"mask .*b\.png cannot be read \(unsupported_format"),
         (None, r"mask .*b\.png cannot be read \(not_found"),
     ],
@@ -579,3 +604,179 @@ def test_scores_without_maps_are_refused_where_masks_ask_for_them(tmp_path: Path
     with pytest.raises(WrongUse, match=r"2 images, /d/a\.png first, .*--maps native, or pass --no-pixel"):
         run(tmp_path, labels=labels)
     assert "pixels" not in run(tmp_path, labels=labels, pixel_metrics=False)
+
+
+def test_an_empty_mask_of_a_defective_image_counts_as_none_with_a_warning(
+    tmp_path: Path, capsys: Any, pixel_labels: Any
+) -> None:
+    write_pixels(tmp_path / "out", f"{tmp_path}/part", pixel_labels)
+    folder = tmp_path / "part" / "ground_truth" / "crack"
+    folder.mkdir(parents=True)
+    defective = {name: mask for name, (_, mask) in pixel_labels.items() if mask.any()}
+    for name, mask in defective.items():
+        (folder / name.replace(".png", "_mask.png")).write_bytes(
+            png(mask if name == "3.png" else mask & False)
+        )
+    pixels = run(tmp_path, layout="mvtec")["pixels"]
+    assert pixels["images"] == image_counts(normal=2, with_mask=1, without_mask=5, empty_mask=5)
+    assert pixels["empty_masks"][0] == str(folder / "1_mask.png")
+    assert_exact(pixels, {name: pixel_labels[name] for name in ("0.png", "4.png", "3.png")})
+    printed = capsys.readouterr().out
+    assert "5 defective images, left out of pixel metrics" in printed
+    warning = f"5 masks of defective images mark no pixel and count as none, {folder / '1_mask.png'} first"
+    assert warning in printed
+
+    (folder / "3_mask.png").write_bytes(png(np.zeros((40, 48), np.uint8)))
+    assert "metrics" not in run(tmp_path, layout="mvtec")["pixels"]
+    assert "none marks a pixel, so no pixel metrics" in capsys.readouterr().out
+
+
+def test_a_mask_that_marks_pixels_of_a_normal_image_is_refused(tmp_path: Path) -> None:
+    write_scores(tmp_path / "out", {"/d/a.png": 1.0, "/d/b.png": 2.0})
+    (tmp_path / "labels.csv").write_text("image_uri,label,mask_uri\n/d/a.png,0,a.png\n/d/b.png,1,b.png\n")
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(png(np.eye(8, dtype=np.uint16)))
+    with pytest.raises(WrongUse, match=r"a\.png marks pixels of a normal image, /d/a\.png; correct mask or"):
+        run(tmp_path, labels=str(tmp_path / "labels.csv"))
+
+
+def test_masks_with_ringing_are_thresholded_and_counted(
+    tmp_path: Path, capsys: Any, pixel_labels: Any
+) -> None:
+    write_pixels(tmp_path / "out", "/d", pixel_labels)
+    lines = ["image_uri,label,mask_uri"]
+    for name, (_, mask) in pixel_labels.items():
+        folder = "crack" if mask.any() else "good"
+        lines.append(f"/d/test/{folder}/{name},{int(mask.any())},{name if mask.any() else ''}")
+        Image.fromarray(mask).convert("L").save(tmp_path / name, "JPEG", quality=90)
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    pixels = run(tmp_path, labels=str(tmp_path / "labels.csv"))["pixels"]
+    assert pixels["images"] == image_counts(normal=2, with_mask=6, thresholded_mask=6)
+    assert_exact(pixels, pixel_labels)
+    assert "thresholded masks   6 with grey beside black and white" in capsys.readouterr().out
+
+
+# --- Masks in every way that they are stored -------------------------------------------------------------
+
+BLOCK = np.zeros((60, 80), bool)
+BLOCK[20:40, 30:60] = True
+
+
+def encoded(image: Image.Image | np.ndarray, image_format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def with_palette(index_HW: NDArray[np.uint8], *colours: tuple[int, int, int]) -> Image.Image:
+    image = Image.frombytes("P", index_HW.shape[::-1], index_HW.tobytes())
+    image.putpalette([channel for colour in colours for channel in colour])
+    return image
+
+
+def white_is_zero(stored_HW: np.ndarray) -> bytes:
+    """A TIFF of these stored values, of which 0 is white."""
+    return encoded(stored_HW, "TIFF").replace(
+        b"\x06\x01\x03\x00\x01\x00\x00\x00\x01", b"\x06\x01\x03\x00\x01\x00\x00\x00\x00"
+    )
+
+
+def dots(defective: Any, other: Any) -> np.ndarray:
+    """The block in two values of as many channels as they have."""
+    return np.where(BLOCK[..., None], np.array(defective, np.uint8), np.array(other, np.uint8))
+
+
+def quarter_turn() -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    return exif
+
+
+INDEX = BLOCK.astype(np.uint8)
+STORED_MASKS = {
+    "1 bit": encoded(BLOCK),
+    "8 bits, 255": encoded(INDEX * 255),
+    "8 bits, 1": encoded(INDEX),
+    "16 bits, 65535": encoded(BLOCK * np.uint16(65535)),
+    "16 bits, 128": encoded(BLOCK * np.uint16(128)),
+    "16 bits, 1": encoded(BLOCK * np.uint16(1)),
+    "16 bits, 1 to 128": encoded(np.where(BLOCK, np.arange(80) % 128 + 1, 0).astype(np.uint16)),
+    "16-bit TIFF": encoded(BLOCK * np.uint16(1), "TIFF"),
+    "32-bit TIFF": encoded(BLOCK * np.int32(1), "TIFF"),
+    "float TIFF": encoded(BLOCK * np.float32(1 / 1000), "TIFF"),
+    "1-bit TIFF, white is zero": white_is_zero(~BLOCK),
+    "8-bit TIFF, white is zero": white_is_zero(1 - INDEX),
+    "16-bit TIFF, white is zero": white_is_zero((~BLOCK).astype(np.uint16)),
+    "red palette": encoded(with_palette(INDEX, (0, 0, 0), (128, 0, 0))),
+    "black palette": encoded(with_palette(INDEX, (0, 0, 0), (0, 0, 0))),
+    "palette that begins with white": encoded(with_palette(1 - INDEX, (255, 255, 255), (0, 0, 0))),
+    "palette without black": encoded(with_palette(INDEX, (120, 120, 120), (180, 120, 120))),
+    "grey palette of a JPEG": encoded(
+        Image.open(io.BytesIO(encoded(np.roll(INDEX, 3) * 255, "JPEG", quality=75))).convert("P")
+    ),
+    "red": encoded(dots((255, 0, 0), (0, 0, 0))),
+    "red, the rest transparent": encoded(dots((255, 0, 0, 255), (0, 0, 0, 0))),
+    "red, the rest transparent white": encoded(dots((255, 0, 0, 255), (255, 255, 255, 0))),
+    "all transparent": encoded(dots((255, 255, 255, 0), (0, 0, 0, 0))),
+    "black, the rest transparent": encoded(dots((0, 0, 0, 255), (0, 0, 0, 0))),
+    "black, the rest transparent white": encoded(dots((0, 0, 0, 255), (255, 255, 255, 0))),
+    "grey and alpha": encoded(Image.fromarray(dots((0, 255), (0, 0)))),
+    "turned by EXIF": encoded(BLOCK.T[::-1] * np.uint16(1), exif=quarter_turn()),
+}
+
+
+@pytest.mark.parametrize("name", STORED_MASKS)
+def test_a_mask_marks_the_same_pixels_however_it_is_stored(name: str) -> None:
+    expected = np.roll(BLOCK, 3) if name == "grey palette of a JPEG" else BLOCK
+    np.testing.assert_array_equal(decode_mask(STORED_MASKS[name]).is_defective_HW, expected)
+
+
+@pytest.mark.parametrize("quality", [30, 60, 75, 90, 95, 98])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
+def test_ringing_is_left_out_also_where_a_jpeg_was_saved_as_another_format(
+    quality: int, image_format: str
+) -> None:
+    for seed, (_, mask_HW) in enumerate(defects(8, (120, 160))[1:]):
+        jpeg = encoded(Image.fromarray(mask_HW).convert("RGB" if seed % 2 else "L"), "JPEG", quality=quality)
+        data = jpeg if image_format == "JPEG" else encoded(Image.open(io.BytesIO(jpeg)))
+        found = decode_mask(data)
+        assert found.is_thresholded == mask_HW.any()
+        if quality >= 60:
+            np.testing.assert_array_equal(found.is_defective_HW, mask_HW)
+        assert (found.is_defective_HW != mask_HW).mean() < 0.001
+
+
+def test_ringing_of_a_lossy_webp_and_around_a_defect_of_few_pixels_is_left_out() -> None:
+    webp = encoded(Image.fromarray(BLOCK).convert("RGB"), "WEBP", quality=80)
+    np.testing.assert_array_equal(decode_mask(webp).is_defective_HW, BLOCK)
+    for y, x in np.ndindex(4, 4):
+        mask_HW = np.zeros((32, 32), bool)
+        mask_HW[8 + y, 9 + x : 11 + x] = True
+        jpeg = encoded(Image.fromarray(mask_HW).convert("L"), "JPEG", quality=75)
+        found = decode_mask(encoded(Image.open(io.BytesIO(jpeg)))).is_defective_HW
+        np.testing.assert_array_equal(found, mask_HW)
+
+
+def labelled(*levels: int, side: int = 3) -> NDArray[np.uint8]:
+    """Squares of these values, some of which touch."""
+    squares = np.zeros((12, 20), np.uint8)
+    squares.ravel()[: len(levels)] = levels
+    return np.repeat(np.repeat(squares, side, 0), side, 1)
+
+
+@pytest.mark.parametrize(
+    "labels_HW",
+    [
+        labelled(1, 255),
+        labelled(1, 2, 15, 255),
+        labelled(*range(1, 201)),
+        labelled(*range(1, 128), side=1),
+        labelled(40, 0, 80, 0, 120, 0, 160, 0, 200, 0, 240, side=1),
+        np.diag(np.array([1] * 30 + [255] * 10, np.uint8)),
+    ],
+)
+def test_labels_are_no_ringing(labels_HW: NDArray[np.uint8]) -> None:
+    found = decode_mask(encoded(labels_HW))
+    assert not found.is_thresholded
+    np.testing.assert_array_equal(found.is_defective_HW, labels_HW > 0)

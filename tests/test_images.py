@@ -18,6 +18,7 @@ from PIL import Image
 
 from csflow.errors import ErrorCode, ImageError
 from csflow.images import MAX_PIXELS, DecodedImage, decode
+from csflow.preprocessing import Box, Fit, Preprocessing, distortion
 
 LOSSLESS = ["PNG", "BMP", "TIFF", "WEBP"]
 ByteOrder = Literal["<", ">"]
@@ -409,6 +410,105 @@ def test_jpeg_less_than_three_times_the_size_is_decoded_in_full() -> None:
     data = jpeg(photograph(512, 767))
     expected = Image.fromarray(decode(data).pixels_HWC).resize((256, 256), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(decode(data, (256, 256)).pixels_HWC, np.asarray(expected))
+
+
+# --- Fit -------------------------------------------------------------------------------------------------
+
+FITS: tuple[Fit, ...] = ("stretch", "letterbox", "crop")
+
+
+def test_images_are_stretched_with_bilinear_weights_unless_a_model_says_otherwise() -> None:
+    pixels_HWC = photograph(333, 1000)
+    whole = Image.fromarray(pixels_HWC).resize((96, 64), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    drafted = Image.open(io.BytesIO(jpeg(pixels_HWC)))
+    drafted.draft(None, (96 * 3 // 2, 64 * 3 // 2))  # at half of the size, and a last row half filled
+    reduced = drafted.resize((96, 64), Image.Resampling.BILINEAR, (0, 0, 500, 166.5), reducing_gap=3.0)
+    for data, expected in ((encoded(Image.fromarray(pixels_HWC), "PNG"), whole), (jpeg(pixels_HWC), reduced)):
+        decoded = decode(data, Preprocessing((64, 96)))
+        np.testing.assert_array_equal(decoded.pixels_HWC, np.asarray(expected))
+        assert decoded.box == (0, 0, 333, 1000)
+
+
+def test_the_filter_is_the_models() -> None:
+    image = Image.fromarray(photograph(300, 200))
+    expected = image.resize((96, 64), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    decoded = decode(encoded(image, "PNG"), Preprocessing((64, 96), interpolation="bicubic"))
+    np.testing.assert_array_equal(decoded.pixels_HWC, np.asarray(expected))
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("shape", [(600, 1000), (1000, 600)])
+def test_pixels_lie_where_the_box_says(fit: Fit, orientation: int, shape: tuple[int, int]) -> None:
+    upright_HWC = np.full((*shape, 3), 60, np.uint8)
+    y, x = shape[0] // 2 - 160, shape[1] // 2 + 90
+    upright_HWC[y - 20 : y + 20, x - 20 : x + 20] = 250
+    decoded = decode(
+        oriented(upright_HWC, orientation, "JPEG", quality=95), Preprocessing((96, 128), fit, "bicubic")
+    )
+    assert decoded.pixels_HWC.shape == (96, 128, 3)
+    assert (decoded.height, decoded.width) == shape
+    weight_HW = decoded.pixels_HWC[..., 0].astype(float) - 60
+    weight_HW[weight_HW < 20] = 0  # JPEG's ripples
+    row, column = ((weight_HW * place).sum() / weight_HW.sum() + 0.5 for place in np.indices((96, 128)))
+    top, left, bottom, right = decoded.box
+    found = top + row / 96 * (bottom - top), left + column / 128 * (right - left)
+    np.testing.assert_allclose(found, (y, x), atol=1)  # a pixel of the model's is 6 to 10 of these
+
+
+def test_a_crop_is_the_middle_of_the_image_in_the_models_shape() -> None:
+    pixels_HWC = photograph(120, 400)
+    decoded = decode(encoded(Image.fromarray(pixels_HWC), "PNG"), Preprocessing((60, 60), "crop"))
+    assert decoded.box == (0, 140, 120, 260)
+    middle = Image.fromarray(pixels_HWC[:, 140:260]).resize((60, 60), Image.Resampling.BILINEAR)
+    # Apart from its edges, where the filter reaches beyond what is cut out.
+    np.testing.assert_array_equal(decoded.pixels_HWC[:, 1:-1], np.asarray(middle)[:, 1:-1])
+
+
+def test_a_letterbox_is_filled_with_the_mean_colour_of_what_it_adjoins() -> None:
+    pixels_HWC = np.full((50, 100, 3), 120, np.uint8)
+    pixels_HWC[:25, :50] = [30, 60, 90]
+    pixels_HWC[:25, 50:] = [50, 80, 110]
+    decoded = decode(encoded(Image.fromarray(pixels_HWC), "PNG"), Preprocessing((101, 100), "letterbox"))
+    assert decoded.box == (-25, 0, 76, 100)
+    assert (decoded.pixels_HWC[:25] == [40, 70, 100]).all()
+    assert (decoded.pixels_HWC[75:] == 120).all()
+    np.testing.assert_array_equal(decoded.pixels_HWC[25:75], pixels_HWC)
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_a_jpeg_is_drafted_as_far_as_its_fit_allows(fit: Fit) -> None:
+    pixels_HWC = photograph(700, 2400)
+    preprocessing = Preprocessing((128, 128), fit)
+    drafted = decode(jpeg(pixels_HWC, subsampling=2), preprocessing)
+    whole = decode(jpeg(pixels_HWC, subsampling=2)).pixels_HWC
+    exact = decode(encoded(Image.fromarray(whole), "PNG"), preprocessing)
+    assert drafted.box == exact.box
+    difference = np.abs(drafted.pixels_HWC.astype(int) - exact.pixels_HWC).mean()
+    assert 0 < difference < 1  # not 0: it was drafted
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_every_shape_fits_and_keeps_its_own(fit: Fit) -> None:
+    shapes = [(1, 1), (1, 4000), (4000, 1), (3, 1000), (255, 257), (257, 255), (1999, 2001), (64, 96)]
+    for height, width in shapes:
+        data = encoded(Image.new("L", (width, height), 200), "PNG")
+        for size in [(64, 96), (96, 64), (1, 1), (7, 300)]:
+            decoded = decode(data, Preprocessing(size, fit))
+            assert decoded.pixels_HWC.shape == (*size, 3)
+            assert np.abs(decoded.pixels_HWC.astype(int) - 200).max() <= 3  # Pillow's fixed point
+            (top, left, bottom, right), whole = decoded.box, (0, 0, height, width)
+            if fit == "stretch":
+                assert decoded.box == whole
+                continue
+            outer, inner = (decoded.box, whole) if fit == "letterbox" else (whole, decoded.box)
+            assert outer[0] <= inner[0] < inner[2] <= outer[2]
+            assert outer[1] <= inner[1] < inner[3] <= outer[3]
+            if min(height, width, *size) >= 64:  # else a letterbox's whole pixels are coarse
+                assert (bottom - top) / (right - left) == pytest.approx(size[0] / size[1], rel=0.02)
+    assert distortion((64, 64), 100, 300) == pytest.approx(3)
+    assert distortion((64, 64), 300, 100) == pytest.approx(3)
+    assert Preprocessing((64, 96), fit).place(64, 96).box == Box(0, 0, 64, 96)
 
 
 # --- Limits ----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from csflow.images import decode
 from csflow.model import Architecture, Detector, InferenceDetector, Scores, compilation
+from csflow.model.backbone import IntermediateMaps
 from csflow.model.compilation import compiled
 from csflow.model.inference import _ScoringFlow
 from csflow.model.inference_backbone import _converted, _request, _split
@@ -18,12 +19,17 @@ from csflow.storage import Location
 
 
 def random_detector(
-    backbone: str, image_size: tuple[int, int], scales: int, kernel_sizes: tuple[int, ...], seed: int = 0
+    backbone: str,
+    image_size: tuple[int, int],
+    scales: int,
+    kernel_sizes: tuple[int, ...],
+    seed: int = 0,
+    stages: tuple[str, ...] | str | None = None,
 ) -> Detector:
     """A detector in which everything that folding moves differs from what it is at the start of training."""
     torch.manual_seed(seed)
     architecture = Architecture(
-        backbone, image_size, scales=scales, hidden_channels=24, kernel_sizes=kernel_sizes, seed=seed
+        backbone, image_size, stages, scales, hidden_channels=24, kernel_sizes=kernel_sizes, seed=seed
     )
     detector = Detector(architecture).eval().requires_grad_(False)
     for name, value in detector.named_parameters():
@@ -66,6 +72,71 @@ def test_float32_scores_are_those_of_the_trained_form(backbone, image_size, scal
     detector = random_detector(backbone, image_size, scales, kernel_sizes)
     images = random_images(detector)
     assert_scores_close(InferenceDetector(detector, "float32", 3)(images), detector(images), 1e-5)
+
+
+SEVERAL_STAGES = [
+    # In the layers of large maps, the last of them or none of them is a stage; or all are of large maps.
+    ("tf_efficientnet_lite0", ("blocks.1", "blocks.2", "blocks.4", "blocks.5"), 1),
+    ("tf_efficientnet_lite0", ("blocks.3", "blocks.5"), 2),
+    ("tf_efficientnet_lite0", ("blocks.4", "blocks.5"), 1),
+    ("resnet10t", ("layer1", "layer2"), 2),
+    ("resnet10t", ("layer2", "layer3"), 1),
+]
+
+
+@pytest.mark.parametrize(("backbone", "stages", "scales"), SEVERAL_STAGES)
+def test_several_stages_are_those_of_the_trained_form(backbone, stages, scales):
+    detector = random_detector(backbone, (128, 192), scales, (3,), stages=stages)
+    images = random_images(detector, batch=4)
+    form = InferenceDetector(detector, "float32", 4)
+    first = form.features(images)
+    form.features(images.flip(0))  # what was returned stays as it is
+    for actual, expected in zip(first, detector.features(images), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert_scores_close(form(images), detector(images), 1e-5)
+
+
+@pytest.mark.parametrize(("backbone", "stages", "scales"), SEVERAL_STAGES)
+def test_several_stages_in_mixed_precision_score_within_one_percent(backbone, stages, scales):
+    detector = random_detector(backbone, (128, 192), scales, (3,), stages=stages)
+    images = random_images(detector)
+    detector.measure_rounding(images)
+    exact, rounded = detector(images), InferenceDetector(detector, "mixed", 3)(images)
+    torch.testing.assert_close(rounded.anomaly_score_B, exact.anomaly_score_B, rtol=0.01, atol=0)
+
+
+TRANSFORMERS = [
+    ("vit_tiny_patch16_224", (128, 192), ("blocks.3", "blocks.11"), 2),
+    ("vit_small_patch14_reg4_dinov2", (84, 112), ("blocks.11",), 2),
+    ("vit_tiny_patch16_dinov3_qkvb", (96, 64), ("blocks.5",), 2),
+    ("swin_tiny_patch4_window7_224", (64, 128), ("layers.2", "layers.3"), 2),
+]
+
+
+@pytest.mark.parametrize(("backbone", "image_size", "stages", "scales"), TRANSFORMERS)
+def test_transformers_are_those_of_the_trained_form(backbone, image_size, stages, scales, caplog):
+    detector = random_detector(backbone, image_size, scales, (3,), stages=stages)
+    images = random_images(detector)
+    detector.measure_rounding(images)
+    expected = detector(images)
+    for precision, tolerance in (("float32", 1e-4), ("mixed", 0.05)):
+        form = InferenceDetector(detector, precision, 3)
+        assert_scores_close(form(images), expected, tolerance)
+        for actual, features in zip(form.features(images), detector.features(images), strict=True):
+            limit = 1e-4 * features.abs().max().item()
+            torch.testing.assert_close(actual, features, rtol=0, atol=limit)
+    assert not caplog.records
+
+
+def test_a_transformer_runs_without_openvino_where_that_gives_something_else(monkeypatch, caplog):
+    detector = random_detector("vit_tiny_patch16_224", (64, 64), 1, (3,), stages="blocks.1")
+    images = random_images(detector)
+    # Position embeddings that OpenVINO resamples are not PyTorch's.
+    monkeypatch.setattr(IntermediateMaps, "at_size", lambda self, height, width: self)
+    form = InferenceDetector(detector, "float32", 3)
+    assert_scores_close(form(images), detector(images), 1e-5)
+    (complaint,) = (record.getMessage() for record in caplog.records)
+    assert "runs without OpenVINO, more slowly: its maps are off by" in complaint
 
 
 @pytest.mark.parametrize("backbone", ["resnet10t", "regnety_002", "tf_efficientnet_lite0"])
@@ -195,7 +266,7 @@ def test_a_model_that_was_trained_scores_within_one_percent_in_mixed_precision(m
     detector = load_model(Location(str(model))).detector
     assert detector.rounding_shifts
     paths = sorted((cells / "defective").iterdir())[:64]
-    size = detector.architecture.image_size
+    size = detector.architecture.preprocessing
     images = torch.from_numpy(np.stack([decode(path.read_bytes(), size).pixels_HWC for path in paths]))
     exact_B = detector(images).anomaly_score_B
     form = InferenceDetector(detector, "mixed", 8)

@@ -25,6 +25,7 @@ from pyarrow import csv, orc
 
 from csflow.errors import ErrorCode, ImageError, WrongUse
 from csflow.inputs import folders, inventories, native_s3, objects
+from csflow.inputs.exclusion import read_exclusion
 from csflow.inputs.listing import LISTING, list_images, list_table
 from csflow.inputs.reading import ImageReader
 from csflow.inputs.selection import EVERYTHING, Selection
@@ -256,6 +257,72 @@ def test_only_names_that_are_included_and_not_excluded_are_listed(tmp_path: Path
     selection = Selection(include=["*/line-1/*.png"], exclude=["*/calib/*", "*!/calib/*"])
     found = listing(tmp_path, selection=selection)
     assert list(found) == [f"{tmp_path}/line-1/a.png", f"{tmp_path}/line-1/night.tar!/f.png"]
+
+
+def exclude(
+    inputs: Path | str, *entries: object, options: dict[str, Any] | None = None
+) -> tuple[list[str], list[str]]:
+    """Names that are left of an input, and warnings."""
+    exclusion = read_exclusion([str(entry) for entry in entries], options or {})
+    images = list_table([str(inputs)], options or {})
+    left = exclusion.leave_out(images)["image_uri"].to_pylist()
+    return [uri.removeprefix(f"{inputs}/") for uri in left], list(exclusion.warnings(images))
+
+
+def test_manifests_and_patterns_leave_images_out_of_an_input(
+    tmp_path: Path, bucket: faulty_s3.FaultyS3
+) -> None:
+    for name in ("a.png", "b.png", "calib/c.png", "d.jpg"):
+        write(tmp_path / "in" / name, png(1))
+    with tarfile.open(tmp_path / "in" / "night.tar", "w") as tar:
+        for name in ("e.png", "f.png"):
+            tar.add(tmp_path / "in" / "a.png", name)
+    everything = ["a.png", "b.png", "calib/c.png", "d.jpg", "night.tar!/e.png", "night.tar!/f.png"]
+    assert exclude(tmp_path / "in") == (everything, [])
+    write(
+        tmp_path / "bad.csv", f"image_uri,why\n{tmp_path}/in/a.png,scratch\nin/night.tar!/f.png,\n".encode()
+    )
+    parquet = pa.table({"image_uri": ["in/b.png"], "image_version": ["of long ago"]})
+    pq.write_table(parquet, tmp_path / "worse.PARQUET")
+    entries = (tmp_path / "bad.csv", "*/calib/*", tmp_path / "worse.PARQUET")
+    assert exclude(tmp_path / "in", *entries) == (["d.jpg", "night.tar!/e.png"], [])
+
+    for name, data in (("in/a.png", png(1)), ("in/b.png", png(2)), ("bad.csv", b"image_uri\nin/a.png\n")):
+        bucket.put(name, data)
+    in_store = exclude("s3://inputs/in", "s3a://inputs/bad.csv", options=bucket.options)
+    assert in_store == (["b.png"], [])
+
+
+def test_an_exclusion_that_does_less_than_it_says_is_named(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        write(tmp_path / "in" / name, png(1))
+    first = f"{tmp_path}/in/a.png"
+    some = write(tmp_path / "some.csv", b"image_uri\nin/b.png\nin/y.png\nin/x.png\n")
+    none = write(tmp_path / "none.csv", b"image_uri\nb.png\n")
+    empty = write(tmp_path / "empty.csv", b"image_uri\n")
+    left, warnings = exclude(tmp_path / "in", some, none, empty, "b.png", "*/a*")
+    assert left == []
+    assert warnings == [
+        f"--exclude {some}: 2 of its 3 images are not in the input, {tmp_path}/in/x.png first",
+        f"--exclude {none} names no image of the input; write URIs as listed (named {tmp_path}/b.png, "
+        f"listed {first})",
+        f"--exclude {empty} names no image of the input; write URIs as listed (listed {first})",
+        f"--exclude b.png matches no whole URI of the input, such as {first}",
+    ]
+
+
+def test_a_manifest_of_exclusions_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WrongUse, match=r"gone\.csv does not exist"):
+        read_exclusion([f"{tmp_path}/gone.csv"], {})
+    with pytest.raises(
+        WrongUse, match=r"list\.csv has no column image_uri, only name; name it in the header"
+    ):
+        read_exclusion([str(write(tmp_path / "list.csv", b"name\na.png\n"))], {})
+    pq.write_table(pa.table({"image": [png(1)]}), tmp_path / "images.parquet")
+    with pytest.raises(WrongUse, match=r"images\.parquet has no column image_uri"):
+        read_exclusion([f"{tmp_path}/images.parquet"], {})
+    with pytest.raises(WrongUse, match=r"broken\.parquet cannot be read as a manifest"):
+        read_exclusion([str(write(tmp_path / "broken.parquet", b"no parquet"))], {})
 
 
 def test_only_files_changed_since_are_listed_and_old_archives_are_not_opened(

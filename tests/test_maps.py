@@ -12,7 +12,8 @@ from conftest import ROOT
 from PIL import Image
 
 from csflow.inputs.listing import list_images
-from csflow.maps import ANCHORS, COLOUR_TABLE, colour_range, overlay, overlay_row, write_overlays
+from csflow.maps import ANCHORS, COLOUR_TABLE, colour_range, overlay, overlay_row, resample, write_overlays
+from csflow.preprocessing import Fit, Preprocessing
 
 GREY = Image.new("RGB", (90, 60), (120, 120, 120))
 
@@ -123,6 +124,51 @@ def test_a_row_of_scores_becomes_its_image_with_its_map(scores: pa.Table) -> Non
     assert np.array_equal(drawn[:10, :10], np.full((10, 10, 3), 120))
     assert np.abs(drawn[40, 60] - 120).sum() > 100
     assert overlay_row(scores.to_pylist()[0], side=32).size == (32, 24)
+
+
+def test_a_map_is_resampled_into_the_part_that_it_covers() -> None:
+    ramp = np.tile(np.arange(6, dtype=np.float32), (4, 1))
+    whole = resample(ramp, 40, 60)
+    # As large as the image, it is what it always was; moved and halved, it is the same values elsewhere.
+    np.testing.assert_array_equal(whole, resample(ramp, 40, 60, (0, 0, 40, 60)))
+    np.testing.assert_allclose(resample(ramp, 80, 90, (20, 10, 60, 70), outside=-1)[20:60, 10:70], whole)
+    beyond = resample(ramp, 80, 90, (20, 10, 60, 70), outside=-1)
+    assert (beyond[:20] == -1).all()
+    assert (beyond[60:] == -1).all()
+    assert (beyond[:, :10] == -1).all()
+    assert (beyond[:, 70:] == -1).all()
+    # A map that reaches beyond the image gives it its middle.
+    np.testing.assert_allclose(resample(ramp, 20, 40, (-10, -10, 30, 50)), whole[10:30, 10:50], atol=1e-6)
+    # Edges that lie between pixels.
+    assert resample(ramp, 7, 3, (2.5, -1.2, 4.5, 9.7), outside=9).max(axis=1).tolist()[:2] == [9, 9]
+
+
+@pytest.mark.parametrize("fit", ["stretch", "letterbox", "crop"])
+@pytest.mark.parametrize("shape", [(90, 200), (200, 90)])
+def test_a_hot_cell_is_drawn_where_it_was_seen(fit: Fit, shape: tuple[int, int]) -> None:
+    box = Preprocessing((64, 64), fit).place(*shape).box
+    anomaly_map = np.zeros((8, 8), np.float32)
+    anomaly_map[4, 3] = 1
+    y, x = box.top + 4.5 / 8 * (box.bottom - box.top), box.left + 3.5 / 8 * (box.right - box.left)
+    drawn = overlay(Image.new("RGB", shape[::-1], (0, 0, 0)), anomaly_map, vmin=0, vmax=1, box=box)
+    weight_HW = np.asarray(drawn, dtype=float).sum(axis=2)
+    rows, columns = np.indices(shape) + 0.5
+    found = (weight_HW * rows).sum() / weight_HW.sum(), (weight_HW * columns).sum() / weight_HW.sum()
+    np.testing.assert_allclose(found, (y, x), atol=0.6)
+
+
+def test_a_row_says_what_its_map_covers(scores: pa.Table) -> None:
+    # The map's first row is padding above the image, which its second row covers alone.
+    row = scores.to_pylist()[0] | {"map_box": [-48.0, 0.0, 48.0, 64.0]}
+    drawn = np.asarray(overlay_row(row), dtype=int)
+    reaches = np.abs(drawn - 120).sum(axis=2) > 100
+    assert reaches[40:, 60:].all()
+    assert not reaches[:, :20].any()
+    cropped = scores.to_pylist()[0] | {"map_box": [0.0, 0.0, 48.0, 32.0]}
+    beyond = np.asarray(overlay_row(cropped, side=32), dtype=int)
+    assert beyond.shape == (24, 32, 3)
+    assert (beyond[:, 16:] == 120).all()
+    assert (beyond[20, 14] != 120).any()
 
 
 def test_a_row_without_a_map_is_refused(scores: pa.Table) -> None:

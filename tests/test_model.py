@@ -1,10 +1,13 @@
 """The model: the flow's mathematics, agreement with the official implementation, backbone and detector."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from csflow.model import (
@@ -22,7 +25,7 @@ GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 
 
 def random_flow(
-    channels: int, scales: int, kernel_sizes: tuple[int, ...] = (3,), hidden: int = 8
+    channels: Sequence[int] | int, scales: int, kernel_sizes: tuple[int, ...] = (3,), hidden: int = 8
 ) -> CrossScaleFlow:
     """A flow in float64 with random γ: with γ = 0 every block is the identity and hides its bugs."""
     torch.manual_seed(1)
@@ -34,14 +37,15 @@ def random_flow(
 
 
 def random_features(
-    channels: int,
+    channels: Sequence[int] | int,
     scales: int,
     batch: int = 3,
     size: tuple[int, int] = (8, 16),
     dtype: torch.dtype = torch.float64,
 ) -> list[Tensor]:
     generator = torch.Generator().manual_seed(2)
-    shapes = [(batch, channels, size[0] >> s, size[1] >> s) for s in range(scales)]
+    channels = [channels] * scales if isinstance(channels, int) else channels
+    shapes = [(batch, c, size[0] >> s, size[1] >> s) for s, c in enumerate(channels)]
     return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
 
 
@@ -129,9 +133,26 @@ def test_inverse_undoes_the_flow(scales, channels, kernel_sizes):
     torch.testing.assert_close(output.log_det_B + restored.log_det_B, torch.zeros(3, dtype=torch.float64))
 
 
-def test_log_determinant_is_that_of_the_jacobian():
-    flow = random_flow(channels=3, scales=2, kernel_sizes=(3, 3), hidden=4)
-    y = random_features(3, 2, batch=1, size=(2, 4))
+def test_levels_of_other_channels_are_inverted_too():
+    flow = random_flow((2, 7, 4), 3, (3, 5))
+    y = random_features((2, 7, 4), 3)
+    output = flow(y)
+    for y_BCHW, restored_BCHW in zip(y, flow.inverse(output.z).z, strict=True):
+        torch.testing.assert_close(restored_BCHW, y_BCHW, rtol=0, atol=1e-9)
+
+
+def test_channels_of_each_level_or_of_all_give_the_same_flow():
+    states = []
+    for channels in (6, (6, 6)):
+        torch.manual_seed(3)
+        states.append(CrossScaleFlow(channels, 2, 4, (3, 5), seed=2).state_dict())
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("channels", [3, (5, 2)])
+def test_log_determinant_is_that_of_the_jacobian(channels):
+    flow = random_flow(channels, scales=2, kernel_sizes=(3, 3), hidden=4)
+    y = random_features(channels, 2, batch=1, size=(2, 4))
     shapes = [y_BCHW.shape for y_BCHW in y]
 
     def flat_flow(flat: Tensor) -> Tensor:
@@ -206,6 +227,8 @@ def test_gradients_in_bfloat16_hold_where_a_kernel_is_larger_than_the_map(kernel
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ({"channels": (4, 4), "scales": 3}, "channels must be one number for each of 3 scales"),
+        ({"channels": (4, 1), "scales": 2}, "channels must be at least 2"),
         ({"channels": 1}, "channels must be at least 2"),
         ({"channels": 4, "scales": 5}, "scales must be 1 to 4"),
         ({"channels": 4, "kernel_sizes": (2,)}, "kernel_sizes must be one odd number per block"),
@@ -228,16 +251,75 @@ def test_impossible_flows_are_refused(setting, message):
 )
 def test_backbone_finds_cut_channels_and_stride(name, cut_after, channels, stride):
     backbone = Backbone(name)
-    assert (backbone.cut_after, backbone.channels, backbone.stride) == (cut_after, channels, stride)
-    features = backbone(torch.rand(2, 3, 64, 96))
+    assert (backbone.stages, backbone.channels, backbone.strides) == ((cut_after,), (channels,), (stride,))
+    (features,) = backbone(torch.rand(2, 3, 64, 96))
     assert features.shape == (2, channels, 64 // stride, 96 // stride)
 
 
 def test_backbone_drops_what_comes_after_the_cut():
     whole = Backbone("tf_efficientnet_lite0", "blocks.6")
     cut = Backbone("tf_efficientnet_lite0", "blocks.3.1")
-    assert cut.stride == 16
+    assert cut.strides == (16,)
     assert sum(p.numel() for p in cut.parameters()) < 0.2 * sum(p.numel() for p in whole.parameters())
+
+
+def test_maps_of_several_stages_are_those_of_the_stages_alone():
+    several = Backbone("tf_efficientnet_lite0", ("blocks.5", "blocks.2", "blocks.3.1"))
+    assert several.stages == ("blocks.2", "blocks.3.1", "blocks.5")
+    assert (several.channels, several.strides) == ((40, 80, 192), (8, 16, 32))
+    published = timm.create_model("tf_efficientnet_lite0").state_dict()
+    load_weights(several, published)
+    image_BCHW = torch.rand(2, 3, 64, 96)
+    for stage, features_BCHW in zip(several.stages, several(image_BCHW), strict=True):
+        alone = Backbone("tf_efficientnet_lite0", stage)
+        load_weights(alone, published)
+        torch.testing.assert_close(features_BCHW, alone(image_BCHW)[0])
+
+
+def test_a_backbone_that_was_proven_before_is_the_same_without_a_proof(monkeypatch):
+    stages = ("layer1", "layer3")
+    proven = Backbone("resnet10t", stages)
+    monkeypatch.delattr("csflow.model.Backbone._prove")
+    again = Backbone("resnet10t", stages, is_proven=True)
+    assert (again.channels, again.strides) == (proven.channels, proven.strides) == ((64, 256), (4, 16))
+
+
+def test_a_stage_within_another_is_refused():
+    with pytest.raises(BackboneError, match=r"blocks\.3 holds another of the stages"):
+        Backbone("tf_efficientnet_lite0", ("blocks.3", "blocks.3.1"))
+
+
+@pytest.mark.parametrize(
+    ("stages", "scales", "shapes"),
+    [
+        ("layer4", 3, [(512, 4, 8), (512, 2, 4), (512, 1, 2)]),
+        (("layer2", "layer3", "layer4"), 1, [(128, 16, 32), (256, 8, 16), (512, 4, 8)]),
+        (("layer3", "layer4"), 2, [(256, 8, 16), (768, 4, 8), (512, 2, 4)]),
+        (("maxpool", "layer1"), 1, [(128, 32, 64)]),
+    ],
+)
+def test_maps_of_one_reduction_are_one_level(stages, scales, shapes):
+    detector = Detector(Architecture("resnet10t", (128, 256), stages, scales, 4, (3,)))
+    assert detector.feature_shapes == shapes
+    image_BHWC = torch.randint(0, 256, (2, 128, 256, 3), dtype=torch.uint8)
+    features = detector.features(image_BHWC)
+    assert [tuple(y_BCHW.shape[1:]) for y_BCHW in features] == shapes
+    assert detector(image_BHWC).scale_scores_BS.shape == (2, len(shapes))
+
+
+def test_a_level_holds_the_maps_of_the_larger_image_first():
+    detector = Detector(Architecture("resnet10t", (128, 128), ("layer3", "layer4"), 2, 4, (3,)))
+    image_BHWC = torch.randint(0, 256, (2, 128, 128, 3), dtype=torch.uint8)
+    features = detector.features(image_BHWC)
+    pixel_BCHW = detector._normalised(image_BHWC)
+    large, small = detector.backbone(pixel_BCHW), detector.backbone(F.avg_pool2d(pixel_BCHW, 2))
+    expected = [large[0], torch.cat([large[1], small[0]], dim=1), small[1]]
+    torch.testing.assert_close(features, expected, rtol=0, atol=0)
+
+
+def test_levels_that_do_not_double_are_refused_with_stages_that_fit():
+    with pytest.raises(ValueError, match=r"reduced by 4, 16, which do not double.*layer2 \(8\), layer3"):
+        Detector(Architecture("resnet10t", (128, 128), ("layer1", "layer3"), 1, 4, (3,)))
 
 
 def test_backbone_stays_frozen_and_in_eval_mode():
@@ -250,10 +332,112 @@ def test_backbone_stays_frozen_and_in_eval_mode():
     assert all(torch.equal(value, before[name]) for name, value in detector.backbone.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "no_such_network", "hrnet_w18_small"])
-def test_networks_that_are_no_chain_of_convolutions_are_refused(name):
-    with pytest.raises(BackboneError, match=name):
-        Backbone(name)
+def test_networks_that_give_no_maps_are_refused():
+    with pytest.raises(BackboneError, match="no_such_network is not a timm model"):
+        Backbone("no_such_network")
+    with pytest.raises(
+        BackboneError, match=r"vit_tiny_patch16_224 cannot be cut after.*its stages are blocks\.0, bl"
+    ):
+        Backbone("vit_tiny_patch16_224", "blocks.3.mlp")
+    with pytest.raises(BackboneError, match="levit_128s gives no map"):
+        Backbone("levit_128s")
+
+
+def test_a_chain_that_computes_something_else_is_refused(monkeypatch):
+    network = timm.create_model("resnet10t")
+    forward = type(network).forward
+    monkeypatch.setattr(type(network), "forward", lambda self, x: forward(self, 2 * x))
+    with pytest.raises(BackboneError, match="resnet10t is no chain of convolutional layers up to layer4"):
+        Backbone("resnet10t")
+
+
+TRANSFORMERS = [
+    ("vit_tiny_patch16_224", ("blocks.3", "blocks.11"), (192, 192), (16, 16)),
+    ("vit_small_patch14_reg4_dinov2", ("blocks.11",), (384,), (14,)),
+    ("vit_tiny_patch16_dinov3_qkvb", ("blocks.5", "blocks.11"), (192, 192), (16, 16)),
+    ("swin_tiny_patch4_window7_224", ("layers.1", "layers.2", "layers.3"), (192, 384, 768), (8, 16, 32)),
+    ("hrnet_w18_small", ("stage3", "stage4"), (512, 1024), (16, 32)),
+]
+
+
+@pytest.mark.parametrize(("name", "stages", "channels", "strides"), TRANSFORMERS)
+def test_networks_that_are_no_chain_give_their_own_maps(name, stages, channels, strides):
+    backbone = Backbone(name, stages)
+    assert (backbone.stages, backbone.channels, backbone.strides) == (stages, channels, strides)
+    height, width = 4 * strides[-1], 6 * strides[-1]
+    maps = backbone(torch.rand(2, 3, height, width))
+    expected = [(2, c, height // s, width // s) for c, s in zip(channels, strides, strict=True)]
+    assert [tuple(map_BCHW.shape) for map_BCHW in maps] == expected
+    assert not any(p.requires_grad for p in backbone.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [("vit_tiny_patch16_224", 1), ("vit_small_patch14_reg4_dinov2", 5), ("vit_tiny_patch16_dinov3_qkvb", 5)],
+)
+def test_maps_of_a_vision_transformer_are_its_patch_tokens(name, prefix):
+    network = timm.create_model(name, dynamic_img_size=True).eval()
+    backbone = Backbone(name, "blocks.4")
+    load_weights(backbone, network.state_dict())
+    stride = backbone.strides[0]
+    image_BCHW = torch.rand(2, 3, 3 * stride, 5 * stride)
+    found: list[Tensor] = []
+    network.blocks[4].register_forward_hook(lambda module, inputs, output: found.append(output))
+    with torch.inference_mode():
+        network(image_BCHW)
+    tokens_BNC = found[0][:, prefix:]
+    assert tokens_BNC.shape[1] == 15
+    (map_BCHW,) = backbone(image_BCHW)
+    for y, x in [(0, 0), (0, 4), (2, 1)]:
+        torch.testing.assert_close(map_BCHW[:, :, y, x], tokens_BNC[:, 5 * y + x])
+
+
+def test_maps_of_a_swin_transformer_have_their_channels_first():
+    network = timm.create_model("swin_tiny_patch4_window7_224", strict_img_size=False).eval()
+    backbone = Backbone("swin_tiny_patch4_window7_224", ("layers.1", "layers.2"))
+    load_weights(backbone, network.state_dict())
+    image_BCHW = torch.rand(1, 3, 96, 160)
+    with torch.inference_mode():
+        second_BHWC = network.layers[:2](network.patch_embed(image_BCHW))
+        third_BHWC = network.layers[2](second_BHWC)
+    expected = [second_BHWC.permute(0, 3, 1, 2), third_BHWC.permute(0, 3, 1, 2)]
+    torch.testing.assert_close(backbone(image_BCHW), expected)
+
+
+def test_what_lies_behind_the_deepest_block_is_left_out():
+    shallow, deep = Backbone("vit_tiny_patch16_224", "blocks.2"), Backbone("vit_tiny_patch16_224")
+    assert deep.stages == ("blocks.11",)
+    sizes = [sum(p.numel() for p in backbone.parameters()) for backbone in (shallow, deep)]
+    assert sizes[0] < 0.35 * sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "image_size", "scales", "message"),
+    [
+        ("vit_tiny_patch16_224", 250, 3, r"multiples of 64 .*nearest: 192 or 256"),
+        ("vit_small_patch14_dinov2", 256, 1, r"multiples of 14 .*nearest: 252 or 266"),
+        ("swin_tiny_patch4_window7_224", 224, 2, r"multiples of 64 .*nearest: 192 or 256"),
+        ("maxvit_tiny_tf_224", 256, 1, r"multiples of 32 that the network takes .*nearest: 224 or 448"),
+        ("test_vit_relpos", 320, 1, r"multiples of 16 that the network takes .*nearest: 160\)"),
+        ("test_vit_relpos", 160, 2, r"nearest: none; choose fewer scales"),
+    ],
+)
+def test_image_sizes_that_a_transformer_does_not_take_are_refused(backbone, image_size, scales, message):
+    with pytest.raises(ValueError, match=message):
+        Detector(Architecture(backbone, (image_size, image_size), None, scales, 4, (3,)))
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "interpolation"),
+    [
+        ("tf_efficientnet_b5", (0.485, 0.456, 0.406), "bicubic"),
+        ("fbnetc_100", (0.485, 0.456, 0.406), "bilinear"),
+        ("vit_tiny_patch16_224", (0.5, 0.5, 0.5), "bicubic"),
+    ],
+)
+def test_images_are_prepared_as_the_network_was_trained_on_them(name, mean, interpolation):
+    backbone = Backbone(name)
+    assert (backbone.mean, backbone.interpolation) == (mean, interpolation)
 
 
 def test_a_cut_that_does_not_exist_is_refused_with_those_that_do():
@@ -262,8 +446,6 @@ def test_a_cut_that_does_not_exist_is_refused_with_those_that_do():
 
 
 def test_weights_with_foreign_names_load_in_order_and_others_are_refused():
-    import timm
-
     network = timm.create_model("resnet10t").eval()
     foreign = {f"_{i}": value for i, value in enumerate(network.state_dict().values())}
     backbone = Backbone("resnet10t", "layer3")

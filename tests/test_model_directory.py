@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import torch
 from csflow.errors import WrongUse
 from csflow.model import Architecture, Detector
 from csflow.model_directory import CALIBRATION, load_model, save_model
+from csflow.preprocessing import Preprocessing
 from csflow.storage import Location
 
 
@@ -50,12 +52,42 @@ def test_what_rounding_shifts_is_saved_with_the_model_and_decides_its_id(detecto
     torch.testing.assert_close(loaded, measured.rounding_shifts, rtol=0, atol=0)
 
 
-def test_loading_needs_no_pass_through_the_network(detector, tmp_path, monkeypatch):
+def test_loading_needs_no_proof_of_the_cut(detector, tmp_path, monkeypatch):
     save(Location(str(tmp_path)), detector)
-    monkeypatch.delattr("csflow.model.Backbone._probe")
+    monkeypatch.delattr("csflow.model.Backbone._prove")
     loaded = load_model(Location(str(tmp_path))).detector
-    assert (loaded.backbone.channels, loaded.backbone.stride) == (512, 32)
+    assert (loaded.backbone.channels, loaded.backbone.strides) == ((512,), (32,))
     assert loaded.feature_shapes == detector.feature_shapes
+
+
+def test_several_stages_are_a_list_in_the_configuration_and_load_again(tmp_path):
+    several = Detector(
+        Architecture("resnet10t", (64, 64), ("layer2", "layer4", "layer3"), 1, 4, kernel_sizes=(3,))
+    )
+    model_id = save(Location(str(tmp_path)), several)
+    config = json.loads((Path(tmp_path) / "config.json").read_text())
+    assert config["architecture"]["cut_after"] == ["layer2", "layer3", "layer4"]
+    model = load_model(Location(str(tmp_path)))
+    assert model.model_id == model_id
+    assert model.detector.feature_shapes == [(128, 8, 8), (256, 4, 4), (512, 2, 2)]
+    image_BHWC = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    torch.testing.assert_close(model.detector(image_BHWC), several(image_BHWC), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_dinov3_qkvb", "swin_tiny_patch4_window7_224"])
+def test_a_loaded_transformer_has_all_its_numbers(backbone, tmp_path):
+    # Frequencies, masks and indices of theirs are in no state dict.
+    detector = Detector(Architecture(backbone, (64, 64), None, 1, 4, kernel_sizes=(3,)))
+    save(Location(str(tmp_path)), detector)
+    image_BHWC = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    loaded = load_model(Location(str(tmp_path))).detector
+    torch.testing.assert_close(loaded(image_BHWC), detector(image_BHWC), rtol=0, atol=0)
+
+
+def test_one_stage_in_a_list_is_that_stage_alone():
+    one = Architecture("resnet10t", (64, 64), ("layer4",))
+    assert one.to_json()["cut_after"] == "layer4"
+    assert Architecture.from_json(one.to_json() | {"cut_after": ["layer4"]}) == one
 
 
 def test_the_id_is_the_same_wherever_the_model_lies(detector, tmp_path, s3_bucket):
@@ -84,6 +116,25 @@ def test_a_model_of_another_decoding_is_refused(detector, tmp_path, monkeypatch)
         save(Location(str(tmp_path)), detector)
     with pytest.raises(WrongUse, match="image decoding version 99"):
         load_model(Location(str(tmp_path)))
+
+
+def test_a_model_that_does_not_say_how_images_fit_stretches_them_with_bilinear_weights(detector):
+    values = detector.architecture.to_json()
+    boxed = Architecture.from_json(values | {"fit": "letterbox", "interpolation": "bicubic"})
+    assert boxed.preprocessing == Preprocessing((64, 128), "letterbox", "bicubic")
+    del values["fit"], values["interpolation"]
+    assert Architecture.from_json(values).preprocessing == Preprocessing((64, 128), "stretch", "bilinear")
+
+
+def test_fit_and_filter_decide_the_id(detector, tmp_path):
+    ids = set()
+    for name, change in enumerate([{}, {"fit": "crop"}, {"interpolation": "bicubic"}]):
+        changed = copy.deepcopy(detector)
+        changed.architecture = replace(detector.architecture, **change)
+        ids.add(save(Location(str(tmp_path / str(name))), changed))
+        loaded = load_model(Location(str(tmp_path / str(name)))).detector
+        assert loaded.architecture.preprocessing == changed.architecture.preprocessing
+    assert len(ids) == 3
 
 
 def test_the_configuration_says_how_the_model_was_made(detector, tmp_path):

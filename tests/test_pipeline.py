@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import copy_some
+from PIL import Image
 
 from csflow.cluster import WorkerResources
 from csflow.errors import ErrorCode
@@ -18,15 +19,17 @@ from csflow.images import DecodedImage
 from csflow.inputs.listing import list_images
 from csflow.inputs.loading import ImageLoader
 from csflow.inputs.reading import ImageReader
-from csflow.model import Architecture, Detector
-from csflow.model_directory import CALIBRATION, load_model, save_model
+from csflow.maps import box_of, map_of, resample
+from csflow.model import Architecture, Detector, Scores
+from csflow.model_directory import CALIBRATION, load_model, read_model, save_model
+from csflow.preprocessing import Fit, Preprocessing
 from csflow.process import peak_memory_bytes
 from csflow.scores import SCORES
 from csflow.scoring import plan
 from csflow.scoring.listing import Listing
 from csflow.scoring.output import Output
 from csflow.scoring.plan import PlannedShard, make_plan
-from csflow.scoring.shard import READ_THREADS, ScoringSettings, ShardScorer
+from csflow.scoring.shard import READ_THREADS, ScoringSettings, ShardScorer, peak
 from csflow.stages import ProcessCpu, Stages
 from csflow.storage import Location, read_parquet
 
@@ -36,8 +39,14 @@ PATIENCE_S = 120
 
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Location:
-    location = Location(str(tmp_path_factory.mktemp("small") / "model"))
-    architecture = Architecture("tf_efficientnet_lite0", (128, 128), hidden_channels=8, kernel_sizes=(1,))
+    return save_small(tmp_path_factory.mktemp("small") / "model", "stretch")
+
+
+def save_small(folder: Path, fit: Fit) -> Location:
+    location = Location(str(folder))
+    architecture = Architecture(
+        "tf_efficientnet_lite0", (128, 128), hidden_channels=8, kernel_sizes=(1,), fit=fit
+    )
     row = {"image_uri": "good.png", "image_version": "1", "anomaly_score": 0.5}
     calibration = pa.Table.from_pylist([row], schema=CALIBRATION)
     save_model(location, Detector(architecture), calibration, training={}, data={}, metrics={}, card={})
@@ -68,10 +77,68 @@ def scorer(small_model: Location, output: Output) -> ShardScorer:
     return ShardScorer(settings, WorkerResources(workers=1, cpus=1, gpus=0))
 
 
+class BrightnessDetector:
+    """Its maps are 8 by 8 means of the pixels, so that what is bright is anomalous."""
+
+    precision = "float32"
+
+    def __call__(self, pixels_BHWC: torch.Tensor) -> Scores:
+        mean_BHW = torch.nn.functional.adaptive_avg_pool2d(pixels_BHWC.float().mean(3), 8)
+        score_B = mean_BHW.mean((1, 2))
+        return Scores(score_B, score_B[:, None], mean_BHW)
+
+
 def call(scorer: ShardScorer, shard: PlannedShard) -> dict[str, object]:
     """As Ray Data calls the actor."""
     (row,) = scorer({name: np.array([value]) for name, value in shard.to_row().items()}).to_pylist()
     return row
+
+
+@pytest.mark.parametrize("fit", ["stretch", "letterbox", "crop"])
+@pytest.mark.parametrize(("orientation", "is_isolated"), [(1, True), (6, False)])
+def test_a_bright_spot_is_found_at_its_place_with_every_fit(
+    tmp_path: Path, fit: Fit, orientation: int, is_isolated: bool
+) -> None:
+    pixels_HWC = np.zeros((1200, 600, 3), np.uint8)
+    pixels_HWC[760:800, 430:470] = 255  # as stored
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(pixels_HWC)
+    (tmp_path / "images").mkdir()
+    image.save(tmp_path / "images" / "spot.jpg", exif=exif)
+    # 6: the stored first row is the right edge of what is seen.
+    spot, size = ((780, 450), (1200, 600)) if orientation == 1 else ((450, 1200 - 780), (600, 1200))
+
+    model = save_small(tmp_path / "model", fit)
+    output = Output(Location(str(tmp_path / "output")), read_model(model).model_id)
+    settings = ScoringSettings(model, output, "run", True, 0.01, None, is_isolated=is_isolated)
+    scorer = ShardScorer(settings, WorkerResources(workers=1, cpus=1, gpus=0))
+    scorer._detector = BrightnessDetector()
+    images = list_images([str(tmp_path / "images")], {})
+    (shard,) = make_plan(
+        Listing.freeze(Location(str(tmp_path / "listing")), images, None), output, "run", False
+    )
+    assert call(scorer, shard)["failure"] is None
+    (row,) = read_parquet(output.scores_file(shard.name, shard.date), SCORES).to_pylist()
+
+    assert (row["image_height"], row["image_width"]) == size
+    assert (row["map_box"] is None) == (fit == "stretch")
+    cell = max(size) / 8
+    assert abs(row["peak_y"] - spot[0]) <= cell / 2
+    assert abs(row["peak_x"] - spot[1]) <= cell / 2
+    level_HW = resample(map_of(row), *size, box_of(row, *size))
+    mean_HW = level_HW / level_HW.sum()
+    rows, columns = np.indices(size) + 0.5
+    assert (mean_HW * rows).sum() == pytest.approx(spot[0], abs=cell / 2)
+    assert (mean_HW * columns).sum() == pytest.approx(spot[1], abs=cell / 2)
+
+
+def test_a_peak_in_the_padding_is_the_nearest_pixel_of_the_image() -> None:
+    anomaly_map_BHW = np.zeros((2, 4, 4), dtype=np.float32)
+    anomaly_map_BHW[0, 0, 1] = anomaly_map_BHW[1, 3, 2] = 1
+    box_B4 = np.array([[-50, 0, 150, 200], [-50, 0, 150, 200]])
+    y_B, x_B = peak(anomaly_map_BHW, np.array([100, 100]), np.array([200, 200]), box_B4)
+    assert (y_B.tolist(), x_B.tolist()) == ([0.5, 99.5], [75, 125])
 
 
 def test_a_shard_is_read_while_the_model_has_another(scorer, shards, monkeypatch):
@@ -155,7 +222,7 @@ def test_an_image_that_is_late_gives_the_model_to_others_meanwhile(cells, monkey
         return original(uri, version)
 
     monkeypatch.setattr(reader, "read", read)
-    loader = ImageLoader(reader, (64, 64), threads=2)
+    loader = ImageLoader(reader, Preprocessing((64, 64)), threads=2)
     loaded = loader.load(uris, versions, meanwhile)
     assert [image.image_uri for image in loaded] == uris
     assert meanwhile.entered >= 1
@@ -172,7 +239,7 @@ def test_loading_begins_before_the_first_image_is_asked_for_and_stays_bounded(ce
         return original(uri, version)
 
     monkeypatch.setattr(reader, "read", read)
-    loader = ImageLoader(reader, (64, 64), threads=2)
+    loader = ImageLoader(reader, Preprocessing((64, 64)), threads=2)
     loaded = loader.load(rows["image_uri"].to_pylist(), rows["image_version"].to_pylist())
     for _ in range(4):
         assert begun.acquire(timeout=PATIENCE_S)
@@ -212,7 +279,7 @@ def test_a_stage_that_fails_is_measured_too():
 
 
 def test_an_unreadable_image_spends_its_time_reading(cells):
-    loader = ImageLoader(ImageReader({}), (64, 64), threads=1)
+    loader = ImageLoader(ImageReader({}), Preprocessing((64, 64)), threads=1)
     (image,) = loader.load([str(cells / "missing.png")], ["1-1"])
     assert image.content.code == ErrorCode.NOT_FOUND
     assert image.stages.seconds.keys() == {"read"}

@@ -451,6 +451,20 @@ def test_the_heat_map_tells_in_what_share_of_flagged_images_a_place_is_hot(tmp_p
     assert drawn.hottest == (0.25, pytest.approx(1 / 6), 0.75)
 
 
+def test_the_heat_map_is_of_the_image_whatever_a_map_covers(tmp_path: Path) -> None:
+    unflagged = [scored(f"/d/{i}.png", "v", 1.0, anomaly_map=[0.1] * 6) for i in range(9)]
+    # A letterbox whose lower half is the image, and a crop to the image's right third.
+    letterboxed = scored("/d/l.png", "v", 3.0, anomaly_map=[0.0, 0.0, 0.0, 0.0, 9.0, 0.0])
+    height, width = letterboxed["image_height"], letterboxed["image_width"]
+    letterboxed["map_box"] = [-height, 0.0, height, width]
+    cropped = scored("/d/c.png", "v", 3.0, anomaly_map=[9.0] * 6)
+    cropped["map_box"] = [0.0, 2 * width / 3, height, width]
+    write_rows(tmp_path / "out", [*unflagged, letterboxed, cropped])
+    drawn = heat_map(open_scores(Location(str(tmp_path / "out"))).scores)
+    assert drawn is not None
+    assert drawn.hot_share_HW.tolist() == [[0.0, 0.5, 0.5], [0.0, 0.5, 0.5]]
+
+
 def test_the_held_out_scores_are_drawn_as_what_so_many_normal_images_would_be() -> None:
     drawn = histogram(np.array([1.0, 2.0, 2.0, 4.0]), np.zeros(4, dtype=bool), [0.5, 1.0])
     assert drawn is not None

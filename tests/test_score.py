@@ -80,7 +80,8 @@ def test_scores_are_what_the_detector_gives_for_each_photograph(scored, model, a
     loaded = load_model(Location(str(model)))
     form = InferenceDetector(loaded.detector, "auto", batch_size=1)
     for row in frame.sample(6, random_state=0).itertuples():
-        pixels = torch.from_numpy(decode(Path(row.image_uri).read_bytes(), (128, 128)).pixels_HWC)
+        decoded = decode(Path(row.image_uri).read_bytes(), loaded.detector.architecture.preprocessing)
+        pixels = torch.from_numpy(decoded.pixels_HWC)
         expected, trained = form(pixels[None]), loaded.detector(pixels[None])
         assert row.anomaly_score == pytest.approx(trained.anomaly_score_B.item(), rel=0.01)
         assert row.anomaly_score == pytest.approx(expected.anomaly_score_B.item(), rel=1e-5)
@@ -90,7 +91,8 @@ def test_scores_are_what_the_detector_gives_for_each_photograph(scored, model, a
         )
         assert (row.map_height, row.map_width) == (4, 4)
         assert (row.image_height, row.image_width) == (300, 300)
-        (peak_y,), (peak_x,) = peak(row.anomaly_map.reshape(1, 4, 4), np.array([300]), np.array([300]))
+        sizes, box_B4 = (np.array([300]), np.array([300])), np.array([decoded.box])
+        (peak_y,), (peak_x,) = peak(row.anomaly_map.reshape(1, 4, 4), *sizes, box_B4)
         assert (row.peak_y, row.peak_x) == (peak_y, peak_x)
     expected_p = p_values(frame.anomaly_score, loaded.calibration_scores)
     np.testing.assert_array_equal(frame.p_value, expected_p)
@@ -143,6 +145,7 @@ def test_files_have_exactly_the_schema_of_the_contract(scored):
         ("peak_x", "float"),
         ("run_id", "string"),
         ("scored_at", "timestamp[us, tz=UTC]"),
+        ("map_box", "list<element: float>"),
     ]
     assert [(f.name, str(f.type)) for f in ERRORS] == [
         ("image_uri", "string"),
@@ -407,7 +410,8 @@ def test_p_values_of_exchangeable_normals_hold_their_rate():
 def test_the_peak_is_the_centre_of_the_hottest_cell_in_pixels_of_the_original():
     anomaly_map_BHW = np.zeros((2, 2, 4), dtype=np.float32)
     anomaly_map_BHW[0, 1, 2] = anomaly_map_BHW[1, 0, 3] = 1
-    peak_y_B, peak_x_B = peak(anomaly_map_BHW, np.array([100, 20]), np.array([400, 8]))
+    box_B4 = np.array([[0, 0, 100, 400], [0, 0, 20, 8]])
+    peak_y_B, peak_x_B = peak(anomaly_map_BHW, np.array([100, 20]), np.array([400, 8]), box_B4)
     assert (peak_y_B.tolist(), peak_x_B.tolist()) == ([75.0, 5.0], [250.0, 7.0])
 
 
@@ -438,6 +442,7 @@ def test_a_late_listing_of_the_scores_plans_no_image_twice(archive, empty_output
     for shard in make_plan(listing, empty_output, "first", retry_errors=False):
         rows = [dict.fromkeys(SCORES.names, 0) | row for row in shard.images().to_pylist()]
         columns = {"scale_scores": [], "anomaly_map": None, "run_id": "first", "is_anomalous": False}
+        columns |= {"map_box": None}
         table = pa.Table.from_pylist([row | columns for row in rows], schema=SCORES)
         empty_output.scores_file(shard.name, shard.date).create(to_parquet(table))
     finished = empty_output.finished_shards([shard.date])

@@ -1,5 +1,6 @@
 """Registration with Iceberg and Delta Lake: the same rows through the table, nothing rewritten, once only."""
 
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,12 +9,15 @@ import fsspec
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
+import scored_output
 from deltalake import DeltaTable
 from pyiceberg.catalog import load_catalog
 from scored_output import NEW_MODEL, write_output
 
 from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
+from csflow.scores import SCORES
+from csflow.tables import job
 from csflow.tables.job import RegisterConfig, register
 
 Read = Callable[[str], pa.Table]
@@ -115,6 +119,24 @@ def test_a_later_run_is_added(tables, output):
     tables.register()
     for kind in ("scores", "errors"):
         assert rows(tables.read(kind)) == files_read(output, kind)
+
+
+def test_a_table_of_an_older_csflow_gets_the_columns_that_are_new(tables, output, monkeypatch):
+    older = pa.schema([field for field in SCORES if field.name != "map_box"])
+    shutil.rmtree(output)
+    with monkeypatch.context() as patch:
+        patch.setattr(scored_output, "SCORES", older)
+        patch.setattr(job, "SCHEMAS", job.SCHEMAS | {"scores": older})
+        write_output(output, range(11, 16))
+        tables.register()
+    assert "map_box" not in tables.read("scores").column_names
+    write_output(output, range(16, 19))
+    assert tables.register() == ExitStatus.DONE
+    read = tables.read("scores")
+    assert "map_box" in read.column_names
+    assert read.num_rows == len(files_read(output, "scores"))
+    tables.register()
+    assert tables.read("scores").num_rows == read.num_rows
 
 
 def test_registering_at_the_same_time_adds_each_file_once(tables, output):

@@ -13,12 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, SMALL_MODEL, copy_some, wait_for
+from PIL import Image
 from ray.util.state import list_actors
 
 from csflow.config import parse
-from csflow.errors import ExitStatus
+from csflow.errors import ExitStatus, WrongUse
 from csflow.images import decode
 from csflow.model_directory import load_model
+from csflow.preprocessing import Preprocessing
 from csflow.storage import Location
 from csflow.training.config import TrainConfig
 from csflow.training.job import train
@@ -73,8 +75,10 @@ def test_calibration_scores_are_what_the_detector_gives_for_the_held_out_photogr
     calibration = pq.read_table(model / "calibration.parquet")
     assert calibration.num_rows == 10
     detector = load_model(Location(str(model))).detector
+    assert detector.architecture.preprocessing == Preprocessing((128, 128), "stretch", "bicubic")
     pixels = [
-        decode(Path(uri).read_bytes(), (128, 128)).pixels_HWC for uri in calibration["image_uri"].to_pylist()
+        decode(Path(uri).read_bytes(), detector.architecture.preprocessing).pixels_HWC
+        for uri in calibration["image_uri"].to_pylist()
     ]
     scores = detector(torch.from_numpy(np.stack(pixels))).anomaly_score_B
     np.testing.assert_allclose(calibration["anomaly_score"], scores, rtol=2e-4)
@@ -110,6 +114,64 @@ def test_an_unreadable_image_is_left_out_and_named(ray_cluster, good_cells, tmp_
     assert train(configure("--input", images, "--output", tmp_path / "model")) == ExitStatus.DONE
     assert f"left out: {images / 'broken.png'}: truncated" in capfd.readouterr().out
     assert json.loads((tmp_path / "model" / "config.json").read_text())["data"]["unreadable_images"] == 1
+
+
+def test_excluded_images_take_no_part_and_leave_the_fingerprint_of_an_input_without_them(
+    model, good_cells, tmp_path, capfd
+):
+    bad, *good = sorted(good_cells.iterdir())
+    (tmp_path / "bad.csv").write_text(f"image_uri\n{bad}\n")
+    (tmp_path / "good.csv").write_text("image_uri\n" + "".join(f"{path}\n" for path in good))
+    arguments = ["--work_dir", model / "_work", "--epochs", 1]
+    some = ["--input", good_cells, "--exclude", tmp_path / "bad.csv", "--output", tmp_path / "some"]
+    assert train(configure(*some, *arguments)) == ExitStatus.DONE
+    printed = capfd.readouterr().out
+    assert "48 images listed\n1 images left out by --exclude" in printed
+    assert "features: 0 images extracted in 0 s, 47 in the cache" in printed
+    rest = ["--input", tmp_path / "good.csv", "--output", tmp_path / "rest"]
+    assert train(configure(*rest, *arguments)) == ExitStatus.DONE
+    some_config, rest_config = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("some", "rest")
+    )
+    assert some_config["data"] == rest_config["data"]
+    assert some_config["training"]["exclude"] == [str(tmp_path / "bad.csv")]
+
+
+def test_excluding_all_images_is_wrong_use(good_cells, tmp_path):
+    with pytest.raises(WrongUse, match="--exclude leaves none of the 48 images of --input"):
+        train(configure("--input", good_cells, "--output", tmp_path / "model", "--exclude", "*/none/*", "*"))
+
+
+def test_images_that_are_stretched_are_told_of_until_they_are_letterboxed(
+    ray_cluster, good_cells, tmp_path, capfd
+):
+    (tmp_path / "images").mkdir()
+    for path in sorted(good_cells.iterdir())[:12]:
+        Image.open(path).crop((0, 0, 300, 120)).save(tmp_path / "images" / path.name)
+    arguments = ["--input", tmp_path / "images", "--work_dir", tmp_path / "work", "--epochs", 1]
+    warning = (
+        "warning: 12 of 12 images are stretched by more than 1.5 to become 128 x 128 pixels (median 2.50)"
+    )
+    for name, extracted in (("first", 12), ("again", 0)):  # the cache knows their sizes
+        assert train(configure(*arguments, "--output", tmp_path / name)) == ExitStatus.DONE
+        printed = capfd.readouterr().out
+        assert f"features: {extracted} images extracted" in printed
+        assert warning in printed
+    assert (
+        train(configure(*arguments, "--output", tmp_path / "boxed", "--fit", "letterbox")) == ExitStatus.DONE
+    )
+    printed = capfd.readouterr().out
+    assert "features: 12 images extracted" in printed
+    assert "images are stretched" not in printed
+    detector = load_model(Location(str(tmp_path / "boxed"))).detector
+    assert detector.architecture.preprocessing == Preprocessing((128, 128), "letterbox", "bicubic")
+    calibration = pq.read_table(tmp_path / "boxed" / "calibration.parquet")
+    pixels = [
+        decode(Path(uri).read_bytes(), detector.architecture.preprocessing).pixels_HWC
+        for uri in calibration["image_uri"].to_pylist()
+    ]
+    scores = detector(torch.from_numpy(np.stack(pixels))).anomaly_score_B
+    np.testing.assert_allclose(calibration["anomaly_score"], scores, rtol=2e-4)
 
 
 def test_tensorboard_has_the_curves(model):

@@ -1,5 +1,6 @@
 """Split, feature cache and training loop, in this process: real photographs and weights, no cluster."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -16,8 +17,10 @@ from scipy.stats import betabinom, ks_2samp
 from csflow.calibration import p_values
 from csflow.cluster import WorkerResources
 from csflow.errors import WrongUse
+from csflow.images import decode
 from csflow.inputs.listing import list_images
 from csflow.model import Architecture, Detector, load_weights
+from csflow.preprocessing import Preprocessing
 from csflow.storage import Location
 from csflow.training.augmentation import AugmentedFeatures, augment
 from csflow.training.cache import (
@@ -29,7 +32,7 @@ from csflow.training.cache import (
     find_images,
 )
 from csflow.training.checkpoint import restore, written_checkpoint
-from csflow.training.data import TrainingData
+from csflow.training.data import TrainingData, stretch_warning
 from csflow.training.features import FeatureExtractor
 from csflow.training.loop import LoopSettings, Trainer, Worker, epoch_batches
 from csflow.training.sources import ResidentFeatures, StreamedFeatures, open_features
@@ -182,7 +185,26 @@ def test_another_flow_finds_the_cache_and_another_backbone_or_size_does_not(dete
     assert folder(hidden_channels=8, kernel_sizes=(3, 5), seed=1) == here
     assert folder(image_size=(128, 128)) != here
     assert folder(scales=1) != here
+    assert folder(cut_after=("blocks.4", "blocks.5"), scales=1) != here
     assert FeatureCache.of(root, Detector(ARCHITECTURE)).folder.url != here
+
+
+def test_levels_of_several_stages_train_from_the_cache(cells, tmp_path):
+    architecture = replace(ARCHITECTURE, cut_after=("blocks.2", "blocks.4", "blocks.5"), scales=1)
+    detector = Detector(architecture)
+    images = listed(cells / "functional" / "train").slice(0, 40)
+    cache = extract(images, detector, tmp_path)
+    assert cache.feature_shapes == ((40, 8, 8), (112, 4, 4), (192, 2, 2))
+    rows = find_images(images, cache.index())[0]
+    stored = next(open_features(cache, rows, ROOMY, CPU.device).batches(1, [torch.arange(2)]))
+    paths = [Path(uri) for uri in rows["image_uri"].to_pylist()[:2]]
+    pixels = np.stack([decode(path.read_bytes(), (64, 64)).pixels_HWC for path in paths])
+    for actual, expected in zip(stored, detector.features(torch.from_numpy(pixels)), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-3 * expected.abs().max().item())
+    data = TrainingData.divide(rows, validation=0.1, holdout=0.2, seed=0)
+    trainer = run(new_trainer(cache, data, replace(SETTINGS, architecture=architecture, epochs=3)))
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    detector.flow.load_state_dict(trainer.best_state)
 
 
 def test_half_precision_in_the_cache_does_not_move_scores(cached, detector, cells):
@@ -199,7 +221,7 @@ def test_half_precision_in_the_cache_does_not_move_scores(cached, detector, cell
 def test_features_beyond_half_precision_are_stored_in_full(tmp_path):
     cache = FeatureCache(Location(str(tmp_path)), [(2, 1, 1)])
     for name, value in (("a", 1e6), ("b", 1.0)):
-        cache.write(name, FeatureFile([name], ["1"], [name], torch.tensor([[value, 0.5]]), []))
+        cache.write(name, FeatureFile([name], ["1"], [name], [(6, 4)], torch.tensor([[value, 0.5]]), []))
     rows = cache.index()
     assert rows["dtype"].to_pylist() == ["F32", "F16"]
     for memory_bytes in (ROOMY, 0):
@@ -227,11 +249,39 @@ def test_an_interrupted_index_is_made_up_for_from_the_files(cached):
 
 def test_unreadable_images_are_remembered_with_their_reason(tmp_path):
     cache = FeatureCache(Location(str(tmp_path)), [(2, 1, 1)])
-    cache.write("a", FeatureFile(["good"], ["1"], ["d"], torch.zeros(1, 2), [("bad", "1", "truncated")]))
+    cache.write(
+        "a", FeatureFile(["good"], ["1"], ["d"], [(480, 640)], torch.zeros(1, 2), [("bad", "1", "truncated")])
+    )
     rows = cache.index().cast(INDEX)
     assert rows["error_message"].to_pylist() == [None, "truncated"]
     with pytest.raises(WrongUse, match="of 1 images"):
         TrainingData.divide(rows, 0.1, 0.2, seed=0)
+
+
+def test_the_cache_remembers_the_sizes_of_the_originals(cached):
+    assert set(cached[1]["image_height"].to_pylist()) == {300}
+    assert set(cached[1]["image_width"].to_pylist()) == {300}
+
+
+def test_a_cache_is_of_one_fit_and_one_filter(detector, tmp_path):
+    folders = {FeatureCache.of(Location(str(tmp_path)), detector).folder.name}
+    for change in ({"fit": "crop"}, {"interpolation": "bicubic"}):
+        other = copy.copy(detector)
+        other.architecture = replace(detector.architecture, **change)
+        folders.add(FeatureCache.of(Location(str(tmp_path)), other).folder.name)
+    assert len(folders) == 3
+
+
+def test_images_that_are_stretched_too_much_are_counted():
+    sizes = [(100, 100), (100, 149), (100, 200), (400, 100), (None, None)]
+    columns = {"image_height": [height for height, _ in sizes], "image_width": [width for _, width in sizes]}
+    cached = pa.table(columns)
+    warning = stretch_warning(cached, Preprocessing((64, 64)))
+    assert warning is not None
+    assert "2 of 4 images are stretched by more than 1.5 to become 64 x 64 pixels (median 3.00)" in warning
+    assert "--fit letterbox" in warning
+    assert stretch_warning(cached, Preprocessing((64, 64), "letterbox")) is None
+    assert stretch_warning(cached.slice(0, 2), Preprocessing((64, 64))) is None
 
 
 def test_every_epoch_sees_every_image_once_in_an_order_of_its_own():

@@ -6,12 +6,14 @@ does not grow with the number of images or regions.
 Dimension letters: H, W rows and columns of the image; D bins of map values, highest first.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from scipy import ndimage
+
+from csflow.maps import resample
 
 FPR_LIMIT = 0.3
 """Up to which false positive rate the PRO curve is integrated (Bergmann et al., CVPR 2019)."""
@@ -55,15 +57,26 @@ class PixelHistograms:
     def defective_pixels(self) -> int:
         return int(self._defective.sum())
 
-    def add(self, anomaly_map: NDArray[np.float32], mask_HW: NDArray[np.bool_]) -> None:
+    def add(
+        self,
+        anomaly_map: NDArray[np.float32],
+        mask_HW: NDArray[np.bool_],
+        box: Sequence[float] | None = None,
+    ) -> None:
         """Counts one image: its map in native resolution, and which of its pixels are defective.
 
-        Map values that are no finite number rank highest.
+        Map values that are no finite number rank highest. Pixels beyond the box rank lowest: the model does
+        not look there, and so finds no defect and raises no alarm. Were they left out, a model that sees half
+        of a part would be as good as one that sees it all.
+
+        Args:
+            box: what the map covers, `map_box`; None for the whole image.
 
         Raises:
             ValueError: a map value is negative.
         """
-        bin_HW = _bins(upsample(anomaly_map, *mask_HW.shape))
+        height, width = mask_HW.shape
+        bin_HW = _bins(upsample(anomaly_map, height, width, box))
         first = int(bin_HW.min())
         if first < 0:
             raise ValueError("anomaly maps are means of squares, and cannot be negative")
@@ -99,11 +112,13 @@ class PixelHistograms:
         return rates[0] / rates[0][-1], rates[1] / rates[1][-1]
 
 
-def upsample(anomaly_map: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
-    """The map at image size: bilinear, with cells as areas (`align_corners=False`)."""
+def upsample(
+    anomaly_map: NDArray[np.float32], height: int, width: int, box: Sequence[float] | None = None
+) -> NDArray[np.float32]:
+    """The map at image size: bilinear, with cells as areas (`align_corners=False`), 0 beyond the box."""
     top = float(np.finfo(np.float32).max)
     finite = np.nan_to_num(anomaly_map.astype(np.float32), nan=top, posinf=top)
-    return np.asarray(Image.fromarray(finite).resize((width, height), Image.Resampling.BILINEAR))
+    return resample(finite, height, width, box, outside=0)
 
 
 def _bins(values: NDArray[np.float32]) -> NDArray[np.int64]:

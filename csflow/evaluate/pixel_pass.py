@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow.dataset as ds
-from numpy.typing import NDArray
 
 from csflow.errors import ErrorCode, ImageError, WrongUse
 from csflow.evaluate.labels import Label, LabelledScore, among
-from csflow.evaluate.masks import MaskReader
+from csflow.evaluate.masks import Mask, MaskReader
 from csflow.evaluate.pixel_metrics import FPR_LIMIT, PixelHistograms
 
 MASK_THREADS = 8
 MAP_BATCH_ROWS = 64
+IMAGE_COUNTS = ("normal", "with_mask", "without_mask", "empty_mask", "thresholded_mask")
+"""`empty_mask` is part of `without_mask`."""
 
 
 def pixel_metrics(
@@ -23,27 +24,32 @@ def pixel_metrics(
     """Histograms and metrics of all images whose defective pixels are known; None if there is no mask.
 
     Raises:
-        WrongUse: maps are missing, or a mask is missing, unreadable, empty or of another size.
+        WrongUse: maps are missing, or a mask is missing, unreadable or of another size, or marks pixels of a
+            normal image.
     """
-    histograms, images = PixelHistograms(), {"normal": 0, "with_mask": 0, "without_mask": 0}
+    histograms, images = PixelHistograms(), dict.fromkeys(IMAGE_COUNTS, 0)
+    empty_masks: list[str] = []
     if not any(image.label.mask_uri for image in scored.values()):
-        return None, {"images": images}
+        return None, {"images": images, "empty_masks": empty_masks}
     without_map: list[str] = []
     for row, mask in masks.read(_latest_maps(dataset, scored), scored):
-        is_defective = scored[row["image_uri"]].label.is_defective
-        if mask is None and is_defective:
+        label = scored[row["image_uri"]].label
+        images["thresholded_mask"] += mask is not None and mask.is_thresholded
+        if label.is_defective and not (mask and mask.is_defective_HW.any()):
             images["without_mask"] += 1
+            if mask and label.mask_uri:
+                images["empty_mask"] += 1
+                empty_masks.append(label.mask_uri)
             continue
-        images["with_mask" if is_defective else "normal"] += 1
+        images["with_mask" if label.is_defective else "normal"] += 1
         if row["anomaly_map"] is None:
             without_map.append(row["image_uri"])
             continue
         map_HW = np.asarray(row["anomaly_map"]).reshape(row["map_height"], row["map_width"])
-        if mask is None:
-            mask = np.zeros((row["image_height"], row["image_width"]), bool)
-        histograms.add(map_HW, mask)
+        size = (row["image_height"], row["image_width"])
+        histograms.add(map_HW, mask.is_defective_HW if mask else np.zeros(size, bool), row["map_box"])
     if not images["with_mask"]:
-        return None, {"images": images}
+        return None, {"images": images, "empty_masks": empty_masks}
     if without_map:
         raise WrongUse(
             f"{len(without_map)} images, {without_map[0]} first, were scored without an anomaly map; score "
@@ -52,6 +58,7 @@ def pixel_metrics(
     auroc, aupro = histograms.auroc(), histograms.aupro()
     return histograms, {
         "images": images,
+        "empty_masks": empty_masks,
         "regions": histograms.regions,
         "normal_pixels": histograms.normal_pixels,
         "defective_pixels": histograms.defective_pixels,
@@ -64,7 +71,7 @@ def pixel_metrics(
 def _latest_maps(dataset: ds.Dataset, scored: Mapping[str, LabelledScore]) -> Iterator[list[dict[str, Any]]]:
     """The labelled images' latest rows, in batches: all maps of an archive need not fit into memory."""
     columns = ["image_uri", "scored_at", "image_height", "image_width"]
-    columns += ["anomaly_map", "map_height", "map_width"]
+    columns += ["anomaly_map", "map_height", "map_width", "map_box"]
     left = {uri: image.scored_at for uri, image in scored.items()}
     batches = dataset.to_batches(
         columns=columns,
@@ -95,18 +102,18 @@ class Masks:
 
     def read(
         self, batches: Iterator[list[dict[str, Any]]], scored: Mapping[str, LabelledScore]
-    ) -> Iterator[tuple[dict[str, Any], NDArray[np.bool_] | None]]:
+    ) -> Iterator[tuple[dict[str, Any], Mask | None]]:
         """Yields rows with their masks, None where there is none."""
         with ThreadPoolExecutor(MASK_THREADS, thread_name_prefix="masks") as pool:
             for rows in batches:
                 labels = [scored[row["image_uri"]].label for row in rows]
                 yield from zip(rows, pool.map(self._read, rows, labels), strict=True)
 
-    def _read(self, row: Mapping[str, Any], label: Label) -> NDArray[np.bool_] | None:
+    def _read(self, row: Mapping[str, Any], label: Label) -> Mask | None:
         if label.mask_uri is None:
             return None
         try:
-            mask_HW = self._reader.read(label.mask_uri)
+            mask = self._reader.read(label.mask_uri)
         except ImageError as error:
             if error.code == ErrorCode.NOT_FOUND and not self._must_exist:
                 return None
@@ -114,13 +121,15 @@ class Masks:
                 f"mask {label.mask_uri} cannot be read ({error}); correct it or leave it out"
             ) from None
         size = (row["image_height"], row["image_width"])
-        if mask_HW.shape != size:
-            sizes = [f"{height} x {width}" for height, width in (mask_HW.shape, size)]
+        if mask.is_defective_HW.shape != size:
+            sizes = [f"{height} x {width}" for height, width in (mask.is_defective_HW.shape, size)]
             raise WrongUse(
                 f"mask {label.mask_uri} has {sizes[0]} pixels, its image {row['image_uri']} has {sizes[1]}; "
                 "a mask must have the size of its image"
             )
-        if mask_HW.any() != label.is_defective:
-            what = "marks no pixel of a defective" if label.is_defective else "marks pixels of a normal"
-            raise WrongUse(f"mask {label.mask_uri} {what} image, {row['image_uri']}; correct mask or label")
-        return mask_HW
+        if not label.is_defective and mask.is_defective_HW.any():
+            raise WrongUse(
+                f"mask {label.mask_uri} marks pixels of a normal image, {row['image_uri']}; correct mask or "
+                "label"
+            )
+        return mask

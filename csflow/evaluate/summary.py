@@ -74,16 +74,25 @@ def print_evaluation(evaluation: Mapping[str, Any]) -> None:
 def _print_pixels(pixels: Mapping[str, Any] | None) -> None:
     if pixels is None:
         return
-    images = pixels["images"]
-    if "metrics" not in pixels:
-        if images["without_mask"]:
-            print(f"{'masks':<20}none found, so no pixel metrics")
-        return
-    for name, value in pixels["metrics"].items():
-        print(f"{name:<20}{value:.4f}   ± {pixels['binning_error'][name]:.1g} by binning")
-    print(f"{'masks':<20}{images['with_mask']:,} images, {pixels['regions']:,} defective regions")
-    if images["without_mask"]:
+    images, empty = pixels["images"], pixels["empty_masks"]
+    if "metrics" in pixels:
+        for name, value in pixels["metrics"].items():
+            print(f"{name:<20}{value:.4f}   ± {pixels['binning_error'][name]:.1g} by binning")
+        print(f"{'masks':<20}{images['with_mask']:,} images, {pixels['regions']:,} defective regions")
+    elif images["without_mask"]:
+        print(f"{'masks':<20}none {'marks a pixel' if empty else 'found'}, so no pixel metrics")
+    if images["thresholded_mask"]:
+        print(
+            f"{'thresholded masks':<20}{images['thresholded_mask']:,} with grey beside black and white, as "
+            "JPEG leaves it: defective from half of their maximum"
+        )
+    if images["without_mask"] and "metrics" in pixels:
         print(f"{'without mask':<20}{images['without_mask']:,} defective images, left out of pixel metrics")
+    if empty:
+        print(
+            f"{'warning':<20}{len(empty):,} masks of defective images mark no pixel and count as none, "
+            f"{empty[0]} first"
+        )
 
 
 def _print_classes(classes: Mapping[str, Any]) -> None:

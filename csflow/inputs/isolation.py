@@ -10,6 +10,7 @@ from typing import Any
 from csflow.errors import ErrorCode, ImageError
 from csflow.inputs.loading import LoadedImage, load_one
 from csflow.inputs.reading import ImageReader
+from csflow.preprocessing import Preprocessing
 from csflow.stages import Stages
 
 ATTEMPTS = 2
@@ -21,9 +22,9 @@ _child_reader: ImageReader
 class IsolatedLoader:
     """Loads one image after another in a child process that an image may take down. For one thread."""
 
-    def __init__(self, storage_options: Mapping[str, Any], image_size: tuple[int, int]) -> None:
+    def __init__(self, storage_options: Mapping[str, Any], preprocessing: Preprocessing) -> None:
         self._storage_options = storage_options
-        self._image_size = image_size
+        self._preprocessing = preprocessing
         self._pool: ProcessPoolExecutor | None = None
 
     def load(
@@ -47,7 +48,7 @@ class IsolatedLoader:
                 # A fork of this process would share the locks of its threads.
                 self._pool = ProcessPoolExecutor(1, get_context("spawn"), _start, (self._storage_options,))
             try:
-                return self._pool.submit(_load, image_uri, image_version, self._image_size).result()
+                return self._pool.submit(_load, image_uri, image_version, self._preprocessing).result()
             except BrokenProcessPool:
                 self._pool = None
         error = ImageError(ErrorCode.CRASHED, f"the process that read and decoded it died, {ATTEMPTS} times")
@@ -59,5 +60,5 @@ def _start(storage_options: Mapping[str, Any]) -> None:
     _child_reader = ImageReader(storage_options)
 
 
-def _load(image_uri: str, image_version: str, image_size: tuple[int, int]) -> LoadedImage:
-    return load_one(_child_reader, image_uri, image_version, image_size)
+def _load(image_uri: str, image_version: str, preprocessing: Preprocessing) -> LoadedImage:
+    return load_one(_child_reader, image_uri, image_version, preprocessing)

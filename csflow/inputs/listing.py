@@ -64,6 +64,29 @@ def list_table(inputs: Sequence[str], storage_options: Mapping[str, Any]) -> pa.
     return table.take(np.sort(first))
 
 
+def list_names(manifest: str, storage_options: Mapping[str, Any]) -> list[str]:
+    """The URIs of the images that a manifest names; whether they exist is not looked up.
+
+    Raises:
+        WrongUse: it does not exist, is refused or is not a manifest.
+        ConnectionError: as `list_images`.
+    """
+    store = ObjectStore(storage_options, DEADLINE_S)
+    with _explaining(manifest):
+        file = store.stat(manifests.canonical_uri(manifest))
+        if file.uri.lower().endswith(manifests.SUFFIX):
+            return [image.uri for image in manifests.read_csv(store, file)]
+        try:
+            parquet = rows.open_parquet(store, file)
+        except ImageError as failure:
+            if failure.code != ErrorCode.CORRUPT:
+                raise
+            raise WrongUse(f"{file.uri} cannot be read as a manifest: {failure.message}") from None
+        if not manifests.is_manifest(parquet.schema_arrow):
+            raise WrongUse(f"{file.uri} has no column {manifests.URI}; name the images in one")
+        return [image.uri for image in manifests.read_parquet(file.uri, parquet)]
+
+
 class _Listing:
     """From locations to images: what a location is, and what the archives and tables there hold."""
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 from csflow.errors import ErrorCode, ImageError
 from csflow.images import DecodedImage, decode
 from csflow.inputs.reading import ImageReader
+from csflow.preprocessing import Preprocessing
 from csflow.stages import Stages
 
 T = TypeVar("T")
@@ -30,9 +31,9 @@ class LoadedImage:
 class ImageLoader:
     """Reads and decodes images in threads, ahead of whoever takes them. Threads may share it."""
 
-    def __init__(self, reader: ImageReader, image_size: tuple[int, int], threads: int) -> None:
+    def __init__(self, reader: ImageReader, preprocessing: Preprocessing, threads: int) -> None:
         self._reader = reader
-        self._image_size = image_size
+        self._preprocessing = preprocessing
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="image-loader")
 
@@ -68,11 +69,11 @@ class ImageLoader:
             waiting.extend(self._submit(*image) for image in islice(images, 1))
 
     def _submit(self, image_uri: str, image_version: str) -> Future[LoadedImage]:
-        return self._pool.submit(load_one, self._reader, image_uri, image_version, self._image_size)
+        return self._pool.submit(load_one, self._reader, image_uri, image_version, self._preprocessing)
 
 
 def load_one(
-    reader: ImageReader, image_uri: str, image_version: str, image_size: tuple[int, int]
+    reader: ImageReader, image_uri: str, image_version: str, preprocessing: Preprocessing
 ) -> LoadedImage:
     """Reads and decodes one image; whatever goes wrong is in the result."""
     stages = Stages()
@@ -81,7 +82,7 @@ def load_one(
         with stages.measured("read"):
             data = reader.read(image_uri, image_version)
         with stages.measured("decode"):
-            content = decode(data, image_size)
+            content = decode(data, preprocessing)
     except ImageError as error:
         content = error
     except Exception as error:

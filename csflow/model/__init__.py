@@ -1,13 +1,16 @@
 """The CS-Flow model: torch, timm and OpenVINO only; no Ray, no files, no object store."""
 
-from csflow.model.backbone import Backbone, BackboneError, download_weights, load_weights
-from csflow.model.detector import Architecture, Detector, Scores, new_flow, score_latents
+from csflow.model.backbone import PAPER_STAGE, Backbone, BackboneError, download_weights, load_weights
+from csflow.model.detector import Architecture, Detector, energies, new_flow
 from csflow.model.flow import CrossScaleFlow, FlowOutput, negative_log_likelihood
 from csflow.model.inference import InferenceDetector
 from csflow.model.inference_backbone import InferenceBackbone
 from csflow.model.precision import PrecisionSetting, multiplies_bfloat16
+from csflow.model.statistic import PlainStatistic, Scores, StandardisedStatistic, fitted_statistic
+from csflow.model.whitening import Moments, PositionGaussian, Whitening, gaussians_of
 
 __all__ = [
+    "PAPER_STAGE",
     "Architecture",
     "Backbone",
     "BackboneError",
@@ -16,12 +19,19 @@ __all__ = [
     "FlowOutput",
     "InferenceBackbone",
     "InferenceDetector",
+    "Moments",
+    "PlainStatistic",
+    "PositionGaussian",
     "PrecisionSetting",
     "Scores",
+    "StandardisedStatistic",
+    "Whitening",
     "download_weights",
+    "energies",
+    "fitted_statistic",
+    "gaussians_of",
     "load_weights",
     "multiplies_bfloat16",
     "negative_log_likelihood",
     "new_flow",
-    "score_latents",
 ]

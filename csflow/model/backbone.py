@@ -1,14 +1,24 @@
-"""The frozen feature extractor: a timm network cut after a chosen stage."""
+"""The frozen feature extractor: a timm network whose maps behind some stages are the features."""
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import timm
 import torch
+from timm.data.config import resolve_data_config
 from torch import Tensor, nn
+
+from csflow.preprocessing import Interpolation
 
 PAPER_STAGE = "blocks.5"
 """The sixth stage of an EfficientNet, where the paper cuts its B5."""
+
+DEFAULT_STAGES: Mapping[str, tuple[str, ...]] = {"EfficientNet": (PAPER_STAGE,)}
+"""By what a timm network's class is called; of other networks it is the last feature level."""
+
+PROBE_SIDE = 128
+"""Of the image that finds out what the maps of a chain are like; a multiple of every usual stride."""
 
 
 class BackboneError(ValueError):
@@ -16,73 +26,239 @@ class BackboneError(ValueError):
 
 
 class Backbone(nn.Module):
-    """A timm convolutional network up to a stage; always in eval mode and without gradients."""
+    """A timm network up to a stage; always in eval mode and without gradients.
+
+    Most networks are a chain of modules up to the cut. Others, such as vision transformers, give their maps
+    through timm's `forward_intermediates`.
+    """
 
     def __init__(
-        self, name: str, cut_after: str | None = None, channels_and_stride: tuple[int, int] | None = None
+        self,
+        name: str,
+        cut_after: Sequence[str] | str | None = None,
+        is_proven: bool = False,
     ) -> None:
         """Builds the network with random weights, and no download.
 
         Args:
             name: of a timm model.
-            cut_after: module after which the network ends, such as `blocks.5` or `layer3`; by default
-                the sixth stage of an EfficientNet and the last feature level of any other network.
-            channels_and_stride: of its feature map, if they are known; else they are found, and the cut is
-                proven right, by a pass through the network.
+            cut_after: stages whose maps are wanted: modules such as `blocks.5` or `layer3`, one or
+                several in any order. The network ends after the deepest. By default `default_stages`.
+            is_proven: this backbone was built before. Spares the pass through the whole network that proves
+                the cut right.
 
         Raises:
-            BackboneError: timm knows no such network, or it is no chain of modules up to the cut.
+            BackboneError: timm knows no such network, or it gives no maps of these stages.
         """
         super().__init__()
         network = _create(name)
         self.name = name
-        self.cut_after = cut_after or _default_cut(network)
-        published = cast(dict[str, Any], network.pretrained_cfg)
+        published = resolve_data_config(pretrained_cfg=network.pretrained_cfg)
         self.mean: tuple[float, ...] = tuple(published["mean"])
         self.std: tuple[float, ...] = tuple(published["std"])
-        chain = dict(_chain(network, self.cut_after))
-        # Sequential names cannot hold the dots of the path.
-        self.layers = nn.Sequential()
-        for path, layer in chain.items():
-            self.layers.add_module(path.replace(".", "_"), layer)
+        self.interpolation: Interpolation = (
+            "bilinear" if published["interpolation"] == "bilinear" else "bicubic"
+        )
+        """The filter of resizing with which the network was tested: timm has these two."""
+        self.native_side: int = published["input_size"][-1]
+        """Of the images that the network was trained on, pixels."""
+        self.known_stages = {level["module"]: level["reduction"] for level in _levels(network)}
+        """Stages that timm names, with their strides."""
+        wanted = (cut_after,) if isinstance(cut_after, str) else cut_after or default_stages(network)
+        self.layers: nn.Module
+        self.stages: tuple[str, ...]
+        """From shallow to deep."""
+        self.is_stage: tuple[bool, ...] = ()
+        """Of each layer of a chain."""
+        try:
+            shapes = self._take_chain(network, wanted)
+        except BackboneError:
+            if not (hasattr(network, "forward_intermediates") and self.known_stages.keys() >= set(wanted)):
+                raise
+            shapes = self._take_intermediates(wanted)
+        self.channels: tuple[int, ...] = tuple(channels for channels, _ in shapes)
+        """Of each stage's map."""
+        self.strides: tuple[int, ...] = tuple(stride for _, stride in shapes)
+        """Of each stage's map: height and width of the image are so many times its own."""
         self.requires_grad_(False)
         self.eval()
-        self.channels, self.stride = channels_and_stride or self._probe(network)
+        if self.is_chain and not is_proven:
+            self._prove(network)
 
-    def forward(self, image_BCHW: Tensor) -> Tensor:
-        """Feature map (B, channels, H / stride, W / stride) of normalised images."""
-        features_BCHW: Tensor = self.layers(image_BCHW)
-        return features_BCHW
+    @property
+    def cut_after(self) -> tuple[str, ...] | str:
+        """The stages as settings name them: a single one by itself."""
+        return self.stages[0] if len(self.stages) == 1 else self.stages
+
+    @property
+    def is_chain(self) -> bool:
+        """`layers` are one after the other, in place of `IntermediateMaps`."""
+        return isinstance(self.layers, nn.Sequential)
+
+    def forward(self, image_BCHW: Tensor) -> list[Tensor]:
+        """Per stage the feature map (B, channels, H / stride, W / stride) of normalised images."""
+        if isinstance(self.layers, nn.Sequential):
+            return stage_maps(self.layers, self.is_stage, image_BCHW)
+        return cast(list[Tensor], self.layers(image_BCHW))
 
     def train(self, mode: bool = True) -> "Backbone":
         """Stays in eval mode: a pass in train mode would move the batch-norm statistics."""
         return super().train(False)
 
-    def _probe(self, network: nn.Module) -> tuple[int, int]:
-        """Finds channels and stride, and proves that the chain computes what the network computes."""
-        side = 128
-        image_BCHW = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-        expected: list[Tensor] = []
-        hook = network.get_submodule(self.cut_after).register_forward_hook(
-            lambda module, inputs, output: expected.append(output)
-        )
+    def takes(self, height: int, width: int) -> bool:
+        """Whether images of this size give maps of the size that the strides say."""
+        try:
+            maps = self._maps_on_meta(height, width)
+        except Exception:  # networks complain in ways of their own
+            return False
+        sizes = [(height // stride, width // stride) for stride in self.strides]
+        return [tuple(map_BCHW.shape[2:]) for map_BCHW in maps] == sizes
+
+    def _take_chain(self, network: nn.Module, wanted: Sequence[str]) -> list[tuple[int, int]]:
+        """The modules on the way to the stages; returns their channels and strides."""
+        chain = dict(_chain(network, wanted))
+        self.stages = tuple(path for path in chain if path in wanted)
+        for lost in sorted(set(wanted) - chain.keys()):
+            raise BackboneError(
+                f"{lost} holds another of the stages {', '.join(wanted)}; name one of the two"
+            )
+        # Sequential names cannot hold the dots of the path.
+        self.layers = nn.Sequential()
+        for path, layer in chain.items():
+            self.layers.add_module(_layer_name(path), layer)
+        self.is_stage = tuple(path in wanted for path in chain)
+        self.eval()
+        try:
+            maps = self._maps_on_meta(PROBE_SIDE, PROBE_SIDE)
+        except Exception as error:
+            raise self._no_cut(error) from None
+        for stage, features in zip(self.stages, maps, strict=True):
+            is_map = (
+                isinstance(features, Tensor) and features.ndim == 4 and PROBE_SIDE % features.shape[2] == 0
+            )
+            if not is_map or getattr(network, "output_fmt", "NCHW") != "NCHW":
+                raise self._no_chain(stage)
+        return [(features.shape[1], PROBE_SIDE // features.shape[2]) for features in maps]
+
+    def _take_intermediates(self, wanted: Sequence[str]) -> list[tuple[int, int]]:
+        """The network itself; returns channels and strides of the stages."""
+        network = _create_flexible(self.name)
+        self.stages = tuple(name for name in self.known_stages if name in wanted)
+        indices = {level["module"]: index for index, level in enumerate(_levels(network))}
+        self.layers = IntermediateMaps(network, [indices[stage] for stage in self.stages])
+        self.is_stage = ()
+        self.eval()
+        try:
+            maps = self._maps_on_meta(self.native_side, self.native_side)
+        except Exception as error:
+            raise self._no_cut(error) from None
+        strides = [self.known_stages[stage] for stage in self.stages]
+        for stage, stride, map_BCHW in zip(self.stages, strides, maps, strict=True):
+            if map_BCHW.shape[2] * stride != self.native_side:
+                raise BackboneError(
+                    f"backbone {self.name} gives no map after {stage} whose side divides that of the image; "
+                    "choose another cut or network"
+                )
+        return [(map_BCHW.shape[1], stride) for map_BCHW, stride in zip(maps, strides, strict=True)]
+
+    def _maps_on_meta(self, height: int, width: int) -> list[Tensor]:
+        """The maps of an image of this size without their numbers, which takes no time to speak of."""
+        state = [*self.named_parameters(), *self.named_buffers()]
+        image_BCHW = torch.empty(1, 3, height, width, device="meta")
+        with torch.inference_mode(), torch.device("meta"):
+            on_meta = {name: tensor.to("meta") for name, tensor in state}
+            return cast(list[Tensor], torch.func.functional_call(self, on_meta, image_BCHW))
+
+    def _prove(self, network: nn.Module) -> None:
+        """Proves that the chain computes what the network computes."""
+        image_BCHW = torch.rand(1, 3, PROBE_SIDE, PROBE_SIDE, generator=torch.Generator().manual_seed(0))
+        expected: dict[str, Tensor] = {}
+        hooks = [
+            network.get_submodule(stage).register_forward_hook(
+                lambda module, inputs, output, stage=stage: expected.update({stage: output})
+            )
+            for stage in self.stages
+        ]
         try:
             with torch.inference_mode():
                 network.eval()(image_BCHW)
-                features = self(image_BCHW)
+                for hook in hooks:
+                    hook.remove()  # chain and network have the same modules
+                maps = self(image_BCHW)
         except Exception as error:
-            raise BackboneError(
-                f"backbone {self.name} cannot be cut after {self.cut_after}: {error}"
-            ) from None
-        finally:
-            hook.remove()
-        is_map = isinstance(features, Tensor) and features.ndim == 4 and side % features.shape[2] == 0
-        if not is_map or not torch.allclose(features, expected[0], atol=1e-5):
-            raise BackboneError(
-                f"backbone {self.name} is no chain of convolutional layers up to {self.cut_after}; "
-                "choose another cut or network"
-            )
-        return features.shape[1], side // features.shape[2]
+            raise self._no_cut(error) from None
+        for stage, features_BCHW in zip(self.stages, maps, strict=True):
+            if not torch.allclose(features_BCHW, expected[stage], atol=1e-5):
+                raise self._no_chain(stage)
+
+    def _no_cut(self, error: Exception) -> BackboneError:
+        return BackboneError(
+            f"backbone {self.name} cannot be cut after {' and '.join(self.stages)}: {error}; "
+            f"its stages are {', '.join(self.known_stages)}"
+        )
+
+    def _no_chain(self, stage: str) -> BackboneError:
+        return BackboneError(
+            f"backbone {self.name} is no chain of convolutional layers up to {stage}; "
+            f"its stages are {', '.join(self.known_stages)}"
+        )
+
+
+class IntermediateMaps(nn.Module):
+    """A network that hands out its own maps; the modules behind the deepest are left out.
+
+    timm's `forward_intermediates` knows where each architecture keeps its tokens: it drops class and register
+    tokens, and lays out patch tokens with channels first.
+    """
+
+    def __init__(self, network: nn.Module, indices: Sequence[int]) -> None:
+        """`indices` are those of the maps in the network's `feature_info`, ascending."""
+        super().__init__()
+        self.indices = list(indices)
+        cast(Any, network).prune_intermediate_layers(self.indices, prune_norm=True)
+        self.network = network
+
+    def forward(self, image_BCHW: Tensor) -> list[Tensor]:
+        """Each map (B, C, H, W)."""
+        maps = cast(Any, self.network).forward_intermediates(
+            image_BCHW, indices=self.indices, intermediates_only=True, output_fmt="NCHW"
+        )
+        return list(maps)
+
+    def at_size(self, height: int, width: int) -> "IntermediateMaps":
+        """For images of one size: position embeddings are resampled now, and not for every image."""
+        network: Any = self.network
+        if not (
+            getattr(network, "dynamic_img_size", False) and getattr(network, "pos_embed", None) is not None
+        ):
+            return self
+        fixed = copy.deepcopy(self)
+        cast(Any, fixed.network).set_input_size((height, width))
+        return fixed
+
+
+def stage_maps(layers: nn.Sequential, is_stage: Sequence[bool], x_BCHW: Tensor) -> list[Tensor]:
+    """What comes out of those layers that are stages, (B, C, H, W) each."""
+    maps = []
+    for layer, is_wanted in zip(layers, is_stage, strict=True):
+        x_BCHW = layer(x_BCHW)
+        if is_wanted:
+            maps.append(x_BCHW)
+    return maps
+
+
+def _levels(network: nn.Module) -> list[dict[str, Any]]:
+    """What timm says of the network's stages, from shallow to deep."""
+    return list(cast(Any, network.feature_info))
+
+
+def default_stages(network: nn.Module) -> tuple[str, ...]:
+    """The stages whose maps are the features where nothing else is wished, from shallow to deep."""
+    modules = dict(network.named_modules())
+    for family, stages in DEFAULT_STAGES.items():
+        if family in type(network).__name__ and modules.keys() >= set(stages):
+            return stages
+    return (str(_levels(network)[-1]["module"]),)
 
 
 def load_weights(backbone: Backbone, weights: Mapping[str, Tensor]) -> None:
@@ -104,11 +280,14 @@ def load_weights(backbone: Backbone, weights: Mapping[str, Tensor]) -> None:
             raise BackboneError(f"the weights are not those of a {backbone.name}")
         weights = dict(zip(own, weights.values(), strict=True))
     network.load_state_dict(weights)
-    chain = _chain(network, backbone.cut_after)
+    if isinstance(backbone.layers, IntermediateMaps):
+        kept, whole = backbone.layers.network, network.state_dict()
+        kept.load_state_dict({name: whole[name] for name in kept.state_dict()})
+        return
     backbone.layers.load_state_dict(
         {
-            f"{path.replace('.', '_')}.{name}": tensor
-            for path, layer in chain
+            f"{_layer_name(path)}.{name}": tensor
+            for path, layer in _chain(network, backbone.stages)
             for name, tensor in layer.state_dict().items()
         }
     )
@@ -123,28 +302,46 @@ def _create(name: str, pretrained: bool = False) -> nn.Module:
     return network
 
 
+def _create_flexible(name: str) -> nn.Module:
+    """The network for images of any size, if it can be built so."""
+    # Never without memory: buffers that are no part of the state would stay without their numbers.
+    with torch.device("cpu"):
+        try:
+            network: nn.Module = timm.create_model(name, dynamic_img_size=True)
+        except TypeError:
+            network = timm.create_model(name)
+    return network
+
+
 def download_weights(name: str) -> Mapping[str, Tensor]:
     """The pretrained weights that timm publishes for this network."""
     return _create(name, pretrained=True).state_dict()
 
 
-def _default_cut(network: nn.Module) -> str:
-    if "EfficientNet" in type(network).__name__ and any(n == PAPER_STAGE for n, _ in network.named_modules()):
-        return PAPER_STAGE
-    return str(cast(Any, network.feature_info)[-1]["module"])
+def _layer_name(path: str) -> str:
+    return path.replace(".", "_")
 
 
-def _chain(module: nn.Module, cut_after: str, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules in order up to the cut; only the containers on the way to it are opened."""
-    head, _, rest = cut_after.partition(".")
-    for name, child in module.named_children():
-        if name != head:
-            yield prefix + name, child
-        elif rest:
-            yield from _chain(child, rest, f"{prefix}{name}.")
-            return
+def _chain(
+    module: nn.Module, stages: Sequence[str], prefix: str = "", goes_on: bool = False
+) -> Iterator[tuple[str, nn.Module]]:
+    """The modules in order up to the deepest stage; only containers that a stage lies within are opened.
+
+    Args:
+        goes_on: a deeper stage lies behind this module, so that all of it is on the way.
+    """
+    children = dict(module.named_children())
+    parts = [stage.partition(".") for stage in stages]
+    left = {head for head, _, _ in parts}
+    for missing in sorted(left - children.keys()):
+        names = ", ".join(prefix + name for name in children)
+        raise BackboneError(f"the backbone has no module {prefix}{missing} to cut after; it has {names}")
+    for name, child in children.items():
+        left.discard(name)
+        within = [rest for head, _, rest in parts if head == name and rest]
+        if within:
+            yield from _chain(child, within, f"{prefix}{name}.", goes_on or bool(left))
         else:
             yield prefix + name, child
+        if not left and not goes_on:
             return
-    names = ", ".join(prefix + name for name, _ in module.named_children())
-    raise BackboneError(f"the backbone has no module {prefix}{head} to cut after; it has {names}")

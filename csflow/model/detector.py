@@ -1,11 +1,12 @@
 """The detector: from a batch of uint8 images to anomaly scores and maps.
 
-Dimension letters: B batch, C channels, H height, W width, S scales.
+Dimension letters: B batch, C channels, H height, W width, S levels of the pyramid, which the flow calls
+scales.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,14 @@ from torch import Tensor, nn
 
 from csflow.model.backbone import Backbone
 from csflow.model.flow import CrossScaleFlow
+from csflow.model.pyramid import Pyramid
 from csflow.model.rounding import rounding_shifts
+from csflow.model.statistic import PlainStatistic, Scores, StandardisedStatistic, energy_map
+from csflow.model.whitening import PositionGaussian, Whitening
+from csflow.preprocessing import Fit, Interpolation, Preprocessing
+
+OLD_DEFAULTS = {"fit": "stretch", "interpolation": "bilinear", "whitening": False}
+"""What holds for models that do not say."""
 
 
 @dataclass(frozen=True)
@@ -24,31 +32,45 @@ class Architecture:
     """Name of a timm network."""
     image_size: tuple[int, int]
     """Height and width in pixels of the images at scale 0."""
-    cut_after: str | None = None
-    """Module after which the backbone ends; None for the default of the network."""
+    cut_after: tuple[str, ...] | str | None = None
+    """Stages of the backbone whose maps are the features; None for the default of the network."""
     scales: int = 3
+    """Sizes in which the backbone sees an image, each half of the one before."""
     hidden_channels: int = 1024
     kernel_sizes: tuple[int, ...] = (3, 3, 3, 5)
     """One per coupling block."""
     seed: int = 0
     """Of the channel permutations and the initial weights."""
+    fit: Fit = "stretch"
+    """What becomes of images of another aspect ratio; the default is what models that do not say so have."""
+    interpolation: Interpolation = "bilinear"
+    """The filter of resizing; likewise."""
+    whitening: bool = False
+    """Whether features are whitened before the flow, and scores standardised; likewise."""
+
+    def __post_init__(self) -> None:
+        # A single stage is a string, as it always was: the id of a model depends on it.
+        if not isinstance(self.cut_after, str | None):
+            single = len(self.cut_after) == 1
+            object.__setattr__(self, "cut_after", self.cut_after[0] if single else tuple(self.cut_after))
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images become the pixels that the detector takes."""
+        return Preprocessing(self.image_size, self.fit, self.interpolation)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"image_size": list(self.image_size), "kernel_sizes": list(self.kernel_sizes)}
+        values = asdict(self) | {
+            "image_size": list(self.image_size),
+            "kernel_sizes": list(self.kernel_sizes),
+        }
+        # What older models do not say is left unsaid where it is the same, so that their ids stay.
+        return {name: value for name, value in values.items() if OLD_DEFAULTS.get(name, object()) != value}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Architecture":
         sizes = {name: tuple(values[name]) for name in ("image_size", "kernel_sizes")}
         return cls(**(values | sizes))
-
-
-class Scores(NamedTuple):
-    anomaly_score_B: Tensor
-    """Mean of z²/2 over every entry of all scales, float32."""
-    scale_scores_BS: Tensor
-    """The same of each scale, largest first."""
-    anomaly_map_BHW: Tensor
-    """Mean of z² over the channels of scale 0, in its native resolution."""
 
 
 class Detector(nn.Module):
@@ -68,14 +90,20 @@ class Detector(nn.Module):
             ValueError: the image size does not fit the backbone, or a flow setting is out of range.
         """
         super().__init__()
-        known = None
-        if feature_shapes:
-            channels, height, _ = feature_shapes[0]
-            known = channels, architecture.image_size[0] // height
-        self.backbone = Backbone(architecture.backbone, architecture.cut_after, known)
+        is_proven = feature_shapes is not None
+        self.backbone = Backbone(architecture.backbone, architecture.cut_after, is_proven)
         self.architecture = architecture
-        self.feature_shapes = _feature_shapes(architecture, self.backbone)
-        self.flow = new_flow(architecture, self.backbone.channels)
+        strides = dict(zip(self.backbone.stages, self.backbone.strides, strict=True))
+        self.pyramid = Pyramid.of(strides, architecture.scales, self.backbone.known_stages)
+        _check_size(architecture, self.backbone, self.pyramid, is_proven)
+        self.feature_shapes = _feature_shapes(architecture, self.backbone, self.pyramid)
+        """Per level (channels, height, width) of the features."""
+        self.flow = new_flow(architecture, [channels for channels, _, _ in self.feature_shapes])
+        self.whitening = Whitening(self.feature_shapes) if architecture.whitening else None
+        self.gaussian = PositionGaussian(self.feature_shapes) if architecture.whitening else None
+        self.statistic: PlainStatistic | StandardisedStatistic = (
+            StandardisedStatistic if architecture.whitening else PlainStatistic
+        )(self.feature_shapes)
         for name in ("mean", "std"):
             value_C = torch.tensor(getattr(self.backbone, name), dtype=torch.float32)
             self.register_buffer(name, value_C)
@@ -94,7 +122,9 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def features(self, image_BHWC: Tensor) -> list[Tensor]:
-        """The flow's input: per scale the backbone's feature map of the image reduced by 2^scale.
+        """The flow's input: per level of the pyramid the backbone's maps of that size.
+
+        The backbone sees the image at each scale, reduced by 2^scale.
 
         Args:
             image_BHWC: uint8 RGB images of `image_size`.
@@ -102,10 +132,12 @@ class Detector(nn.Module):
         pixel_BCHW = self._normalised(image_BHWC)
         # Each pixel of a smaller scale is the mean of those it covers; nearest-neighbour sampling, as in
         # the official code, aliases fine structure.
-        return [
-            self.backbone(F.avg_pool2d(pixel_BCHW, 2**s) if s else pixel_BCHW)
-            for s in range(self.architecture.scales)
-        ]
+        return self.pyramid.join(
+            [
+                self.backbone(F.avg_pool2d(pixel_BCHW, 2**s) if s else pixel_BCHW)
+                for s in range(self.architecture.scales)
+            ]
+        )
 
     def _normalised(self, image_BHWC: Tensor) -> Tensor:
         """Pixels (B, C, H, W) as the backbone takes them."""
@@ -120,52 +152,76 @@ class Detector(nn.Module):
     @torch.no_grad()
     def score_features(self, y: Sequence[Tensor]) -> Scores:
         """Scores of images whose features are known."""
-        return score_latents(self.flow(y).z)
+        scores: Scores = self.statistic(energies(self.whitening, self.gaussian, self.flow, y))
+        return scores
 
     def forward(self, image_BHWC: Tensor) -> Scores:
         """Scores of uint8 RGB images of `image_size`."""
         return self.score_features(self.features(image_BHWC))
 
 
-def new_flow(architecture: Architecture, channels: int) -> CrossScaleFlow:
-    """The untrained flow for features of so many channels; the same seed gives the same weights."""
+def energies(
+    whitening: Whitening | None, gaussian: PositionGaussian | None, flow: CrossScaleFlow, y: Sequence[Tensor]
+) -> list[Tensor]:
+    """What the statistic of a detector takes, given its features: energy maps (B, H, W) of each level.
+
+    Of the Gaussian at each position, if features are whitened, then of the latents.
+    """
+    if whitening is None or gaussian is None:
+        return [energy_map(z_BCHW) for z_BCHW in flow(y).z]
+    x = whitening(y)
+    return [energy_map(x_BCHW) for x_BCHW in [*gaussian(x), *flow(x).z]]
+
+
+def new_flow(architecture: Architecture, channels: Sequence[int]) -> CrossScaleFlow:
+    """The untrained flow for levels of so many channels; the same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(architecture.seed)
         return CrossScaleFlow(
             channels,
-            architecture.scales,
+            len(channels),
             architecture.hidden_channels,
             architecture.kernel_sizes,
             architecture.seed,
         )
 
 
-def score_latents(z: Sequence[Tensor]) -> Scores:
-    """Scores of images by their latents, per scale (B, C, H, W)."""
-    z = [z_BCHW.float() for z_BCHW in z]
-    energy_BS = torch.stack([z_BCHW.square().flatten(1).sum(1) for z_BCHW in z], dim=1)
-    sizes_S = torch.tensor([z_BCHW[0].numel() for z_BCHW in z], device=energy_BS.device)
-    return Scores(
-        anomaly_score_B=energy_BS.sum(1) / sizes_S.sum() / 2,
-        scale_scores_BS=energy_BS / sizes_S / 2,
-        anomaly_map_BHW=z[0].square().mean(1),
+def _check_size(architecture: Architecture, backbone: Backbone, pyramid: Pyramid, is_proven: bool) -> None:
+    """Raises ValueError if the image size does not fit, naming those nearest to it that do.
+
+    A side must be a multiple of the coarsest level's reduction, or levels would not align. A network that is
+    no chain of convolutions may ask for more, as for whole windows.
+    """
+    scales, multiple = architecture.scales, pyramid.reductions[-1]
+
+    def fits(height: int, width: int) -> bool:
+        if height % multiple or width % multiple or min(height, width) < multiple:
+            return False
+        asks = not (backbone.is_chain or is_proven)
+        return not asks or all(backbone.takes(height >> s, width >> s) for s in range(scales))
+
+    height, width = architecture.image_size
+    if fits(height, width):
+        return
+    side = next((side for side in (height, width) if not fits(side, side)), height)
+    most = max(2 * side, backbone.native_side << (scales - 1)) + multiple
+    ways = (
+        range(side - side % multiple, 0, -multiple),
+        range(side - side % multiple + multiple, most, multiple),
+    )
+    nearest = [next((s for s in way if s != side and fits(s, s)), None) for way in ways]
+    found = " or ".join(str(s) for s in nearest if s) or "none; choose fewer scales or another network"
+    raise ValueError(
+        f"image size {side} does not fit: with backbone {architecture.backbone} and {scales} "
+        f"scale{'s' * (scales != 1)}, height and width must be multiples of {multiple}"
+        f"{'' if backbone.is_chain else ' that the network takes'} (nearest: {found})"
     )
 
 
-def _feature_shapes(architecture: Architecture, backbone: Backbone) -> list[tuple[int, int, int]]:
-    """Per scale (channels, height, width) of the features.
-
-    Raises:
-        ValueError: a side is no multiple of stride · 2^(scales − 1), so that the scales would not align.
-    """
-    multiple = backbone.stride * 2 ** (architecture.scales - 1)
-    for side in architecture.image_size:
-        if side < multiple or side % multiple:
-            below = max(side // multiple, 1) * multiple
-            raise ValueError(
-                f"image size {side} does not fit: with backbone {architecture.backbone} and "
-                f"{architecture.scales} scales, height and width must be multiples of {multiple} "
-                f"(nearest: {below}{'' if side < multiple else f' or {below + multiple}'})"
-            )
-    height, width = (side // backbone.stride for side in architecture.image_size)
-    return [(backbone.channels, height >> s, width >> s) for s in range(architecture.scales)]
+def _feature_shapes(
+    architecture: Architecture, backbone: Backbone, pyramid: Pyramid
+) -> list[tuple[int, int, int]]:
+    """Per level (channels, height, width) of the features."""
+    height, width = architecture.image_size
+    channels = pyramid.channels(backbone.channels)
+    return [(c, height // r, width // r) for c, r in zip(channels, pyramid.reductions, strict=True)]

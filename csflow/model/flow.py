@@ -32,24 +32,31 @@ class CrossScaleFlow(nn.Module):
 
     def __init__(
         self,
-        channels: int,
+        channels: Sequence[int] | int,
         scales: int = 3,
         hidden_channels: int = 1024,
         kernel_sizes: Sequence[int] = (3, 3, 3, 5),
         seed: int = 0,
     ) -> None:
-        """One coupling block per entry of `kernel_sizes`; `seed` draws the channel permutations."""
+        """One coupling block per entry of `kernel_sizes`; `seed` draws the channel permutations.
+
+        Args:
+            channels: of each scale, or of every one.
+            hidden_channels: of the scale with most channels; the others have theirs in proportion.
+        """
         super().__init__()
-        if channels < 2:
-            raise ValueError(f"channels must be at least 2 to be split into halves, not {channels}")
+        channels = [channels] * scales if isinstance(channels, int) else channels
         if not 1 <= scales <= 4:
-            raise ValueError(f"scales must be 1 to 4, not {scales}")
+            raise ValueError(f"scales must be 1 to 4, not {scales}: each level of the pyramid is one")
+        if len(channels) != scales:
+            raise ValueError(f"channels must be one number for each of {scales} scales, not {list(channels)}")
+        if min(channels) < 2:
+            raise ValueError(f"channels must be at least 2 to be split into halves, not {min(channels)}")
         if not kernel_sizes or any(k < 1 or k % 2 == 0 for k in kernel_sizes):
             raise ValueError(f"kernel_sizes must be one odd number per block, not {list(kernel_sizes)}")
         generator = torch.Generator().manual_seed(seed)
-        self.blocks = nn.ModuleList(
-            CouplingBlock(channels, scales, hidden_channels, k, generator) for k in kernel_sizes
-        )
+        hidden = [max(1, round(hidden_channels * count / max(channels))) for count in channels]
+        self.blocks = nn.ModuleList(CouplingBlock(channels, hidden, k, generator) for k in kernel_sizes)
 
     def forward(self, y: Sequence[Tensor]) -> FlowOutput:
         """Maps features to latents.
@@ -80,17 +87,23 @@ class CouplingBlock(nn.Module):
     """
 
     def __init__(
-        self, channels: int, scales: int, hidden_channels: int, kernel_size: int, generator: torch.Generator
+        self,
+        channels: Sequence[int],
+        hidden_channels: Sequence[int],
+        kernel_size: int,
+        generator: torch.Generator,
     ) -> None:
+        """`channels` and `hidden_channels` are those of each scale."""
         super().__init__()
-        self.halves = (channels // 2, channels - channels // 2)
-        first, second = self.halves
-        for s in range(scales):
+        self.halves = [(count // 2, count - count // 2) for count in channels]
+        """Channels of the first and of the second half of each scale."""
+        for s, count in enumerate(channels):
             # On the CPU, as the generator is, also when the weights are to be on no device yet.
-            permutation_C = torch.randperm(channels, generator=generator, device="cpu")
+            permutation_C = torch.randperm(count, generator=generator, device="cpu")
             self.register_buffer(f"permutation_{s}", permutation_C)
-        self.subnetwork_first = CrossScaleSubnetwork(second, 2 * first, scales, hidden_channels, kernel_size)
-        self.subnetwork_second = CrossScaleSubnetwork(first, 2 * second, scales, hidden_channels, kernel_size)
+        first, second = zip(*self.halves, strict=True)
+        self.subnetwork_first = CrossScaleSubnetwork(second, first, hidden_channels, kernel_size)
+        self.subnetwork_second = CrossScaleSubnetwork(first, second, hidden_channels, kernel_size)
 
     def forward(self, y: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         permuted = [y_BCHW[:, self.get_buffer(f"permutation_{s}")] for s, y_BCHW in enumerate(y)]
@@ -108,31 +121,34 @@ class CouplingBlock(nn.Module):
         return y, log_det_first_B + log_det_second_B
 
     def _split(self, x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        halves = [x_BCHW.split(self.halves, dim=1) for x_BCHW in x]
+        halves = [x_BCHW.split(sizes, dim=1) for x_BCHW, sizes in zip(x, self.halves, strict=True)]
         return [first for first, _ in halves], [second for _, second in halves]
 
 
 class CrossScaleSubnetwork(nn.Module):
-    """Two layers of cross-scale convolutions: predicts scaling and shift from the other half.
+    """Two layers of cross-scale convolutions: predicts scaling and shift of one half from the other half.
 
     The scalar γ per scale starts at 0, so that a new coupling block is the identity.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, scales: int, hidden_channels: int, kernel_size: int
+        self, given: Sequence[int], predicted: Sequence[int], hidden: Sequence[int], kernel_size: int
     ) -> None:
+        """`given` and `predicted` are the channels of both halves at each scale, `hidden` those between."""
         super().__init__()
+        out = [2 * count for count in predicted]
 
-        def convolutions(count: int, channels: int, out: int, stride: int = 1) -> nn.ModuleList:
-            return nn.ModuleList(MapConvolution(channels, out, kernel_size, stride) for _ in range(count))
+        def convolutions(channels: Sequence[int], out: Sequence[int], stride: int = 1) -> nn.ModuleList:
+            pairs = zip(channels, out, strict=True)
+            return nn.ModuleList(MapConvolution(*pair, kernel_size, stride) for pair in pairs)
 
-        self.enter = convolutions(scales, in_channels, hidden_channels)
-        self.same = convolutions(scales, hidden_channels, out_channels)
-        self.down = convolutions(scales - 1, hidden_channels, out_channels, stride=2)
+        self.enter = convolutions(given, hidden)
+        self.same = convolutions(hidden, out)
+        self.down = convolutions(hidden[:-1], out[1:], stride=2)
         """down[s] feeds scale s + 1 from scale s."""
-        self.up = convolutions(scales - 1, hidden_channels, out_channels)
+        self.up = convolutions(hidden[1:], out[:-1])
         """up[s] feeds scale s from scale s + 1."""
-        self.gamma_S = nn.Parameter(torch.zeros(scales))
+        self.gamma_S = nn.Parameter(torch.zeros(len(given)))
 
     def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
         hidden = [

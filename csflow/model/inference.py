@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from csflow.model.compilation import Recorded, compiled
-from csflow.model.detector import Detector, Scores, score_latents
-from csflow.model.flow import CrossScaleFlow
+from csflow.model.detector import Detector, energies
 from csflow.model.inference_backbone import InferenceBackbone
 from csflow.model.interleaved_flow import InterleavedFlow
 from csflow.model.precision import Precision, PrecisionSetting, multiplies_bfloat16
+from csflow.model.statistic import Scores
 
 
 class InferenceDetector:
@@ -34,10 +35,11 @@ class InferenceDetector:
         self._score: Callable[[Sequence[Tensor]], Scores]
         if device.type == "cpu":
             sizes = [(batch_size, height, width) for _, height, width in detector.feature_shapes]
-            self._score = InterleavedFlow(detector.flow, flow_dtype, sizes)
+            flow = InterleavedFlow(detector.whitening, detector.gaussian, detector.flow, flow_dtype, sizes)
+            self._score = partial(_then, flow, detector.statistic)
         else:
-            self._score = compiled(_ScoringFlow(detector.flow), device, flow_dtype, dynamic=None)
-        whole = partial(_scores, self.features, self._score)
+            self._score = compiled(_FeatureScorer(detector), device, flow_dtype, dynamic=None)
+        whole = partial(_then, self.features, self._score)
         self._pass: Callable[[Tensor], Sequence[Tensor]] = whole if device.type == "cpu" else Recorded(whole)
 
     @torch.inference_mode()
@@ -52,18 +54,18 @@ class InferenceDetector:
         return self._score(y)
 
 
-def _scores(
-    features: InferenceBackbone, flow: Callable[[Sequence[Tensor]], Scores], image_BHWC: Tensor
-) -> Scores:
-    return flow(features(image_BHWC))
+def _then(first: Callable[[Any], Any], second: Callable[[Any], Scores], x: Any) -> Scores:
+    return second(first(x))
 
 
-class _ScoringFlow(nn.Module):
-    """The trained flow; a compiler leaves out the log-determinant, which nothing reads."""
+class _FeatureScorer(nn.Module):
+    """From features to scores; a compiler leaves out the log-determinant, which nothing reads."""
 
-    def __init__(self, flow: CrossScaleFlow) -> None:
+    def __init__(self, detector: Detector) -> None:
         super().__init__()
-        self.flow = flow
+        self.whitening, self.gaussian = detector.whitening, detector.gaussian
+        self.flow, self.statistic = detector.flow, detector.statistic
 
     def forward(self, y: Sequence[Tensor]) -> Scores:
-        return score_latents(self.flow(y).z)
+        scores: Scores = self.statistic(energies(self.whitening, self.gaussian, self.flow, y))
+        return scores

@@ -5,38 +5,43 @@ faster than PyTorch's own kernels (docs/performance.md). On GPUs PyTorch compile
 
 The network is run in two parts: layers of large maps, and those behind. Roundings of the first grow on their
 way through the second, so `mixed` precision is float32 in the first and bfloat16 in the second. And large
-maps stay in a CPU's cache only if they are of few images.
+maps stay in a CPU's cache only if they are of few images. A network that is no chain of layers, such as a
+vision transformer, is run whole, and in float32 when `mixed`.
 
 Dimension letters: B batch, C channels, H height, W width.
 """
 
+import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple, cast
 
 import numpy as np
 import openvino
 import torch
-from numpy.typing import NDArray
 from openvino import opset15
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
+from csflow.model.backbone import Backbone, IntermediateMaps, stage_maps
 from csflow.model.compilation import compiled
 from csflow.model.detector import Detector
 from csflow.model.precision import Precision
-from csflow.model.rounding import without_shifts
+from csflow.model.rounding import Layers, without_shifts
 
 SMALL_MAPS_STRIDE = 16
 """Maps are small from this reduction of the image on: two thirds of an EfficientNet's products make them."""
 CACHED_PIXELS = 256 * 256
 """Images of together no more pixels than this, or one, go through the layers of large maps at a time."""
+WHOLE_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""Most by which maps of a network that OpenVINO takes in whole may be off, of the largest activation."""
 BEYOND = 1e30
 """More than any activation."""
 
-Pass = Callable[[Tensor], Tensor]
-"""From normalised pixels (B, H, W, 3), float32, to features (B, C, H / stride, W / stride)."""
+Pass = Callable[[Tensor], list[Tensor]]
+"""From normalised pixels (B, H, W, 3), float32, to the map (B, C, H / stride, W / stride) of each stage."""
 
 
 class InferenceBackbone:
@@ -57,32 +62,32 @@ class InferenceBackbone:
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         # Where it is not known what rounding shifts, `mixed` leaves the small maps in float32 too.
         is_split = precision == "mixed" and bool(detector.rounding_shifts)
-        dtypes = [dtype, torch.bfloat16 if is_split else dtype]
-        parts = [
-            without_shifts(part, detector.rounding_shifts) if dtype == torch.bfloat16 else part
-            for part, dtype in zip(_split(detector.backbone.layers), dtypes, strict=True)
-        ]
+        dtypes = dtype, torch.bfloat16 if is_split else dtype
+        self._join = detector.pyramid.join
         self._passes: list[Pass]
-        if self._is_fixed:
-            sizes = [(height >> s, width >> s) for s in range(scales)]
-            self._passes = _by_openvino(parts, dtypes, sizes, batch_size)
+        sizes = [(height >> s, width >> s) for s in range(scales)]
+        parts = _Parts.of(detector.backbone, detector.rounding_shifts, dtypes)
+        if not self._is_fixed:
+            self._passes = [_by_pytorch(parts, device)] * scales
+        elif detector.backbone.is_chain:
+            self._passes = _by_openvino(parts, sizes, batch_size)
         else:
-            self._passes = [_by_pytorch(parts, dtypes, device)] * scales
+            self._passes = [_whole_by_openvino(parts.large, (batch_size, *size, 3)) for size in sizes]
 
     @torch.inference_mode()
     def __call__(self, image_BHWC: Tensor) -> list[Tensor]:
-        """The flow's input for up to `batch_size` uint8 RGB images, float32 per scale."""
+        """The flow's input for up to `batch_size` uint8 RGB images, float32 per level."""
         if image_BHWC.dtype != torch.uint8 or tuple(image_BHWC.shape[1:]) != self.image_shape:
             found = f"{image_BHWC.dtype} of {tuple(image_BHWC.shape)}"
             raise ValueError(f"expected uint8 images of shape (B, *{self.image_shape}), not {found}")
         images = len(image_BHWC)
         pixel_BHX = self.padded(image_BHWC).flatten(2).float().sub_(self._mean_X).div_(self._std_X)
         pixel_BHWC = pixel_BHX.unflatten(2, self.image_shape[1:])
-        features = []
+        maps = []
         for s, network in enumerate(self._passes):
             pixel_BHWC = _halved(pixel_BHWC) if s else pixel_BHWC
-            features.append(network(pixel_BHWC)[:images])
-        return features
+            maps.append([map_BCHW[:images] for map_BCHW in network(pixel_BHWC)])
+        return self._join(maps)
 
     def padded(self, image_BHWC: Tensor) -> Tensor:
         """The images and black ones, as many as a pass takes: of few sizes, since each is compiled."""
@@ -105,7 +110,7 @@ def _halved(x_BHWC: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _split(layers: nn.Sequential) -> tuple[nn.Module, nn.Module]:
+def _split(layers: nn.Sequential) -> tuple[nn.Sequential, nn.Sequential]:
     """The layers of large maps, and those behind."""
     side = 2 * SMALL_MAPS_STRIDE
     x_BCHW = next(layers.parameters()).new_zeros(1, 3, side, side)
@@ -116,46 +121,114 @@ def _split(layers: nn.Sequential) -> tuple[nn.Module, nn.Module]:
     return layers[:large], layers[large:]
 
 
-def _by_pytorch(parts: Sequence[nn.Module], dtypes: Sequence[torch.dtype], device: torch.device) -> Pass:
-    large, small = (
-        compiled(part.to(memory_format=torch.channels_last), device, dtype, dynamic=False)
-        for part, dtype in zip(parts, dtypes, strict=True)
-    )
+class _Part(nn.Module):
+    """Some layers of the backbone, or all of it, with their maps."""
 
-    def network(pixel_BHWC: Tensor) -> Tensor:
-        features_BCHW: Tensor = small(large(pixel_BHWC.permute(0, 3, 1, 2)))
-        return features_BCHW.float()
+    def __init__(self, layers: nn.Module, dtype: torch.dtype, is_wanted: Sequence[bool] = ()) -> None:
+        """`is_wanted` says of each layer of a chain whether its map is returned."""
+        super().__init__()
+        self.layers, self.dtype, self.is_wanted = layers, dtype, is_wanted
+
+    def forward(self, x_BCHW: Tensor) -> list[Tensor]:
+        if isinstance(self.layers, nn.Sequential):
+            return stage_maps(self.layers, self.is_wanted, x_BCHW)
+        return cast(list[Tensor], self.layers(x_BCHW))
+
+
+class _Parts(NamedTuple):
+    """The backbone in two, if it is a chain; else the whole of it is in `large`, in one precision."""
+
+    large: _Part
+    """The layers of large maps; what they give last goes to the others."""
+    stages_in_large: int
+    """So many of the maps of `large` are those of stages."""
+    small: _Part | None
+    """None if all stages are of large maps, or the last of them is the first small one."""
+
+    @classmethod
+    def of(
+        cls, backbone: Backbone, shifts: Mapping[str, Tensor], dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> "_Parts":
+        def rounded(layers: Layers, dtype: torch.dtype) -> Layers:
+            return without_shifts(layers, shifts) if dtype == torch.bfloat16 else layers
+
+        if not isinstance(backbone.layers, nn.Sequential):
+            return cls(_Part(rounded(backbone.layers, dtypes[0]), dtypes[0]), len(backbone.stages), None)
+        first, rest = _split(backbone.layers)
+        is_stage, border = backbone.is_stage, len(first)
+        large = _Part(rounded(first, dtypes[0]), dtypes[0], (*is_stage[: border - 1], True))
+        small = _Part(rounded(rest, dtypes[1]), dtypes[1], is_stage[border:]) if len(rest) else None
+        return cls(large, sum(is_stage[:border]), small)
+
+
+def _by_pytorch(parts: _Parts, device: torch.device) -> Pass:
+    def fused(part: _Part) -> Callable[[Tensor], list[Tensor]]:
+        return compiled(part.to(memory_format=torch.channels_last), device, part.dtype, dynamic=False)
+
+    large, small = fused(parts.large), parts.small and fused(parts.small)
+
+    def network(pixel_BHWC: Tensor) -> list[Tensor]:
+        maps = large(pixel_BHWC.permute(0, 3, 1, 2))
+        small_maps = small(maps[-1]) if small else []
+        return [map_BCHW.float() for map_BCHW in (*maps[: parts.stages_in_large], *small_maps)]
 
     return network
 
 
-def _by_openvino(
-    parts: Sequence[nn.Module], dtypes: Sequence[torch.dtype], sizes: Sequence[tuple[int, int]], batch: int
-) -> list[Pass]:
+def _from_pixels(network: Callable[[Tensor], list[Tensor]]) -> Pass:
+    def run(pixel_BHWC: Tensor) -> list[Tensor]:
+        return network(pixel_BHWC.permute(0, 3, 1, 2))
+
+    return run
+
+
+def _by_openvino(parts: _Parts, sizes: Sequence[tuple[int, int]], batch: int) -> list[Pass]:
     """A pass for each height and width of images, and for this many of them alone."""
-    first, rest = parts
-
-    def from_pixels(pixel_BHWC: Tensor) -> Tensor:
-        map_BCHW: Tensor = first(pixel_BHWC.permute(0, 3, 1, 2))
-        return map_BCHW
-
     # The smallest size and one image give the same graph as the largest, in less time.
     pixel_BHWC = torch.zeros(1, *sizes[-1], 3)
     with torch.no_grad():
-        map_BCHW = from_pixels(pixel_BHWC)
-    networks = [_converted(from_pixels, pixel_BHWC), _converted(rest, map_BCHW)]
-    channels, stride = map_BCHW.shape[1], sizes[-1][0] // map_BCHW.shape[2]
+        border_BCHW = _from_pixels(parts.large)(pixel_BHWC)[-1]
+    large = _converted(_from_pixels(parts.large), pixel_BHWC)
+    small = _converted(parts.small, border_BCHW) if parts.small else None
     passes: list[Pass] = []
     for height, width in sizes:
         few = range(1, max(1, CACHED_PIXELS // (height * width)) + 1)
         at_once = max(images for images in few if batch % images == 0)
-        shapes = (at_once, height, width, 3), (batch, channels, height // stride, width // stride)
-        requests = [_request(*part) for part in zip(networks, shapes, dtypes, strict=True)]
-        passes.append(partial(_infer, requests, at_once, np.empty(shapes[1], np.float32)))
+        first = _request(large, (at_once, height, width, 3), parts.large.dtype)
+        shapes = [(batch, *output.shape[1:]) for output in first.model_outputs]
+        rest = _request(small, shapes[-1], parts.small.dtype) if parts.small and small else None
+        passes.append(partial(_infer, first, rest, at_once, shapes, parts.stages_in_large))
     return passes
 
 
-def _converted(network: Callable[[Tensor], Tensor], example: Tensor) -> openvino.Model:
+@torch.no_grad()
+def _whole_by_openvino(part: _Part, shape: tuple[int, int, int, int]) -> Pass:
+    """A pass for pixels of this shape through a network that is no chain, by PyTorch if it must be.
+
+    OpenVINO takes in what depends on the size of images as constants, or not at all. Hence the comparison.
+    """
+    network = _from_pixels(cast(IntermediateMaps, part.layers).at_size(*shape[1:3]))
+    pixel_BHWC = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = network(pixel_BHWC)
+    try:
+        request = _request(_converted(network, pixel_BHWC), shape, part.dtype)
+        shapes = [map_BCHW.shape for map_BCHW in expected]
+        run = partial(_infer, request, None, shape[0], shapes, len(shapes))
+        off = max(
+            (actual_BCHW - exact_BCHW).abs().max().item() / exact_BCHW.abs().max().item()
+            for actual_BCHW, exact_BCHW in zip(run(pixel_BHWC), expected, strict=True)
+        )
+    except Exception as error:  # whatever conversion and compilation stumble over
+        problem = f"{type(error).__name__}: {error}".partition("\n")[0]
+    else:
+        if off <= WHOLE_TOLERANCES[part.dtype]:
+            return run
+        problem = f"its maps are off by {off:.1e}"
+    logging.getLogger(__name__).warning("the backbone runs without OpenVINO, more slowly: %s", problem)
+    return network
+
+
+def _converted(network: Callable[[Tensor], list[Tensor]], example: Tensor) -> openvino.Model:
     with torch.no_grad(), warnings.catch_warnings():
         # Of Python's conditions on shapes, and of `torch.export` to come, which bakes in each batch size.
         warnings.simplefilter("ignore")
@@ -197,15 +270,18 @@ def _keep_biases(network: openvino.Model) -> None:
 
 
 def _infer(
-    requests: Sequence[openvino.InferRequest],
+    first: openvino.InferRequest,
+    rest: openvino.InferRequest | None,
     at_once: int,
-    map_BCHW: NDArray[np.float32],
+    shapes: Sequence[Sequence[int]],
+    stages_in_first: int,
     pixel_BHWC: Tensor,
-) -> Tensor:
-    first, rest = requests
-    for start in range(0, len(map_BCHW), at_once):
+) -> list[Tensor]:
+    maps = [np.empty(shape, np.float32) for shape in shapes]
+    for start in range(0, len(pixel_BHWC), at_once):
         some = slice(start, start + at_once)
         outputs = first.infer([pixel_BHWC[some].numpy()], share_inputs=True, share_outputs=True)
-        (map_BCHW[some],) = outputs.to_tuple()
-    (features_BCHW,) = rest.infer([map_BCHW], share_inputs=True).to_tuple()
-    return torch.from_numpy(features_BCHW)
+        for map_BCHW, of_some_BCHW in zip(maps, outputs.to_tuple(), strict=True):
+            map_BCHW[some] = of_some_BCHW
+    behind = rest.infer([maps[-1]], share_inputs=True).to_tuple() if rest else ()
+    return [torch.from_numpy(map_BCHW) for map_BCHW in (*maps[:stages_in_first], *behind)]

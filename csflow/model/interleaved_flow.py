@@ -5,7 +5,7 @@ and less a convolution image by image leaves matrix units idle and multiplies pa
 (docs/performance.md).
 
 Dimension letters: B batch, C channels, H height, W width (of the scale at hand), K taps of a kernel along one
-side, N columns of a product, S scales.
+side, N columns of a product, P positions, S scales.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from csflow.model.detector import Scores
 from csflow.model.flow import LEAKY_SLOPE, SOFT_CLAMP, CouplingBlock, CrossScaleFlow, CrossScaleSubnetwork
+from csflow.model.whitening import PositionGaussian, Whitening
 
 Activation = tuple[str, list[float]]
 """oneDNN's name of what it applies to a result while it is in registers, and its constants."""
@@ -30,32 +30,76 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class InterleavedFlow(nn.Module):
-    """Scores of a trained flow's latents, given features. The flow stays as it is."""
+    """Energy maps of a detector, given features: `detector.energies` without what only training needs."""
 
-    def __init__(self, flow: CrossScaleFlow, dtype: torch.dtype, sizes: Sequence[MapSize]) -> None:
-        """Takes maps of any size, and is fastest at these.
+    def __init__(
+        self,
+        whitening: Whitening | None,
+        gaussian: PositionGaussian | None,
+        flow: CrossScaleFlow,
+        dtype: torch.dtype,
+        sizes: Sequence[MapSize],
+    ) -> None:
+        """Takes maps of any size without a whitening, and is fastest at these.
 
         Args:
             dtype: of convolutions and matrix products; the flow's state and all sums are float32.
             sizes: of each scale's maps.
         """
         super().__init__()
+        self.whitening = None if whitening is None else _InterleavedWhitening(whitening)
+        self.gaussian = None if gaussian is None else _InterleavedGaussian(gaussian, dtype)
         self.blocks = nn.ModuleList(
             _InterleavedBlock(cast(CouplingBlock, block), dtype, sizes) for block in flow.blocks
         )
 
-    def forward(self, y: Sequence[Tensor]) -> Scores:
+    def forward(self, y: Sequence[Tensor]) -> list[Tensor]:
         z = [y_BCHW.permute(2, 3, 0, 1).float() for y_BCHW in y]
+        read = []
+        if self.whitening is not None and self.gaussian is not None:
+            z = self.whitening(z)
+            read = self.gaussian(z)
         for block in self.blocks:
             z = block(z)
-        squares = [z_HWBC.square() for z_HWBC in z]
-        energy_BS = torch.stack([square_HWBC.sum((0, 1, 3)) for square_HWBC in squares], dim=1)
-        sizes_S = torch.tensor([z_HWBC[:, :, 0].numel() for z_HWBC in z])
-        return Scores(
-            anomaly_score_B=energy_BS.sum(1) / sizes_S.sum() / 2,
-            scale_scores_BS=energy_BS / sizes_S / 2,
-            anomaly_map_BHW=squares[0].mean(3).permute(2, 0, 1),
-        )
+        return [x_HWBC.square().mean(3).permute(2, 0, 1) for x_HWBC in [*read, *z]]
+
+
+class _InterleavedWhitening(nn.Module):
+    """`Whitening` on (H, W, B, C) maps, with the means in a bias."""
+
+    def __init__(self, whitening: Whitening) -> None:
+        super().__init__()
+        self.levels = range(whitening.levels)
+        for level in self.levels:
+            matrix_CC = whitening.matrix(level)
+            bias_HW1C = -(whitening.mean(level).permute(1, 2, 0) @ matrix_CC.T).unsqueeze(2)
+            self.register_buffer(f"matrix_{level}", matrix_CC)
+            self.register_buffer(f"bias_{level}", bias_HW1C)
+
+    def forward(self, y: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            F.linear(y_HWBC, self.get_buffer(f"matrix_{level}")).add_(self.get_buffer(f"bias_{level}"))
+            for level, y_HWBC in zip(self.levels, y, strict=True)
+        ]
+
+
+class _InterleavedGaussian(nn.Module):
+    """`PositionGaussian` on (H, W, B, C) maps: a product for each position."""
+
+    def __init__(self, gaussian: PositionGaussian, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.levels = range(len(gaussian.positions))
+        for level in self.levels:
+            self.register_buffer(f"matrix_{level}", gaussian.matrix(level).mT.to(dtype).contiguous())
+
+    def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
+        """In float32, of the shapes that are given."""
+        products = []
+        for level, x_HWBC in zip(self.levels, x, strict=True):
+            x_PBC = x_HWBC.flatten(0, 1).to(self.dtype)
+            products.append((x_PBC @ self.get_buffer(f"matrix_{level}")).float().view_as(x_HWBC))
+        return products
 
 
 class _InterleavedBlock(nn.Module):
@@ -63,7 +107,7 @@ class _InterleavedBlock(nn.Module):
 
     def __init__(self, block: CouplingBlock, dtype: torch.dtype, sizes: Sequence[MapSize]) -> None:
         super().__init__()
-        self.first = block.halves[0]
+        self.halves = block.halves
         self.permutations = [name for name, _ in block.named_buffers(recurse=False)]
         for name in self.permutations:
             self.register_buffer(name, block.get_buffer(name))
@@ -76,8 +120,8 @@ class _InterleavedBlock(nn.Module):
             y_HWBC.index_select(3, self.get_buffer(name))
             for y_HWBC, name in zip(y, self.permutations, strict=True)
         ]
-        first = [x_HWBC[..., : self.first] for x_HWBC in permuted]
-        second = [x_HWBC[..., self.first :] for x_HWBC in permuted]
+        halves = [x_HWBC.split(sizes, dim=3) for x_HWBC, sizes in zip(permuted, self.halves, strict=True)]
+        first, second = ([half[i] for half in halves] for i in range(2))
         _transform_(first, self.subnetwork_first(second))
         _transform_(second, self.subnetwork_second(first))
         return permuted

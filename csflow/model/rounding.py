@@ -10,9 +10,12 @@ Dimension letters: B batch, C channels, H height, W width.
 
 import copy
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Layers = TypeVar("Layers", bound=nn.Module)
 
 
 @torch.no_grad()
@@ -42,7 +45,7 @@ def rounding_shifts(layers: nn.Module, x_BCHW: Tensor) -> dict[str, Tensor]:
     return shifts
 
 
-def without_shifts(layers: nn.Module, shifts: Mapping[str, Tensor]) -> nn.Module:
+def without_shifts(layers: Layers, shifts: Mapping[str, Tensor]) -> Layers:
     """A copy in which biases make up for the shifts; convolutions without a shift stay as they are."""
     corrected = copy.deepcopy(layers)
     for name, module in corrected.named_modules():

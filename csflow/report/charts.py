@@ -13,6 +13,9 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from numpy.typing import ArrayLike, NDArray
 
+from csflow.maps import box_of, resample
+from csflow.preprocessing import Box
+
 HISTOGRAM_BINS = 60
 TIMES_SHOWN = 90
 """Days, or runs, of the time line: about a quarter of a year of nights."""
@@ -251,14 +254,18 @@ class HeatMap:
 def heat_map(scores: ds.Dataset) -> HeatMap | None:
     """Made of the maps in these rows, at most `MAPS_READ`; None if none is flagged or there are no maps."""
     flagged_maps: list[NDArray[np.float32]] = []
+    flagged_boxes: list[Box | None] = []
     unflagged_maps: list[NDArray[np.float32]] = []
     rows = unflagged = 0
     # Small batches, few ahead: all of a row group's maps are held as often as there are.
     ahead = {"batch_size": 1024, "batch_readahead": 2, "fragment_readahead": 2}
     columns = ["is_anomalous", "anomaly_map", "map_height", "map_width"]
+    columns += ["image_height", "image_width", "map_box"]
     for batch in scores.to_batches(columns=columns, filter=pc.field("anomaly_map").is_valid(), **ahead):
         rows += len(batch)
-        flagged_maps += _maps(batch.filter(batch["is_anomalous"]))
+        flagged = batch.filter(batch["is_anomalous"])
+        flagged_maps += _maps(flagged)
+        flagged_boxes += _boxes(flagged)
         if unflagged < REFERENCE_MAPS:
             reference = _maps(batch.filter(pc.invert(batch["is_anomalous"])))
             unflagged_maps += reference
@@ -270,7 +277,11 @@ def heat_map(scores: ds.Dataset) -> HeatMap | None:
     cells = np.concatenate([anomaly_map.ravel() for anomaly_map in unflagged_maps])
     hot_from = float(np.percentile(cells[np.isfinite(cells)], 99))
     # A cell that is no number is as hot as can be.
-    hot_share_HW = np.mean([~(anomaly_map < hot_from) for anomaly_map in flagged_maps], axis=0)
+    hot = [
+        _on_image(~(anomaly_map < hot_from), box)
+        for anomaly_map, box in zip(flagged_maps, flagged_boxes, strict=True)
+    ]
+    hot_share_HW = np.mean(hot, axis=0)
     return HeatMap(hot_share_HW.astype(np.float32), len(flagged_maps), hot_from)
 
 
@@ -280,3 +291,18 @@ def _maps(rows: pa.RecordBatch) -> list[NDArray[np.float32]]:
         return []
     shape = (len(rows), rows["map_height"][0].as_py(), rows["map_width"][0].as_py())
     return list(pc.list_flatten(rows["anomaly_map"]).to_numpy(zero_copy_only=False).reshape(shape))
+
+
+def _boxes(rows: pa.RecordBatch) -> list[Box | None]:
+    """What each map covers of its image, in units of the map's cells were they laid over the whole image."""
+    places = rows.select(["image_height", "image_width", "map_box", "map_height", "map_width"]).to_pylist()
+    return [box_of(row, row["map_height"], row["map_width"]) for row in places]
+
+
+def _on_image(hot_HW: NDArray[np.bool_], box: Box | None) -> NDArray[np.bool_]:
+    """The cells as they lie on the image, on a grid as fine as the map."""
+    if box is None:
+        return hot_HW
+    height, width = hot_HW.shape
+    # A cell of the grid may be made of two of the map, one of them hot.
+    return resample(hot_HW.astype(np.float32), height, width, box) > 0.3

@@ -132,7 +132,10 @@ class PictureMaker:
         anomaly_map = map_of(row)
         overlay = None
         if self._colours is not None and anomaly_map is not None:
-            drawn = maps.overlay(image, anomaly_map, vmin=self._colours.vmin, vmax=self._colours.vmax)
+            box = maps.box_of(row, image.height, image.width)
+            drawn = maps.overlay(
+                image, anomaly_map, vmin=self._colours.vmin, vmax=self._colours.vmax, box=box
+            )
             overlay = _webp(drawn)
         return Pictures(image.width, image.height, _webp(image), overlay)
 

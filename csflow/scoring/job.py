@@ -56,7 +56,7 @@ def score(config: ScoreConfig) -> ExitStatus:
     accounted = account(listing, output)
     clock.lap("account")
     low_share = tally.p_values_below_5_percent / max(1, tally.scored)
-    drifted = drift(tally.sample, low_share, model.calibration_scores)
+    drifted = drift(tally.sample, low_share, model.calibration.anomaly_score)
     status = exit_status(accounted, drifted, config)
     record = run_record(run_id, status, config, output, accounted, tally, drifted, clock)
     (run_folder / "run.json").write((json.dumps(record, indent=2) + "\n").encode())
@@ -77,7 +77,7 @@ def _settings(config: ScoreConfig, output: Output, run_id: str) -> ScoringSettin
 
 
 def _warn_if_nothing_can_be_flagged(model: ModelFiles, false_positive_rate: float) -> None:
-    heldout = len(model.calibration_scores)
+    heldout = len(model.calibration.anomaly_score)
     if 1 / (heldout + 1) > false_positive_rate:
         print(
             f"warning: no image can be flagged at --false_positive_rate {false_positive_rate}: with "

@@ -23,6 +23,7 @@ from csflow.inputs.loading import ImageLoader, LoadedImage, batches
 from csflow.inputs.reading import ImageReader
 from csflow.model import InferenceDetector, Scores
 from csflow.model_directory import load_model
+from csflow.preprocessing import whole
 from csflow.process import peak_memory_bytes
 from csflow.redaction import redact
 from csflow.scores import ERRORS, FLOATS, SCORES
@@ -78,18 +79,19 @@ class ShardScorer:
                 f"{settings.model} holds model {model.model_id}, and {settings.output.model_id} when the run "
                 "began; start the run again"
             )
-        self._calibration_scores = model.calibration_scores
+        self._calibration = model.calibration
+        self._map_threshold = model.calibration.map_threshold(settings.false_positive_rate)
         self._batch_size = settings.batch_size or (GPU_BATCH_SIZE if resources.gpus else CPU_BATCH_SIZE)
         detector = model.detector.to(self._device)
         self._detector = InferenceDetector(detector, settings.precision, self._batch_size)
         storage_options = settings.output.location.storage_options
-        image_size = model.detector.architecture.image_size
+        preprocessing = model.detector.architecture.preprocessing
         self._loader: ImageLoader | IsolatedLoader
         if settings.is_isolated:
-            self._loader = IsolatedLoader(storage_options, image_size)
+            self._loader = IsolatedLoader(storage_options, preprocessing)
         else:
             threads = max(READ_THREADS, READ_THREADS_PER_CPU * resources.cpus)
-            self._loader = ImageLoader(ImageReader(storage_options), image_size, threads)
+            self._loader = ImageLoader(ImageReader(storage_options), preprocessing, threads)
         self._model_lock = threading.Lock()
         self._process_cpu = ProcessCpu()
         self._start_cpu_seconds = self._process_cpu.take()[0]
@@ -158,8 +160,9 @@ class ShardScorer:
         anomaly_map_BHW = scores.anomaly_map_BHW.float().numpy()
         height_B = np.array([image.decoded.height for image in images], dtype=np.int32)
         width_B = np.array([image.decoded.width for image in images], dtype=np.int32)
-        peak_y_B, peak_x_B = peak(anomaly_map_BHW, height_B, width_B)
-        p_value_B = p_values(anomaly_score_B, self._calibration_scores)
+        box_B4 = np.array([image.decoded.box for image in images])
+        peak_y_B, peak_x_B = peak(anomaly_map_BHW, height_B, width_B, box_B4)
+        p_value_B = p_values(anomaly_score_B, self._calibration.anomaly_score)
         keeps_maps = self._settings.keep_maps
         columns = {
             "image_uri": [image.image_uri for image in images],
@@ -177,7 +180,12 @@ class ShardScorer:
             "peak_x": peak_x_B.astype(np.float32),
             "run_id": [self._settings.run_id] * len(images),
             "scored_at": [datetime.now(UTC)] * len(images),
+            "map_box": [_map_box(image.decoded) for image in images],
+            "map_threshold": [self._map_threshold] * len(images),
         }
+        # Of models without whitening the anomaly score is the global one, and there is no other.
+        columns |= _with_p_values("global", scores.global_score_B, self._calibration.global_score, p_value_B)
+        columns |= _with_p_values("local", scores.local_score_B, self._calibration.local_score, None)
         return pa.RecordBatch.from_pydict(columns, schema=SCORES)
 
     @torch.inference_mode()
@@ -245,6 +253,17 @@ class _Released:
         self._lock.acquire()
 
 
+def _with_p_values(
+    name: str, score_B: Tensor, heldout: NDArray[np.float64] | None, without: NDArray[np.float64] | None
+) -> dict[str, Any]:
+    """The columns of a score and of its p-value, which is `without` if no held-out image has such a score."""
+    score_B = score_B.double()
+    p_value_B = without if heldout is None else p_values(score_B.numpy(), heldout)
+    if p_value_B is None:
+        return {f"{name}_score": [None] * len(score_B), f"{name}_p_value": [None] * len(score_B)}
+    return {f"{name}_score": score_B.numpy(), f"{name}_p_value": p_value_B}
+
+
 def _float_lists(values_BX: NDArray[np.float32]) -> pa.Array:
     """A row of numbers per image, flattened row-major, as a `FLOATS` column."""
     flat_BN = values_BX.reshape(len(values_BX), -1)
@@ -252,10 +271,27 @@ def _float_lists(values_BX: NDArray[np.float32]) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, flat_BN.ravel(), type=FLOATS)
 
 
+def _map_box(decoded: DecodedImage) -> list[float] | None:
+    """What the map covers, in pixels of the original; None for all of it."""
+    return None if decoded.box == whole(decoded.height, decoded.width) else list(decoded.box)
+
+
 def peak(
-    anomaly_map_BHW: NDArray[np.float32], image_height_B: NDArray[np.int32], image_width_B: NDArray[np.int32]
+    anomaly_map_BHW: NDArray[np.float32],
+    image_height_B: NDArray[np.int32],
+    image_width_B: NDArray[np.int32],
+    box_B4: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Centres (y, x) of the maps' hottest cells, in pixels of the original images."""
+    """Centres (y, x) of the maps' hottest cells, in pixels of the original images.
+
+    Of a cell in the padding of a letterbox, the nearest pixel of the image.
+
+    Args:
+        box_B4: what each map covers: top, left, bottom and right edge.
+    """
     map_height, map_width = anomaly_map_BHW.shape[1:]
     row_B, column_B = np.divmod(anomaly_map_BHW.reshape(len(anomaly_map_BHW), -1).argmax(1), map_width)
-    return (row_B + 0.5) * image_height_B / map_height, (column_B + 0.5) * image_width_B / map_width
+    top_B, left_B, bottom_B, right_B = box_B4.T
+    y_B = top_B + (row_B + 0.5) * (bottom_B - top_B) / map_height
+    x_B = left_B + (column_B + 0.5) * (right_B - left_B) / map_width
+    return y_B.clip(0.5, image_height_B - 0.5), x_B.clip(0.5, image_width_B - 0.5)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 import pyarrow as pa
-from deltalake import DeltaTable, PostCommitHookProperties
+from deltalake import DeltaTable, PostCommitHookProperties, Schema
 from deltalake.transaction import AddAction
 
 from csflow.scores import OutputFile
@@ -28,6 +28,7 @@ def add_to_delta(folder: Location, files: Sequence[OutputFile], schema: pa.Schem
     known = set(pa.table(table.get_add_actions())["path"].to_pylist())
     new = not_among(files, known, _path)
     if new:
+        _add_columns(table, columns)
         table.create_write_transaction(
             [_add(footer) for footer in read_footers(new)],
             mode="append",
@@ -37,6 +38,14 @@ def add_to_delta(folder: Location, files: Sequence[OutputFile], schema: pa.Schem
             post_commithook_properties=PostCommitHookProperties(create_checkpoint=False),
         )
     return len(new)
+
+
+def _add_columns(table: DeltaTable, columns: pa.Schema) -> None:
+    """Those that the table lacks, since an older csflow made it."""
+    present = {field.name for field in table.schema().fields}
+    missing = [field for field in Schema.from_arrow(columns).fields if field.name not in present]
+    if missing:
+        table.alter.add_columns(missing)
 
 
 def _path(file: OutputFile) -> str:

@@ -48,6 +48,7 @@ def add_to_iceberg(
         new = not_among(files, known, lambda file: _uri(file.location))
         try:
             if new:
+                _add_columns(table, schema)
                 _append(table, read_footers(new))
             return len(new)
         except CommitFailedException:
@@ -70,6 +71,13 @@ def _create(catalog: Catalog, identifier: tuple[str, str], schema: pa.Schema) ->
             transaction.set_properties({TableProperties.DEFAULT_NAME_MAPPING: mapping})
     except TableAlreadyExistsError:
         pass  # another registration was first
+
+
+def _add_columns(table: Table, schema: pa.Schema) -> None:
+    """Those that the table lacks, since an older csflow made it; its name mapping learns them too."""
+    if set(schema.names) - set(table.schema().column_names):
+        with table.update_schema() as update:
+            update.union_by_name(table_schema(schema))
 
 
 def _append(table: Table, footers: Sequence[Footer]) -> None:

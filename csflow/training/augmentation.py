@@ -13,7 +13,7 @@ from torch import Tensor
 from csflow.errors import ImageError
 from csflow.inputs.loading import ImageLoader
 from csflow.inputs.reading import ImageReader
-from csflow.model import Architecture
+from csflow.model import Architecture, Whitening
 from csflow.training.cache import FeatureCache
 from csflow.training.features import READ_THREADS, load_backbone
 
@@ -33,10 +33,11 @@ class AugmentedFeatures:
     images: pa.Table
     """Rows in the `INDEX` schema."""
     device: torch.device
+    whitening: Whitening | None
 
     @property
-    def channels(self) -> int:
-        return self.cache.feature_shapes[0][0]
+    def feature_shapes(self) -> Sequence[Sequence[int]]:
+        return self.cache.feature_shapes
 
     def __len__(self) -> int:
         return int(self.images.num_rows)
@@ -45,7 +46,7 @@ class AugmentedFeatures:
         """See `FeatureSource`; raises ImageError if an image cannot be read any more."""
         detector = load_backbone(self.architecture, self.cache).to(self.device)
         loader = ImageLoader(
-            ImageReader(self.cache.folder.storage_options), self.architecture.image_size, READ_THREADS
+            ImageReader(self.cache.folder.storage_options), self.architecture.preprocessing, READ_THREADS
         )
         order = torch.cat([*shares, torch.empty(0, dtype=torch.int64)]).tolist()
         rows = self.images.take(pa.array(order, pa.int64()))
@@ -57,7 +58,8 @@ class AugmentedFeatures:
                     raise image.content
                 random = np.random.default_rng((self.architecture.seed, epoch, position))
                 pixels.append(augment(image.content.pixels_HWC, random))
-            yield detector.features(torch.from_numpy(np.stack(pixels)).to(self.device))
+            y = detector.features(torch.from_numpy(np.stack(pixels)).to(self.device))
+            yield self.whitening(y) if self.whitening is not None else y
 
 
 def augment(pixels_HWC: NDArray[np.uint8], random: np.random.Generator) -> NDArray[np.uint8]:

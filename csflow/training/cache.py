@@ -1,17 +1,17 @@
 """The feature cache: features of single images by content of the image and whatever decides them.
 
-A cache folder is named by backbone, weights, image size and decoding. Its files hold the features of some
+A cache folder is named by backbone, weights, preprocessing and decoding. Its files hold the features of some
 images each, in the order in which they were extracted; index files say which image is where. A file is
 written whole and never changed, so that an interrupted extraction leaves nothing that is wrong.
 
-Dimension letters: N images, D numbers of one image (all scales, one after the other).
+Dimension letters: N images, D numbers of one image (all levels, one after the other).
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -26,7 +26,9 @@ from csflow.storage import Location, read_parquet, to_parquet
 SUFFIX = ".features.safetensors"
 INDEX_SUFFIX = ".index.parquet"
 BACKBONE_FILE = "backbone.safetensors"
-LAYOUT_VERSION = 2
+FEATURES = ("backbone.", "mean", "std")
+"""Beginnings of the names of those tensors of a detector that its features depend on."""
+LAYOUT_VERSION = 3
 """Part of the folder's name: files of another layout are not looked at."""
 READ_THREADS = 16
 HEADER_BYTES = 1 << 16
@@ -40,6 +42,8 @@ INDEX = pa.schema(
         pa.field("image_version", pa.string(), nullable=False),
         pa.field("content_digest", pa.string()),  # null for an image that cannot be read
         pa.field("error_message", pa.string()),  # why it cannot
+        pa.field("image_height", pa.int32()),  # of the original, in pixels; null likewise
+        pa.field("image_width", pa.int32()),
         pa.field("file", pa.string(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),  # of the image's features in the file, bytes
         pa.field("dtype", pa.string(), nullable=False),
@@ -55,6 +59,8 @@ class FeatureFile:
     image_versions: list[str]
     content_digests: list[str]
     """SHA-256 of each image's bytes, in hexadecimal."""
+    image_sizes: list[tuple[int, int]]
+    """Height and width of each original in pixels."""
     features_ND: Tensor
     failed: list[tuple[str, str, str]]
     """URI, version and message of images that cannot be read and never will."""
@@ -67,13 +73,14 @@ class FeatureFile:
             "image_uris": self.image_uris,
             "image_versions": self.image_versions,
             "content_digests": self.content_digests,
+            "image_sizes": self.image_sizes,
             "failed": self.failed,
         }
         return safetensors.torch.save({"features": stored_ND}, metadata={"images": json.dumps(images)})
 
 
 class FeatureCache:
-    """The features of one backbone, one set of weights, one image size."""
+    """The features of one backbone, one set of weights, one preprocessing."""
 
     def __init__(self, folder: Location, feature_shapes: Sequence[tuple[int, int, int]]) -> None:
         self.folder = folder
@@ -86,7 +93,7 @@ class FeatureCache:
         decides = {
             "backbone": architecture.backbone,
             "cut_after": detector.backbone.cut_after,
-            "image_size": list(architecture.image_size),
+            "preprocessing": asdict(architecture.preprocessing),
             "scales": architecture.scales,
             "decoding_version": DECODING_VERSION,
             "layout_version": LAYOUT_VERSION,
@@ -97,7 +104,7 @@ class FeatureCache:
 
     @property
     def sizes(self) -> list[int]:
-        """Numbers per image of each scale."""
+        """Numbers per image of each level."""
         return [channels * height * width for channels, height, width in self.feature_shapes]
 
     def index(self) -> pa.Table:
@@ -135,7 +142,7 @@ class FeatureCache:
         return torch.frombuffer(bytearray(b"".join(parts)), dtype=DTYPES[dtype]).view(len(files), -1)
 
     def split_scales(self, features_ND: Tensor) -> list[Tensor]:
-        """Per scale (N, C, H, W)."""
+        """Per level (N, C, H, W)."""
         parts = features_ND.split(self.sizes, dim=1)
         return [y.unflatten(1, shape) for y, shape in zip(parts, self.feature_shapes, strict=True)]
 
@@ -151,10 +158,13 @@ class FeatureCache:
         dtype = tensor["dtype"]
         step = sum(self.sizes) * DTYPES[dtype].itemsize
         place = {"file": name, "dtype": dtype}
-        good = zip(images["image_uris"], images["image_versions"], images["content_digests"], strict=True)
+        columns = ("image_uris", "image_versions", "content_digests", "image_sizes")
+        good = zip(*(images[column] for column in columns), strict=True)
         rows: list[dict[str, Any]] = [
-            {"image_uri": u, "image_version": v, "content_digest": d, "offset": start + i * step} | place
-            for i, (u, v, d) in enumerate(good)
+            {"image_uri": uri, "image_version": version, "content_digest": digest}
+            | {"image_height": height, "image_width": width, "offset": start + i * step}
+            | place
+            for i, (uri, version, digest, (height, width)) in enumerate(good)
         ]
         return rows + [
             {"image_uri": u, "image_version": v, "error_message": message, "offset": 0} | place
@@ -176,7 +186,7 @@ def find_images(images: pa.Table, index: pa.Table) -> tuple[pa.Table, pa.Table]:
 
 
 def backbone_bytes(detector: Detector) -> bytes:
-    """Everything but the flow, as a safetensors file; the same weights give the same bytes."""
+    """What features depend on, as a safetensors file; the same weights give the same bytes."""
     state: Mapping[str, Tensor] = detector.state_dict()
-    kept = {name: state[name].contiguous() for name in sorted(state) if not name.startswith("flow.")}
+    kept = {name: state[name].contiguous() for name in sorted(state) if name.startswith(FEATURES)}
     return safetensors.torch.save(kept)

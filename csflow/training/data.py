@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from csflow.preprocessing import Preprocessing, distortion
 from csflow.training.cache import INDEX
 from csflow.training.split import split_images
 
 PARTS = ("training", "validation", "heldout")
+MOST_DISTORTION = 1.5
+"""Up to which change of their aspect ratio images are stretched without a word."""
 SPLIT = pa.schema([pa.field("part", pa.string(), nullable=False), *INDEX])
 
 
@@ -49,3 +53,24 @@ class TrainingData:
             f"{training} images to train on, {validation} to choose the epoch, {heldout} held out for "
             f"calibration{copies}"
         )
+
+
+def stretch_warning(cached: pa.Table, preprocessing: Preprocessing) -> str | None:
+    """What to say of images that are stretched by more than `MOST_DISTORTION`; None if there are none.
+
+    Args:
+        cached: rows in the `INDEX` schema.
+    """
+    if preprocessing.fit != "stretch":
+        return None
+    size = preprocessing.image_size
+    sides = zip(cached["image_height"].to_pylist(), cached["image_width"].to_pylist(), strict=True)
+    found = np.array([distortion(size, *pair) for pair in sides if None not in pair])
+    strong = found[found > MOST_DISTORTION]
+    if not len(strong):
+        return None
+    return (
+        f"warning: {len(strong)} of {len(found)} images are stretched by more than {MOST_DISTORTION} to "
+        f"become {size[0]} x {size[1]} pixels (median {np.median(strong):.2f}); --fit letterbox pads them "
+        "instead, --fit crop takes their middle, --image_size can give height and width in their ratio"
+    )

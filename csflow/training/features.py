@@ -73,7 +73,7 @@ class FeatureExtractor:
         self._backbone = InferenceBackbone(detector, "float32", BATCH_SIZE)
         self._cache = cache
         self._reader = _DigestingReader(cache.folder.storage_options)
-        self._loader = ImageLoader(self._reader, architecture.image_size, READ_THREADS)
+        self._loader = ImageLoader(self._reader, architecture.preprocessing, READ_THREADS)
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         file, failed_for_now = self._extract(list(batch["image_uris"][0]), list(batch["image_versions"][0]))
@@ -85,10 +85,10 @@ class FeatureExtractor:
         """Features of the images that can be read, and messages of those that may be at another time."""
         uris: list[str] = []
         versions: list[str] = []
+        sizes: list[tuple[int, int]] = []
         failed: list[tuple[str, str, str]] = []
         failed_for_now: list[str] = []
-        size = sum(self._cache.sizes)
-        parts: list[Tensor] = [torch.empty(0, size)]
+        parts: list[Tensor] = [torch.empty(0, sum(self._cache.sizes))]
         for batch in batches(self._loader.load(image_uris, image_versions), BATCH_SIZE):
             pixels = []
             for image in batch:
@@ -96,6 +96,7 @@ class FeatureExtractor:
                     pixels.append(image.content.pixels_HWC)
                     uris.append(image.image_uri)
                     versions.append(image.image_version)
+                    sizes.append((image.content.height, image.content.width))
                 elif image.content.is_transient:
                     # Not in the file, so that the next training tries again.
                     failed_for_now.append(f"{image.image_uri}: {image.content}")
@@ -105,7 +106,7 @@ class FeatureExtractor:
                 features = self._backbone(torch.from_numpy(np.stack(pixels)).to(self._device))
                 parts.append(torch.cat([y_BCHW.flatten(1) for y_BCHW in features], dim=1).float().cpu())
         digests = [self._reader.digests.pop(uri) for uri in uris]
-        return FeatureFile(uris, versions, digests, torch.cat(parts), failed), failed_for_now
+        return FeatureFile(uris, versions, digests, sizes, torch.cat(parts), failed), failed_for_now
 
 
 class _DigestingReader(ImageReader):

@@ -1,6 +1,7 @@
 """The training job: lists normal images, extracts their features once, trains, writes a model directory."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -9,16 +10,17 @@ import torch
 
 from csflow.cluster import connect, share_out
 from csflow.errors import ExitStatus, ImageError, WrongUse
+from csflow.inputs.exclusion import read_exclusion
 from csflow.inputs.listing import list_table
 from csflow.inputs.loading import ImageLoader
 from csflow.inputs.reading import ImageReader
 from csflow.model import BackboneError, Detector, load_weights
-from csflow.model_directory import CALIBRATION, holds_model, save_model, worker_bytes
+from csflow.model_directory import holds_model, save_model, worker_bytes
 from csflow.storage import Location
 from csflow.training.cache import FeatureCache, find_images
 from csflow.training.card import model_card
 from csflow.training.config import TrainConfig
-from csflow.training.data import TrainingData
+from csflow.training.data import TrainingData, stretch_warning
 from csflow.training.features import extract
 from csflow.training.run import Result, Run
 from csflow.training.shards import fingerprint
@@ -37,10 +39,9 @@ def train(config: TrainConfig) -> ExitStatus:
     if config.min_workers is not None and config.min_workers > config.workers:
         raise WrongUse(f"--min_workers {config.min_workers} is more than --workers {config.workers}")
     output.check_writable()
-    detector = _build_detector(config)
-    images = list_table(config.input, config.storage_options)
+    detector = build_detector(config)
+    images = _list_images(config)
     split_sizes(images.num_rows, config.validation, config.holdout)
-    print(f"{images.num_rows} images listed")
 
     connect()
     work_dir = Location(config.work_dir, config.storage_options) if config.work_dir else output / "_work"
@@ -48,17 +49,37 @@ def train(config: TrainConfig) -> ExitStatus:
     cached = _extract_features(images, detector, cache)
     if cached is None:
         return ExitStatus.INCOMPLETE
+    warning = stretch_warning(cached, detector.architecture.preprocessing)
+    if warning:
+        print(warning)
     data = TrainingData.divide(cached, config.validation, config.holdout, config.seed)
     print(data.summary())
     _measure_rounding(detector, data, config)
-    run = Run(config, cache, data, work_dir)
+    run = Run(config, detector.architecture, cache, data, work_dir)
     result = run.fit()
     model_id = _save(config, output, detector, data, images, result)
     print(f"model {model_id} written to {output}")
     return ExitStatus.DONE
 
 
-def _build_detector(config: TrainConfig) -> Detector:
+def _list_images(config: TrainConfig) -> pa.Table:
+    """The images to learn from. Raises WrongUse if `--exclude` is wrong or leaves none."""
+    exclusion = read_exclusion(config.exclude, config.storage_options)
+    listed = list_table(config.input, config.storage_options)
+    print(f"{listed.num_rows} images listed")
+    if not config.exclude:
+        return listed
+    for line in exclusion.warnings(listed):
+        print(f"warning: {line}")
+    images = exclusion.leave_out(listed)
+    print(f"{listed.num_rows - images.num_rows} images left out by --exclude")
+    if not images.num_rows:
+        raise WrongUse(f"--exclude leaves none of the {listed.num_rows} images of --input to learn from")
+    return images
+
+
+def build_detector(config: TrainConfig) -> Detector:
+    """With the backbone's weights and an untrained flow. Raises WrongUse if a setting does not fit."""
     try:
         detector = Detector(config.architecture())
         load_weights(detector.backbone, find_weights(config.weights, config.backbone, config.storage_options))
@@ -66,6 +87,8 @@ def _build_detector(config: TrainConfig) -> Detector:
         raise WrongUse(f"--backbone, --weights: {error}") from None
     except ValueError as error:
         raise WrongUse(str(error)) from None
+    # Images are resized as for the backbone's own training, which is known when it is built.
+    detector.architecture = replace(detector.architecture, interpolation=detector.backbone.interpolation)
     return detector
 
 
@@ -104,7 +127,7 @@ def _measure_rounding(detector: Detector, data: TrainingData, config: TrainConfi
     """What scoring in bfloat16 needs to know; without it, as if no image can be read, it is less exact."""
     images = data.part("training").slice(0, ROUNDING_IMAGES)
     loader = ImageLoader(
-        ImageReader(config.storage_options), detector.architecture.image_size, ROUNDING_IMAGES
+        ImageReader(config.storage_options), detector.architecture.preprocessing, ROUNDING_IMAGES
     )
     loaded = loader.load(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
     pixels = [image.content.pixels_HWC for image in loaded if not isinstance(image.content, ImageError)]
@@ -121,9 +144,11 @@ def _save(
     result: Result,
 ) -> str:
     """Writes the model directory; returns the model id."""
-    detector.flow.load_state_dict(result.flow_state)
+    detector.load_state_dict(detector.state_dict() | result.state)
     heldout = data.part("heldout")
-    columns = [heldout["image_uri"], heldout["image_version"], pa.array(result.calibration_scores)]
+    calibration = result.calibration
+    for name in ("image_version", "image_uri"):
+        calibration = calibration.add_column(0, name, heldout[name])
     settings = config.model_dump(mode="json", exclude={"storage_options"})
     fingerprints = {
         "images": images.num_rows,
@@ -138,13 +163,14 @@ def _save(
         "history": result.history,
         "best_epoch": result.best_epoch,
         "heldout_loss": result.heldout_loss,
+        "gaussian_loss": result.gaussian_loss,
     }
     return save_model(
         output,
         detector,
-        pa.table(columns, schema=CALIBRATION),
+        calibration,
         training=settings,
         data=fingerprints,
         metrics=metrics,
-        card=model_card(settings, fingerprints, metrics, result.calibration_scores),
+        card=model_card(settings, fingerprints, metrics, calibration["anomaly_score"].to_numpy()),
     )

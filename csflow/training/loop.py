@@ -12,11 +12,14 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from csflow.model import Architecture, negative_log_likelihood, new_flow, score_latents
+from csflow.model import Architecture, FlowOutput, negative_log_likelihood, new_flow
+from csflow.model.statistic import energy_map
 from csflow.training.config import TrainConfig
+from csflow.training.gaussians import Gaussians
 from csflow.training.precision import Precision, uses_bfloat16
+from csflow.training.recipe import RECIPES
 from csflow.training.sources import FeatureSource
-from csflow.training.step import new_optimizer, optimizer_step
+from csflow.training.step import annealed, new_optimizer, optimizer_step
 
 SCORING_BATCH_SIZE = 64
 
@@ -33,6 +36,8 @@ class LoopSettings:
     micro_batch_size: int | None
     """Most images in one pass of a worker."""
     learning_rate: float
+    is_annealed: bool
+    adam_epsilon: float
     precision: Precision
 
     @classmethod
@@ -45,6 +50,8 @@ class LoopSettings:
             batch_size=config.batch_size,
             micro_batch_size=config.micro_batch_size,
             learning_rate=config.learning_rate,
+            is_annealed=RECIPES[config.recipe].is_annealed,
+            adam_epsilon=RECIPES[config.recipe].adam_epsilon,
             precision=config.precision,
         )
 
@@ -76,19 +83,41 @@ class Epoch:
     """Of the whole epoch."""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What a trained flow finds in some images; on the CPU."""
+
+    energies: list[Tensor]
+    """As `csflow.model.energies`, (N, H, W)."""
+    losses_N: Tensor
+
+
 class Trainer:
     """The flow, its optimiser and its curves in one worker; all workers call its methods together."""
 
     def __init__(
-        self, settings: LoopSettings, worker: Worker, training: FeatureSource, validation: FeatureSource
+        self,
+        settings: LoopSettings,
+        worker: Worker,
+        training: FeatureSource,
+        validation: FeatureSource,
+        gaussians: Gaussians | None = None,
     ) -> None:
+        """`gaussians` are those that the sources' features are whitened with."""
         self.settings, self.worker = settings, worker
         self.training, self.validation = training, validation
-        self.plain_flow = new_flow(settings.architecture, training.channels).to(worker.device)
+        self.gaussians = gaussians
+        dimensions = sum(math.prod(shape) for shape in training.feature_shapes)
+        self._whitening_log_det = gaussians.whitening.log_det() / dimensions if gaussians else 0.0
+        self.plain_flow = new_flow(
+            settings.architecture, [channels for channels, _, _ in training.feature_shapes]
+        ).to(worker.device)
         self._flow: nn.Module = self.plain_flow
         if worker.world_size > 1:
             self._flow = DistributedDataParallel(self.plain_flow, forward_sync_buffers=False)
-        self.optimizer = new_optimizer(self.plain_flow.parameters(), settings.learning_rate)
+        self.optimizer = new_optimizer(
+            self.plain_flow.parameters(), settings.learning_rate, settings.adam_epsilon
+        )
         self.history: list[dict[str, Any]] = []
         self.best_epoch = 0
         self.best_state: dict[str, Tensor] = {}
@@ -128,23 +157,31 @@ class Trainer:
         return line
 
     @torch.no_grad()
-    def evaluate(self, source: FeatureSource) -> tuple[Tensor, Tensor]:
-        """Anomaly score and loss of every image under the best weights, each (N,), float32 on the CPU."""
+    def evaluate(self, source: FeatureSource) -> Evaluation:
+        """Energy maps and losses of every image under the best weights."""
         last_state = {name: value.clone() for name, value in self.plain_flow.state_dict().items()}
         self.plain_flow.load_state_dict(self.best_state)
-        scores_N = torch.zeros(len(source), device=self.worker.device)
-        losses_N = torch.zeros(len(source), device=self.worker.device)
+        sizes = [(height, width) for _, height, width in source.feature_shapes]
+        shapes = [*(sizes if self.gaussians else []), *sizes, ()]
+        columns = [torch.zeros(len(source), *shape, device=self.worker.device) for shape in shapes]
         shares = self._shares_of_all(source)
-        for share, y in zip(shares, source.batches(0, shares), strict=True):
-            output = self.plain_flow(y)
-            scores_N[share] = score_latents(output.z).anomaly_score_B
-            losses_N[share] = negative_log_likelihood(output)
+        for share, x in zip(shares, source.batches(0, shares), strict=True):
+            output = self.plain_flow(x)
+            read = self.gaussians.positions(x) if self.gaussians else []
+            energies = [energy_map(x_BCHW) for x_BCHW in [*read, *output.z]]
+            for column, value in zip(columns, [*energies, self._losses(output)], strict=True):
+                column[share] = value
         self.plain_flow.load_state_dict(last_state)
-        # Each image has one worker, and the others zeros.
         if self.worker.world_size > 1:
-            torch.distributed.all_reduce(scores_N)
-            torch.distributed.all_reduce(losses_N)
-        return scores_N.cpu(), losses_N.cpu()
+            # Each image has one worker, and the others zeros.
+            for column in columns:
+                torch.distributed.all_reduce(column)
+        *maps, losses_N = (column.cpu() for column in columns)
+        return Evaluation(maps, losses_N)
+
+    def _losses(self, output: FlowOutput) -> Tensor:
+        """Of each image, (B,), with the log-determinant of the whitening, which training does not change."""
+        return negative_log_likelihood(output) - self._whitening_log_det
 
     def _train(self, epoch: int) -> tuple[Tensor, list[float]]:
         """One pass over the training images; returns this worker's sum of losses, and the gradient norms."""
@@ -154,7 +191,10 @@ class Trainer:
         batches = epoch_batches(len(self.training), self.settings.batch_size, seed, epoch)
         parts = [self._parts(batch) for batch in batches]
         features = self.training.batches(epoch, [indices for part in parts for indices, _ in part])
-        for part in parts:
+        for step, part in enumerate(parts, start=(epoch - 1) * len(parts)):
+            if self.settings.is_annealed:
+                rate = annealed(self.settings.learning_rate, step, self.settings.epochs * len(parts))
+                self.optimizer.param_groups[0]["lr"] = rate
             for number, (_, weight) in enumerate(part):
                 with self._accumulating(number + 1 < len(part)):
                     loss_sum += self._backward(next(features), weight)
@@ -179,7 +219,7 @@ class Trainer:
         """Adds the gradients of the weighted sum of losses; returns the sum of losses."""
         with self._autocast():
             output = self._flow(y)
-        loss_B = negative_log_likelihood(output)
+        loss_B = self._losses(output)
         (loss_B.sum() * weight).backward()
         return loss_B.detach().sum() * (weight > 0)
 
@@ -189,7 +229,7 @@ class Trainer:
             return None
         loss_sum = torch.zeros((), device=self.worker.device)
         for y in self.validation.batches(0, self._shares_of_all(self.validation)):
-            loss_sum += negative_log_likelihood(self.plain_flow(y)).sum()
+            loss_sum += self._losses(self.plain_flow(y)).sum()
         return self._sum(loss_sum) / len(self.validation)
 
     def _keep_if_best(self, line: Epoch) -> None:

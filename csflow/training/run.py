@@ -3,24 +3,25 @@
 import hashlib
 import json
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 import ray
 import ray.train
 import ray.train.torch
-from numpy.typing import NDArray
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.util.queue import Queue
 from torch import Tensor
 
 from csflow.cluster import share_out
+from csflow.model import Architecture
 from csflow.storage import Location, to_parquet
 from csflow.training.cache import FeatureCache
 from csflow.training.checkpoint import read_checkpoint, with_prefix
 from csflow.training.config import TrainConfig
 from csflow.training.data import TrainingData
+from csflow.training.gaussians import write_gaussians
 from csflow.training.live import LiveView
 from csflow.training.loop import LoopSettings
 from csflow.training.shards import fingerprint
@@ -33,11 +34,13 @@ MEMORY_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Result:
-    flow_state: dict[str, Tensor]
-    """Weights of the best epoch."""
-    calibration_scores: NDArray[np.float64]
-    """Of the held-out images, in the order of the split."""
+    state: dict[str, Tensor]
+    """Of the detector, apart from the backbone; the flow's is that of the best epoch."""
+    calibration: pa.Table
+    """Columns named by `closing.CALIBRATED` over the held-out images, in the order of the split."""
     heldout_loss: float
+    gaussian_loss: float | None
+    """Validation loss of the Gaussian of each position; None without whitening."""
     history: list[dict[str, Any]]
     best_epoch: int
 
@@ -46,15 +49,24 @@ class Run:
     """A training, named by what decides its result, so that --resume cannot continue another one."""
 
     def __init__(
-        self, config: TrainConfig, cache: FeatureCache, data: TrainingData, work_dir: Location
+        self,
+        config: TrainConfig,
+        architecture: Architecture,
+        cache: FeatureCache,
+        data: TrainingData,
+        work_dir: Location,
     ) -> None:
+        """`architecture` is that of the detector which made the cache."""
         self._config, self._cache, self._data = config, cache, data
-        self._loop = LoopSettings.of(config)
+        self._loop = replace(LoopSettings.of(config), architecture=architecture)
         parts = data.split["part"].to_pylist(), data.split["content_digest"].to_pylist()
         decides = [asdict(self._loop), config.augment, cache.folder.name, fingerprint(*parts)]
         self.name = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
         self._folder = work_dir / "training" / self.name
         self._split = work_dir / "splits" / f"{self.name}.parquet"
+        self._gaussians: Location | None = None
+        if architecture.whitening:
+            self._gaussians = work_dir / "splits" / f"{self.name}.gaussians.safetensors"
         self._tensorboard = work_dir / "tensorboard" / self.name
 
     def fit(self) -> Result:
@@ -62,6 +74,8 @@ class Run:
         if not self._config.resume and self._folder.exists():
             self._folder.fs.rm(self._folder.path, recursive=True)
         self._split.write(to_parquet(self._data.split))
+        if self._gaussians is not None and not (self._config.resume and self._gaussians.exists()):
+            write_gaussians(self._cache, self._data.part("training"), self._gaussians)
         progress = Queue(actor_options={"num_cpus": 0})
         follower = threading.Thread(target=self._follow, args=(progress,), daemon=True)
         follower.start()
@@ -75,10 +89,15 @@ class Run:
             raise RuntimeError(f"training ended without a checkpoint below {self._folder}")
         with result.checkpoint.as_directory() as folder:
             tensors, state = read_checkpoint(folder)
+        gaussian_loss = tensors.get("closing.gaussian_loss")
         return Result(
-            flow_state=with_prefix(tensors, "best."),
-            calibration_scores=tensors["closing.calibration"].double().numpy(),
+            state={f"flow.{name}": value for name, value in with_prefix(tensors, "best.").items()}
+            | with_prefix(tensors, "closing.state."),
+            calibration=pa.table(
+                {name: v.numpy() for name, v in with_prefix(tensors, "closing.calibration.").items()}
+            ),
             heldout_loss=tensors["closing.heldout_loss"].item(),
+            gaussian_loss=gaussian_loss.item() if gaussian_loss is not None else None,
             history=state["history"],
             best_epoch=state["best_epoch"],
         )
@@ -89,6 +108,7 @@ class Run:
             loop=self._loop,
             cache=self._cache,
             split=self._split,
+            gaussians=self._gaussians,
             augment=self._config.augment,
             memory_bytes=self._memory_bytes(resources.workers),
             checkpoint_epochs=self._config.checkpoint_epochs,

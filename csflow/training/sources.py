@@ -2,7 +2,7 @@
 
 Whichever it is, the batches are the same: a source is asked for image positions and gives their features.
 
-Dimension letters: N images, D numbers of one image (all scales, one after the other).
+Dimension letters: N images, D numbers of one image (all levels, one after the other).
 """
 
 from collections import deque
@@ -15,48 +15,66 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from csflow.model import Whitening
 from csflow.training.cache import DTYPES, FeatureCache
 
+WHITENED_AT_ONCE = 64
+"""Images."""
 PREFETCHED = 4
 """Batches that a streaming worker reads ahead."""
 
 
 class FeatureSource(Protocol):
     @property
-    def channels(self) -> int:
-        """Of the features at every scale."""
+    def feature_shapes(self) -> Sequence[Sequence[int]]:
+        """Per level channels, height and width."""
 
     def __len__(self) -> int:
         """Number of images."""
 
     def batches(self, epoch: int, shares: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """For each list of image positions, the features per scale (B, C, H, W), float32, on the device."""
+        """For each list of image positions, the features per level (B, C, H, W), float32, on the device."""
 
 
 def open_features(
-    cache: FeatureCache, images: pa.Table, memory_bytes: int, device: torch.device
+    cache: FeatureCache,
+    images: pa.Table,
+    memory_bytes: int,
+    device: torch.device,
+    whitening: Whitening | None = None,
 ) -> FeatureSource:
     """The features of these images, kept in memory if they take no more than `memory_bytes`.
 
     Args:
         images: rows in the `INDEX` schema.
+        whitening: what the flow is to be given in place of them, on the device.
     """
     stored_bytes = sum(DTYPES[dtype].itemsize for dtype in images["dtype"].to_pylist()) * sum(cache.sizes)
     if stored_bytes > memory_bytes:
-        return StreamedFeatures(cache, images, device)
+        return StreamedFeatures(cache, images, device, whitening)
     if device.type == "cuda" and stored_bytes > torch.cuda.mem_get_info(device)[0] // 2:
-        return ResidentFeatures(cache, _load(cache, images), device)
-    return ResidentFeatures(cache, _load(cache, images).to(device), device)
+        return ResidentFeatures(cache, _load(cache, images), device, whitening)
+    return ResidentFeatures(cache, _load(cache, images).to(device), device, whitening)
 
 
 class ResidentFeatures:
-    """Features in memory, in the precision of the cache."""
+    """Features in memory, in the precision of the cache, whitened once."""
 
-    def __init__(self, cache: FeatureCache, features_ND: Tensor, device: torch.device) -> None:
-        self.channels = cache.feature_shapes[0][0]
+    def __init__(
+        self,
+        cache: FeatureCache,
+        features_ND: Tensor,
+        device: torch.device,
+        whitening: Whitening | None = None,
+    ) -> None:
+        self.feature_shapes = cache.feature_shapes
         self._cache = cache
         self._features_ND = features_ND
         self._device = device
+        if whitening is not None:
+            for some_ND in features_ND.split(WHITENED_AT_ONCE):
+                x = whitening(cache.split_scales(some_ND.to(device).float()))
+                some_ND.copy_(torch.cat([x_BCHW.flatten(1) for x_BCHW in x], dim=1))
 
     def __len__(self) -> int:
         return len(self._features_ND)
@@ -73,11 +91,18 @@ class StreamedFeatures:
     A worker reads its own images only, so that more workers do not mean more traffic.
     """
 
-    def __init__(self, cache: FeatureCache, images: pa.Table, device: torch.device) -> None:
-        self.channels = cache.feature_shapes[0][0]
+    def __init__(
+        self,
+        cache: FeatureCache,
+        images: pa.Table,
+        device: torch.device,
+        whitening: Whitening | None = None,
+    ) -> None:
+        self.feature_shapes = cache.feature_shapes
         self._cache = cache
         self._images = images
         self._device = device
+        self._whitening = whitening
 
     def __len__(self) -> int:
         return self._images.num_rows
@@ -93,7 +118,8 @@ class StreamedFeatures:
                 yield self._split(waiting.popleft())
 
     def _split(self, share: Future[Tensor]) -> list[Tensor]:
-        return self._cache.split_scales(share.result().to(self._device))
+        y = self._cache.split_scales(share.result().to(self._device))
+        return self._whitening(y) if self._whitening is not None else y
 
     def _read(self, share: Tensor) -> Tensor:
         """Features of some images as float32, in their order."""

@@ -1,5 +1,6 @@
-"""The optimiser of the paper, and one step of it."""
+"""The optimiser, and one step of it."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -8,10 +9,17 @@ from torch import nn
 MAX_GRAD_NORM = 1.0
 
 
-def new_optimizer(parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Adam:
-    """Adam with the paper's constants."""
+def new_optimizer(
+    parameters: Iterable[nn.Parameter], learning_rate: float, epsilon: float = 1e-4
+) -> torch.optim.Adam:
+    """Adam, with the paper's weight decay and by default its ε."""
     # Fused: one pass over weights, gradients and moments, where the default makes one per operation.
-    return torch.optim.Adam(parameters, lr=learning_rate, eps=1e-4, weight_decay=1e-5, fused=True)
+    return torch.optim.Adam(parameters, lr=learning_rate, eps=epsilon, weight_decay=1e-5, fused=True)
+
+
+def annealed(learning_rate: float, step: int, steps: int) -> float:
+    """The learning rate of a step, the first being 0: it falls to 0 along half a cosine."""
+    return learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def optimizer_step(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> float:

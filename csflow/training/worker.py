@@ -15,6 +15,8 @@ from csflow.storage import Location, read_parquet
 from csflow.training.augmentation import AugmentedFeatures
 from csflow.training.cache import FeatureCache
 from csflow.training.checkpoint import restore, written_checkpoint
+from csflow.training.closing import closing_tensors
+from csflow.training.gaussians import Gaussians
 from csflow.training.loop import LoopSettings, Trainer, Worker
 from csflow.training.sources import FeatureSource, open_features
 
@@ -27,6 +29,8 @@ class WorkerSettings:
     cache: FeatureCache
     split: Location
     """Parquet file with the images of each part and where their features are."""
+    gaussians: Location | None
+    """What `Gaussians.write` has written; None without whitening."""
     augment: bool
     memory_bytes: int
     """For features; what is more is streamed."""
@@ -40,9 +44,12 @@ def train_worker(settings: WorkerSettings, progress: Queue | None) -> None:
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     split = read_parquet(settings.split)
-    training = _open(settings, worker, split, "training", settings.augment)
-    validation = _open(settings, worker, split, "validation")
-    trainer = Trainer(settings.loop, worker, training, validation)
+    gaussians = None
+    if settings.gaussians is not None:
+        gaussians = Gaussians.read(settings.gaussians, settings.cache, worker.device)
+    parts = Parts(settings, worker, split, gaussians)
+    training, validation = parts.open("training", settings.augment), parts.open("validation")
+    trainer = Trainer(settings.loop, worker, training, validation, gaussians)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
@@ -54,17 +61,32 @@ def train_worker(settings: WorkerSettings, progress: Queue | None) -> None:
             progress.put(asdict(line))
         if not trainer.is_finished and line.epoch % settings.checkpoint_epochs == 0:
             _report(trainer, {})
-    scores_N, losses_N = trainer.evaluate(_open(settings, worker, split, "heldout"))
-    _report(trainer, {"calibration": scores_N, "heldout_loss": losses_N.double().mean()})
+    # Without validation images training ones must tell what is usual.
+    usual = trainer.evaluate(validation if len(validation) else parts.open("training"))
+    _report(
+        trainer,
+        closing_tensors(
+            usual, trainer.evaluate(parts.open("heldout")), gaussians, settings.cache.feature_shapes
+        ),
+    )
 
 
-def _open(
-    settings: WorkerSettings, worker: Worker, split: pa.Table, part: str, augmented: bool = False
-) -> FeatureSource:
-    images = split.filter(pc.field("part") == part)
-    if augmented:
-        return AugmentedFeatures(settings.cache, settings.loop.architecture, images, worker.device)
-    return open_features(settings.cache, images, settings.memory_bytes, worker.device)
+@dataclass(frozen=True)
+class Parts:
+    """The parts of the images, as one worker opens them."""
+
+    settings: WorkerSettings
+    worker: Worker
+    split: pa.Table
+    gaussians: Gaussians | None
+
+    def open(self, part: str, augmented: bool = False) -> FeatureSource:
+        images = self.split.filter(pc.field("part") == part)
+        cache, device = self.settings.cache, self.worker.device
+        whitening = self.gaussians.whitening if self.gaussians else None
+        if augmented:
+            return AugmentedFeatures(cache, self.settings.loop.architecture, images, device, whitening)
+        return open_features(cache, images, self.settings.memory_bytes, device, whitening)
 
 
 def _report(trainer: Trainer, closing: dict[str, Tensor]) -> None:

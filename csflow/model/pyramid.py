@@ -1,0 +1,64 @@
+"""The pyramid of features that the flow takes: which maps of the backbone make up which level.
+
+A map's *reduction* is by how much it is smaller than the image at scale 0: the stride of its stage, times
+2^s of an image reduced by 2^s.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """Maps of one reduction, side by side along the channels, are a level, which halves the one before."""
+
+    reductions: tuple[int, ...]
+    """Of each level, largest map first."""
+    maps: tuple[tuple[tuple[int, int], ...], ...]
+    """Of each level, the (scale, stage) of its maps."""
+
+    @classmethod
+    def of(cls, stages: Mapping[str, int], scales: int, known_stages: Mapping[str, int]) -> "Pyramid":
+        """The levels that these stages give for images of so many scales.
+
+        Args:
+            stages: the stride of each by its name.
+            known_stages: those to choose from, for the message.
+
+        Raises:
+            ValueError: the levels do not double from one to the next.
+        """
+        found: dict[int, list[tuple[int, int]]] = {}
+        for scale in range(scales):
+            for stage, stride in enumerate(stages.values()):
+                found.setdefault(stride << scale, []).append((scale, stage))
+        reductions = sorted(found)
+        doubled = [reductions[0] << level for level in range(len(reductions))]
+        if reductions != doubled:
+            raise ValueError(_misfit(stages, scales, reductions, known_stages))
+        return cls(tuple(reductions), tuple(tuple(found[reduction]) for reduction in reductions))
+
+    def channels(self, of_stages: Sequence[int]) -> list[int]:
+        """Of each level, given those of the stages."""
+        return [sum(of_stages[stage] for _, stage in level) for level in self.maps]
+
+    def join(self, maps: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Per level (B, C, H, W), given the map (B, C, H, W) of every stage for every scale."""
+        levels = [[maps[scale][stage] for scale, stage in level] for level in self.maps]
+        return [level[0] if len(level) == 1 else torch.cat(level, dim=1) for level in levels]
+
+
+def _misfit(
+    stages: Mapping[str, int], scales: int, reductions: Sequence[int], known_stages: Mapping[str, int]
+) -> str:
+    given, fitting = (
+        ", ".join(f"{name} ({stride})" for name, stride in some.items()) for some in (stages, known_stages)
+    )
+    return (
+        f"the stages {given} with {scales} scale{'s' * (scales != 1)} give maps reduced by "
+        f"{', '.join(map(str, reductions))}, which do not double from one to the next; fill the gap with "
+        f"--scales or --cut_after: the stages and strides of this network are {fitting}"
+    )

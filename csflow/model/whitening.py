@@ -1,0 +1,259 @@
+"""What a closed form knows of features: a whitening for the flow to start from, a Gaussian at each position.
+
+Features of a backbone are far from standard normal: strongly correlated, and of very different spread. A flow
+of few coupling blocks spends its training on that, and stays behind a Gaussian that is known at once. So each
+level of the pyramid is centred, at each position, and multiplied by Σ^(−1/2): a bijection with a constant
+log-determinant. The model is still a normalizing flow, but one that begins where the Gaussian is.
+
+On an aligned part the covariance differs from place to place, too (as in PaDiM, Defard et al., arXiv
+2011.08785). A flow that is given features whitened at each position learns little more from them and finds
+fewer defects (benchmarks/quality.md), so that Gaussian stands beside the flow and not in front of it.
+
+Dimension letters: B batch, C channels, H height, W width, P positions (H · W, or 1 that stands for all).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+SMALLEST_SHRINKAGE = 1e-3
+"""Least weight of the mean variance in a covariance, however many images there are: directions that hardly
+vary must not magnify the roundings of cached and of bfloat16 features."""
+HEAVY_TAILS = 1.25
+"""Covariances of whitened features scatter so many times as much as a Gaussian's: measured, 1.07 to 1.33."""
+MOST_NUMBERS = 1 << 25
+"""Of one level's matrices, 128 MB. Larger levels have one matrix for all positions."""
+
+FeatureShape = Sequence[int]
+"""Channels, height and width of a level."""
+
+
+class Whitening(nn.Module):
+    """W · (y − μ) at every level, with μ of each position."""
+
+    def __init__(self, feature_shapes: Sequence[FeatureShape]) -> None:
+        """The identity, until a state is loaded; `gaussians_of` makes one."""
+        super().__init__()
+        self.levels = len(feature_shapes)
+        for level, (channels, height, width) in enumerate(feature_shapes):
+            self.register_buffer(f"mean_{level}", torch.zeros(channels, height, width))
+            self.register_buffer(f"matrix_{level}", torch.eye(channels))
+
+    def forward(self, y: Sequence[Tensor]) -> list[Tensor]:
+        """Whitened features, given those of the backbone, per level (B, C, H, W)."""
+        return [
+            _product(self.matrix(level).unsqueeze(0), y_BCHW - self.mean(level))
+            for level, y_BCHW in enumerate(y)
+        ]
+
+    def inverse(self, x: Sequence[Tensor]) -> list[Tensor]:
+        """The backbone's features, given whitened ones."""
+        return [
+            _product(torch.linalg.inv(self.matrix(level)).unsqueeze(0), x_BCHW) + self.mean(level)
+            for level, x_BCHW in enumerate(x)
+        ]
+
+    def log_det(self) -> float:
+        """log|det| of the whole map, the same for every image."""
+        return sum(
+            torch.linalg.slogdet(self.matrix(level).double()).logabsdet.item() * self.mean(level)[0].numel()
+            for level in range(self.levels)
+        )
+
+    def mean(self, level: int) -> Tensor:
+        """μ of a level, (C, H, W)."""
+        return self.get_buffer(f"mean_{level}")
+
+    def matrix(self, level: int) -> Tensor:
+        """W of a level, (C, C)."""
+        return self.get_buffer(f"matrix_{level}")
+
+
+class PositionGaussian(nn.Module):
+    """Behind the whitening: what makes the covariance of each position the identity, too."""
+
+    def __init__(self, feature_shapes: Sequence[FeatureShape]) -> None:
+        """The identity, until a state is loaded; `gaussians_of` makes one."""
+        super().__init__()
+        self.positions = [height * width for _, height, width in feature_shapes]
+        for level, (channels, height, width) in enumerate(feature_shapes):
+            count = _positions_with_matrix(channels, height * width)
+            self.register_buffer(f"matrix_{level}", torch.eye(channels).repeat(count, 1, 1))
+
+    def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
+        """Features that are standard normal for usual images, given whitened ones, per level (B, C, H, W)."""
+        return [_product(self.matrix(level), x_BCHW) for level, x_BCHW in enumerate(x)]
+
+    def log_det(self) -> float:
+        """log|det| of the whole map, the same for every image."""
+        return sum(
+            torch.linalg.slogdet(self.matrix(level).double()).logabsdet.mean().item() * positions
+            for level, positions in enumerate(self.positions)
+        )
+
+    def matrix(self, level: int) -> Tensor:
+        """Of a level, (P, C, C)."""
+        return self.get_buffer(f"matrix_{level}")
+
+
+def _product(matrix_PCC: Tensor, x_BCHW: Tensor) -> Tensor:
+    x_PCB = x_BCHW.flatten(2).permute(2, 1, 0)
+    # Autocast would round features to bfloat16 that are to be magnified.
+    with torch.autocast(x_PCB.device.type, enabled=False):
+        return (matrix_PCC @ x_PCB).permute(2, 1, 0).reshape(x_BCHW.shape)
+
+
+def _positions_with_matrix(channels: int, positions: int) -> int:
+    return positions if positions * channels**2 <= MOST_NUMBERS else 1
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Float64 sums over images of one level, from which its whitening follows; `+` joins disjoint images."""
+
+    origin_C: Tensor
+    """What features are taken relative to, near their mean, so that sums of squares stay exact."""
+    images: int
+    sum_CHW: Tensor
+    product_PCC: Tensor
+    """Sum over images of y · yᵀ at each position, or of its mean over all positions."""
+    squared_norm: float
+    """Sum over images of the squared Frobenius norm of y · yᵀ averaged over positions."""
+
+    @classmethod
+    def around(cls, y_BCHW: Tensor) -> "Moments":
+        """Of no images yet, relative to the mean of these."""
+        _, channels, height, width = y_BCHW.shape
+        origin_C = y_BCHW.double().mean((0, 2, 3))
+        positions = _positions_with_matrix(channels, height * width)
+        return cls(
+            origin_C,
+            images=0,
+            sum_CHW=origin_C.new_zeros(channels, height, width),
+            product_PCC=origin_C.new_zeros(positions, channels, channels),
+            squared_norm=0.0,
+        )
+
+    def with_images(self, y_BCHW: Tensor) -> "Moments":
+        """These images added."""
+        x_BCHW = y_BCHW.double() - self.origin_C[:, None, None]
+        x_BCP = x_BCHW.flatten(2)
+        of_image_BCC = x_BCP @ x_BCP.mT / x_BCP.shape[2]
+        if len(self.product_PCC) > 1:
+            product_PCC = x_BCP.permute(2, 1, 0) @ x_BCP.permute(2, 0, 1)
+        else:
+            product_PCC = of_image_BCC.sum(0, keepdim=True)
+        return Moments(
+            self.origin_C,
+            self.images + len(x_BCHW),
+            self.sum_CHW + x_BCHW.sum(0),
+            self.product_PCC + product_PCC,
+            self.squared_norm + of_image_BCC.square().sum().item(),
+        )
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(
+            self.origin_C,
+            self.images + other.images,
+            self.sum_CHW + other.sum_CHW,
+            self.product_PCC + other.product_PCC,
+            self.squared_norm + other.squared_norm,
+        )
+
+
+@torch.no_grad()
+def gaussians_of(levels: Sequence[Moments]) -> tuple[Whitening, PositionGaussian]:
+    """What whitens these images, as far as they can tell: at each level, and behind that at each position.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    if not levels[0].images:
+        raise ValueError("a whitening needs at least one image")
+    shapes = [moments.sum_CHW.shape for moments in levels]
+    whitening, gaussian = Whitening(shapes), PositionGaussian(shapes)
+    for level, moments in enumerate(levels):
+        mean_CHW, matrix_CC, matrix_PCC = _fit(moments)
+        whitening.mean(level).copy_(mean_CHW)
+        whitening.matrix(level).copy_(matrix_CC)
+        gaussian.matrix(level).copy_(matrix_PCC)
+    return whitening, gaussian
+
+
+def _fit(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions' means and the level's W, and behind it the matrices of positions."""
+    n = moments.images
+    mean_PC = moments.sum_CHW.flatten(1).T / n
+    level_mean_C = mean_PC.mean(0)
+    offset_PC = mean_PC - level_mean_C
+    shrinkage = _shrinkage(moments)
+    within_PCC = moments.product_PCC / n - _outer(mean_PC, len(moments.product_PCC))
+    # The means of positions are means of n images each, and so differ by chance, too.
+    trust = 0.0
+    if n > 1:
+        within_CC = _shrunk(within_PCC.mean(0) * n / (n - 1), shrinkage)
+        between_CC = _outer(offset_PC, 1)[0]
+        signal = torch.linalg.solve(within_CC, between_CC).trace().item() / len(level_mean_C)
+        trust = max(0.0, 1 - 1 / (n * signal)) if signal > 0 else 0.0
+    # What is not taken out of the features as the mean of their position is left in their covariance.
+    covariance_PCC = within_PCC + (1 - trust) ** 2 * _outer(offset_PC, len(within_PCC))
+    matrix_CC = _inverse_root(_shrunk(covariance_PCC.mean(0), shrinkage))
+    mean_PC = moments.origin_C + level_mean_C + trust * offset_PC
+    return mean_PC.T.view_as(moments.sum_CHW), matrix_CC, _of_positions(matrix_CC, covariance_PCC, n)
+
+
+def _of_positions(whiten_CC: Tensor, covariance_PCC: Tensor, images: int) -> Tensor:
+    """What whitens each position behind its level's whitening: the identity if images are too few to tell."""
+    channels = len(whiten_CC)
+    identity_CC = torch.eye(channels).to(whiten_CC)
+    if len(covariance_PCC) == 1 or images == 1:
+        return identity_CC.expand_as(covariance_PCC)
+    covariance_PCC = whiten_CC @ covariance_PCC @ whiten_CC
+    # Ledoit and Wolf, with the scatter that a Gaussian's covariance would have (Chen et al. 2010).
+    squared_norm = covariance_PCC.square().sum((1, 2)).mean().item()
+    distance = (covariance_PCC - identity_CC).square().sum((1, 2)).mean().item()
+    scatter = HEAVY_TAILS * (channels**2 + squared_norm) / images
+    shrinkage = min(1.0, scatter / distance) if distance > 0 else 1.0
+    return _inverse_root((1 - shrinkage) * covariance_PCC + shrinkage * identity_CC)
+
+
+def _shrinkage(moments: Moments) -> float:
+    """Weight of the mean variance in the covariance of a level (Ledoit and Wolf 2004, lemma 3.3).
+
+    An image is one observation, whose own covariance over its positions stands for the product y · yᵀ there:
+    positions of an image are alike, and would count as many times more observations than there are.
+    """
+    n = moments.images
+    second_moment_CC = moments.product_PCC.mean(0) / n
+    squared_norm = second_moment_CC.square().sum().item()
+    channels = len(second_moment_CC)
+    distance = squared_norm - second_moment_CC.trace().item() ** 2 / channels
+    # One image says nothing about how images differ.
+    if n == 1 or distance <= 0:
+        return 0.5
+    error = (moments.squared_norm / n - squared_norm) / n
+    return min(1.0, max(SMALLEST_SHRINKAGE, error / distance))
+
+
+def _shrunk(covariance_CC: Tensor, shrinkage: float) -> Tensor:
+    channels = len(covariance_CC)
+    identity_CC = torch.eye(channels).to(covariance_CC)
+    variance = covariance_CC.trace() / channels
+    if variance <= 0:
+        return identity_CC  # features that never differ stay as they are
+    return (1 - shrinkage) * covariance_CC + shrinkage * variance * identity_CC
+
+
+def _inverse_root(covariance: Tensor) -> Tensor:
+    """Σ^(−1/2) of each matrix (…, C, C), the symmetric one: channels stay as near to themselves as can be."""
+    variance, direction = torch.linalg.eigh(covariance)
+    return direction * variance.clamp(min=1e-12).rsqrt().unsqueeze(-2) @ direction.mT
+
+
+def _outer(x_PC: Tensor, positions: int) -> Tensor:
+    """x · xᵀ of each position, or of all of them together its mean, (positions, C, C)."""
+    if positions == 1:
+        return (x_PC.T @ x_PC / len(x_PC)).unsqueeze(0)
+    return x_PC.unsqueeze(2) * x_PC.unsqueeze(1)

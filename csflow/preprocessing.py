@@ -1,0 +1,93 @@
+"""How an image becomes the pixels that a model sees, and which part of the original these cover.
+
+Values and arithmetic only, of the standard library: the model keeps them, `csflow.images` carries them out.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Fit = Literal["stretch", "letterbox", "crop"]
+"""What happens to an image of another aspect ratio than the model's: it is distorted, padded or cut."""
+Interpolation = Literal["bilinear", "bicubic"]
+"""The filter of resizing, antialiased."""
+
+
+class Box(NamedTuple):
+    """Edges in pixels of an upright image, from its upper left corner; they may lie beyond the image."""
+
+    top: float
+    left: float
+    bottom: float
+    right: float
+
+
+class Placement(NamedTuple):
+    """How one image is laid into the model's pixels: `source` is resized to `size`, then padded."""
+
+    source: Box
+    """Part of the original."""
+    size: tuple[int, int]
+    """Height and width that it is resized to."""
+    padding: tuple[int, int, int, int]
+    """Rows and columns added above, to the left, below and to the right."""
+
+    @property
+    def box(self) -> Box:
+        """What all pixels together cover, padding included."""
+        cell_height = (self.source.bottom - self.source.top) / self.size[0]
+        cell_width = (self.source.right - self.source.left) / self.size[1]
+        above, left, below, right = self.padding
+        return Box(
+            self.source.top - above * cell_height,
+            self.source.left - left * cell_width,
+            self.source.bottom + below * cell_height,
+            self.source.right + right * cell_width,
+        )
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Size, fit and filter of the pixels that a model sees."""
+
+    image_size: tuple[int, int]
+    """Height and width."""
+    fit: Fit = "stretch"
+    interpolation: Interpolation = "bilinear"
+
+    def place(self, height: int, width: int) -> Placement:
+        """How an original of this size is laid into the pixels."""
+        if self.fit == "letterbox":
+            return _letterboxed(self.image_size, height, width)
+        source = whole(height, width)
+        if self.fit == "crop":
+            source = _centred(self.image_size, height, width)
+        return Placement(source, self.image_size, (0, 0, 0, 0))
+
+
+def whole(height: int, width: int) -> Box:
+    """All of an image of this size."""
+    return Box(0.0, 0.0, float(height), float(width))
+
+
+def distortion(image_size: tuple[int, int], height: int, width: int) -> float:
+    """By what factor stretching an original to `image_size` changes its aspect ratio; at least 1."""
+    ratio = (image_size[0] / height) / (image_size[1] / width)
+    return max(ratio, 1 / ratio)
+
+
+def _centred(image_size: tuple[int, int], height: int, width: int) -> Box:
+    """The largest part of the model's aspect ratio, in the middle of the original."""
+    scale = min(height / image_size[0], width / image_size[1])
+    # No larger than the original, whatever rounding says.
+    cut_height, cut_width = min(height, image_size[0] * scale), min(width, image_size[1] * scale)
+    top, left = (height - cut_height) / 2, (width - cut_width) / 2
+    return Box(top, left, height - top, width - left)
+
+
+def _letterboxed(image_size: tuple[int, int], height: int, width: int) -> Placement:
+    """The whole original in the middle, in whole pixels."""
+    scale = max(height / image_size[0], width / image_size[1])
+    size = max(1, round(height / scale)), max(1, round(width / scale))
+    rows, columns = image_size[0] - size[0], image_size[1] - size[1]
+    above, left = rows // 2, columns // 2
+    return Placement(whole(height, width), size, (above, left, rows - above, columns - left))

@@ -1,0 +1,58 @@
+"""The end of a training: the statistic of the trained detector, its calibration, and the Gaussian to beat."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from csflow.model import PlainStatistic, Scores, fitted_statistic
+from csflow.training.gaussians import Gaussians, gaussian_losses
+from csflow.training.loop import Evaluation
+
+CALIBRATED = ("anomaly_score", "global_score", "local_score", "map_maximum")
+"""Columns of a calibration."""
+
+
+def closing_tensors(
+    usual: Evaluation,
+    heldout: Evaluation,
+    gaussians: Gaussians | None,
+    feature_shapes: Sequence[Sequence[int]],
+) -> dict[str, Tensor]:
+    """What a finished training leaves beside the flow, by name.
+
+    `state.…` is the state of the detector, `calibration.…` are columns over the held-out images,
+    `heldout_loss` is their mean loss, and `gaussian_loss` that of the usual images if the Gaussian of each
+    position were the whole model.
+
+    Args:
+        usual: images that tell what is usual, none of them held out.
+    """
+    statistic = (
+        fitted_statistic(usual.energies, feature_shapes) if gaussians else PlainStatistic(feature_shapes)
+    )
+    modules: dict[str, nn.Module] = {"statistic": statistic}
+    if gaussians:
+        modules |= {"whitening": gaussians.whitening, "gaussian": gaussians.positions}
+    closing = {
+        f"state.{module}.{name}": value.cpu()
+        for module, part in modules.items()
+        for name, value in part.state_dict().items()
+    }
+    closing |= {
+        f"calibration.{name}": v for name, v in calibration_columns(statistic(heldout.energies)).items()
+    }
+    closing["heldout_loss"] = heldout.losses_N.double().mean()
+    if gaussians:
+        closing["gaussian_loss"] = gaussian_losses(usual.energies[: len(feature_shapes)], gaussians).mean()
+    return closing
+
+
+def calibration_columns(scores: Scores) -> dict[str, Tensor]:
+    """The `CALIBRATED` columns, (N,)."""
+    columns = [
+        scores.anomaly_score_B,
+        scores.global_score_B,
+        scores.local_score_B,
+        scores.anomaly_map_BHW.flatten(1).max(1).values,
+    ]
+    return {name: column_B.double() for name, column_B in zip(CALIBRATED, columns, strict=True)}
