@@ -189,7 +189,7 @@ def main() -> None:
     done = set()
     if arguments.output.exists():
         lines = map(json.loads, arguments.output.read_text().splitlines())
-        done = {(line["data"], line["method"], line["seed"]) for line in lines}
+        done = {(line["data"], line["detector"], line["seed"]) for line in lines}
     for name in arguments.names:
         folder = arguments.data / name
         for seed in arguments.seeds:
@@ -199,13 +199,13 @@ def main() -> None:
                 "Patchcore": lambda parts=parts: train_patchcore(parts, arguments.patchcore_images),
                 "Csflow": lambda parts=parts, seed=seed: train_csflow(parts, seed, arguments.minutes),
             }
-            for method in arguments.models:
-                key = {"data": name, "method": f"anomalib {method}", "seed": seed}
+            for model_name in arguments.models:
+                key = {"data": name, "detector": f"anomalib {model_name}", "seed": seed}
                 if tuple(key.values()) in done:
                     continue
                 torch.manual_seed(seed)
                 np.random.seed(seed)
-                model, line = train[method]()
+                model, line = train[model_name]()
                 line = key | line | measured(model, parts["heldout"], folder)
                 with arguments.output.open("a") as file:
                     file.write(json.dumps(line) + "\n")

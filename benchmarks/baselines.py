@@ -1,14 +1,16 @@
-"""Simple detectors on frozen features, which a flow has to beat: Gaussians, PaDiM, nearest neighbours.
+r"""Simple detectors on frozen features, which a flow has to beat: Gaussians, PaDiM, nearest neighbours.
 
 Each takes levels of features, finest first: a list of tensors (N, C, H, W) in float32. `fit` takes those of
 normal images; `score` gives one number per image and variant, and an anomaly map where there is one. All run
 on the threads that torch is given.
 
-    python benchmarks/baselines.py run --data quality/data --names elpv planted --work quality
-    python benchmarks/baselines.py table --work quality
+    python benchmarks/baselines.py --data quality/data --work quality --stages blocks.2 blocks.4
+    python benchmarks/baselines.py --data quality/data --work quality \
+        --stages blocks.2 blocks.4 blocks.5 --scales 2
 
-`run` writes a line of `baselines.jsonl` for each data set, seed, detector and variant, and continues where it
-was stopped. Seeds decide the split as the training job's do, and what a detector draws.
+The second takes the features of csflow's default. A line of `baselines.jsonl` is written for each data set,
+seed, detector and variant of its score; a run continues where it was stopped, and `quality.py table` reads
+them. Seeds decide the split as the training job's do, and what a detector draws.
 """
 
 import argparse
@@ -20,11 +22,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from quality_data import DATA_SETS, prepare, split, test_images, training_images
+from quality_data import DATA_SETS, prepare, test_images
+from quality_features import cached_images, read_levels
 from quality_figures import image_figures, pixel_figures
-from stage_features import stage_features
 from torch import Tensor
 from torch.nn import functional as F
+
+from csflow import device
+from csflow.training.config import TrainConfig
 
 # N images, C channels, H, W rows and columns of a level, P = H · W positions, M patches of a memory bank.
 
@@ -378,69 +383,34 @@ def _detectors(seed: int, parts: Parts) -> Iterator[tuple[str, Baseline]]:
     yield "nearest neighbours", NearestNeighbours(seed)
 
 
-def _load(folder: Path, seed: int, stages: Sequence[str], cache: Path) -> Parts:
-    paths = training_images(folder)
-    place = {path: i for i, path in enumerate(paths)}
-    training = stage_features(paths, stages, cache)
-    parts = {
-        name: [level[[place[path] for path in part]] for level in training]
-        for name, part in split(folder, seed).items()
-    }
-    tested = [image.path for image in test_images(folder)]
-    return Parts(**parts, test=stage_features(tested, stages, cache))
+def _load(folder: Path, seed: int, stages: Sequence[str], scales: int, features: Path) -> Parts:
+    config = TrainConfig(
+        input=[str(folder)], output="unused", cut_after=list(stages), scales=scales, seed=seed
+    )
+    cache, data, test = cached_images(config, folder, features)
+    parts = {name: read_levels(cache, data.part(name)) for name in ("training", "validation", "heldout")}
+    return Parts(**parts, test=read_levels(cache, test))
 
 
 def run(arguments: argparse.Namespace) -> None:
-    torch.set_num_threads(arguments.threads)
+    device.set_up(arguments.threads, gpus=0)
     results: Path = arguments.work / "baselines.jsonl"
     results.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    done = {(line["data"], line["seed"], line["stages"], line["detector"]) for line in lines}
-    stages = "+".join(arguments.stages)
+    done = {(line["data"], line["seed"], line["features"], line["detector"]) for line in lines}
+    features = f"{' + '.join(arguments.stages)}, {arguments.scales} scale{'s' * (arguments.scales > 1)}"
     for name in arguments.names:
         folder = prepare(name, arguments.data)
         for seed in arguments.seeds:
-            parts = _load(folder, seed, arguments.stages, arguments.work / "stages")
+            parts = _load(folder, seed, arguments.stages, arguments.scales, arguments.work / "features")
             for detector, baseline in _detectors(seed, parts):
-                key = {"data": name, "seed": seed, "stages": stages, "detector": detector}
+                key = {"data": name, "seed": seed, "features": features, "detector": detector}
                 if tuple(key.values()) in done or detector not in arguments.detectors:
                     continue
                 for line in _measured(baseline, parts, folder):
                     with results.open("a") as file:
                         file.write(json.dumps(key | line) + "\n")
                     print(json.dumps(key | line), flush=True)
-
-
-def table(arguments: argparse.Namespace) -> None:
-    lines = [json.loads(line) for line in (arguments.work / "baselines.jsonl").read_text().splitlines()]
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for line in lines:
-        key = tuple(line[name] for name in ("data", "stages", "detector", "variant"))
-        groups.setdefault(key, []).append(line)
-    columns = {
-        "auroc": "AUROC",
-        "detected": "detected at p ≤ 0.01",
-        "false_positives": "normals flagged",
-        "found_at_1_percent": "recall at 1 % FPR",
-        "aupro": "AUPRO",
-        "validation_loss": "validation loss",
-        "train_cpu_seconds": "training CPU s",
-    }
-    print("| data | stages | detector | score | seeds | " + " | ".join(columns.values()) + " |")
-    print("|---" * (5 + len(columns)) + "|")
-    for key, group in groups.items():
-        figures = [spread([line.get(name) for line in group]) for name in columns]
-        print("| " + " | ".join([*key, str(len(group)), *figures]) + " |")
-
-
-def spread(values: Sequence[float | None]) -> str:
-    """Mean and range over seeds."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    digits = 1 if max(known) >= 3 else 3
-    ends = f" ({min(known):.{digits}f} to {max(known):.{digits}f})" if len(known) > 1 else ""
-    return f"{sum(known) / len(known):.{digits}f}{ends}"
 
 
 def _measured(baseline: Baseline, parts: Parts, folder: Path) -> Iterator[dict[str, Any]]:
@@ -483,16 +453,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("step", choices=["run", "table"])
     parser.add_argument("--work", type=Path, required=True, help="folder of features and results")
-    parser.add_argument("--data", type=Path, help="folder of the data sets")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--names", nargs="+", default=list(DATA_SETS), choices=list(DATA_SETS))
-    parser.add_argument("--stages", nargs="+", default=["blocks.2", "blocks.4"], help="finest first")
+    parser.add_argument("--stages", nargs="+", required=True, help="of the backbone, finest first")
+    parser.add_argument("--scales", type=int, default=1, help="of the image")
     parser.add_argument("--detectors", nargs="+", default=DETECTORS, choices=DETECTORS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    {"run": run, "table": table}[arguments.step](arguments)
+    run(parser.parse_args())
 
 
 if __name__ == "__main__":

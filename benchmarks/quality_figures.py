@@ -7,12 +7,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from quality_data import TestImage
+from scipy.stats import betabinom, ks_2samp
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from csflow.calibration import p_values
 from csflow.evaluate.pixel_metrics import PixelHistograms
 
 FALSE_POSITIVE_RATE = 0.01
+CHECKED_RATE = 0.05
+"""At which the realised false-positive rate is checked: one that few held-out images allow, too."""
 
 
 def image_figures(
@@ -34,6 +37,28 @@ def image_figures(
         "false_positives": float(flagged[~labels].mean()) if calibrated else None,
         "found_at_1_percent": float(recall[fpr <= FALSE_POSITIVE_RATE].max()),
         "fpr_at_95_recall": float(fpr[np.argmax(recall >= 0.95)]),
+    }
+
+
+def validity(
+    scores: NDArray[Any], heldout_scores: NDArray[Any], tested: Sequence[TestImage]
+) -> dict[str, float]:
+    """Whether p-values of normal images that training never saw are what they promise.
+
+    `flagged` of `normals` have a p-value of at most `CHECKED_RATE`; `flagged_low` and `flagged_high` are the
+    95 % interval of that number. `uniform` is the p-value of a Kolmogorov-Smirnov test of their scores
+    against the held-out ones.
+    """
+    normal = scores[[image.defect_class == "good" for image in tested]]
+    # Over draws of the held-out images too, not only of the new ones: beta-binomial, docs/calibration.md.
+    k = int(CHECKED_RATE * (len(heldout_scores) + 1))
+    low, high = betabinom.interval(0.95, len(normal), k, len(heldout_scores) + 1 - k)
+    return {
+        "normals": len(normal),
+        "flagged": int((p_values(normal, heldout_scores) <= CHECKED_RATE).sum()),
+        "flagged_low": int(low),
+        "flagged_high": int(high),
+        "uniform": float(ks_2samp(normal, heldout_scores).pvalue),
     }
 
 
