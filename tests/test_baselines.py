@@ -1,5 +1,6 @@
 """The simple detectors and planted defects that the quality benchmark compares with."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.distributions import MultivariateNormal
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import baselines
+import quality_table
 from planted_defects import AREA, KINDS, plant
 
 
@@ -84,6 +86,25 @@ def test_a_coreset_leaves_out_no_lonely_patch() -> None:
     crowd = 0.01 * torch.randn(500, 3, generator=generator)
     rows = torch.cat([crowd, 5 * torch.eye(3)])
     assert {500, 501, 502} < set(baselines.greedy_coreset(rows, 4, generator).tolist())
+
+
+def test_the_table_has_means_over_seeds_and_the_best_score_of_each_baseline(tmp_path: Path) -> None:
+    flows = [
+        {"data": "elpv", "detector": "default", "seed": seed, "auroc": auroc, "detected": detected}
+        for seed, auroc, detected in ((0, 0.9, 0.5), (1, 0.94, None))
+    ]
+    simple = [
+        {"data": "elpv", "detector": "PaDiM", "features": "blocks.5", "variant": variant, "auroc": auroc}
+        for variant, auroc in (("mean", 0.8), ("max", 0.85))
+    ]
+    for name, lines in (("flows", flows), ("baselines", simple)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert quality_table.tables(tmp_path).splitlines()[2:] == [
+        "| detector | seeds | AUROC | detected at p ≤ 0.01 |",
+        "|---|---|---|---|",
+        "| default | 2 | 0.920 (0.900 to 0.940) | 0.500 |",
+        "| PaDiM, blocks.5; max | 1 | 0.850 |  |",
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
