@@ -16,8 +16,7 @@ $(ENV)/installed: pyproject.toml constraints.txt
 .PHONY: demo test lint docs tools clean
 demo: $(ENV)/installed
 	$(BIN)/python -m csflow.demo cells demo/cells
-	$(BIN)/python jobs/train.py --input demo/cells/functional/train --output demo/model --overwrite \
-	    --hidden_channels 128 --learning_rate 1e-3 --epochs 6
+	$(BIN)/python jobs/train.py --input demo/cells/functional/train --output demo/model --overwrite --epochs 3
 	rm -rf demo/scores  # of an earlier demo, whose model may have been another
 	$(BIN)/python jobs/score.py --model demo/model --input demo/cells --output demo/scores
 	$(BIN)/python jobs/evaluate.py --scores demo/scores --labels demo/cells/labels.csv

@@ -174,7 +174,11 @@ def test_inspect_shows_what_a_model_is(csflow, tmp_path: Path):
     detector = Detector(
         Architecture("resnet10t", (64, 128), scales=2, hidden_channels=4, kernel_sizes=(3, 5))
     )
-    calibration = pa.table([["a", "b", "c"]] * 2 + [[0.5, 1.0, 1.5]], schema=CALIBRATION)
+    rows = [
+        {"image_uri": name, "image_version": name, "anomaly_score": score}
+        for name, score in (("a", 0.5), ("b", 1.0), ("c", 1.5))
+    ]
+    calibration = pa.Table.from_pylist(rows, schema=CALIBRATION)
     training = {"input": ["good"], "epochs": 6}
     location = Location(str(tmp_path))
     model_id = save_model(location, detector, calibration, training=training, data={}, metrics={}, card={})

@@ -5,12 +5,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 import torch
 
 from csflow.errors import WrongUse
-from csflow.model import Architecture, Detector
+from csflow.model import Architecture, Detector, InferenceDetector, Scores
 from csflow.model_directory import CALIBRATION, load_model, save_model
 from csflow.preprocessing import Preprocessing
 from csflow.storage import Location
@@ -27,18 +30,26 @@ def detector() -> Detector:
 
 
 def save(location: Location, detector: Detector, scores: tuple[float, ...] = (0.5, 1.5)) -> str:
-    images = [f"{i}.png" for i in range(len(scores))]
-    calibration = pa.table([images, images, list(scores)], schema=CALIBRATION)
+    rows = [
+        {"image_uri": f"{i}.png", "image_version": "1", "anomaly_score": score}
+        for i, score in enumerate(scores)
+    ]
+    calibration = pa.Table.from_pylist(rows, schema=CALIBRATION)
     return save_model(location, detector, calibration, training={}, data={}, metrics={}, card={})
+
+
+def assert_same_scores(actual: Scores, expected: Scores) -> None:
+    # Without whitening there is no local score.
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_loaded_model_scores_like_the_saved_one(detector, tmp_path):
     model_id = save(Location(str(tmp_path)), detector)
     model = load_model(Location(str(tmp_path)))
     assert model.model_id == model_id
-    assert model.calibration_scores.tolist() == [0.5, 1.5]
+    assert model.calibration.anomaly_score.tolist() == [0.5, 1.5]
     image_BHWC = torch.randint(0, 256, (2, 64, 128, 3), dtype=torch.uint8)
-    torch.testing.assert_close(model.detector(image_BHWC), detector(image_BHWC), rtol=0, atol=0)
+    assert_same_scores(model.detector(image_BHWC), detector(image_BHWC))
     assert not any(parameter.requires_grad for parameter in model.detector.parameters())
 
 
@@ -71,7 +82,7 @@ def test_several_stages_are_a_list_in_the_configuration_and_load_again(tmp_path)
     assert model.model_id == model_id
     assert model.detector.feature_shapes == [(128, 8, 8), (256, 4, 4), (512, 2, 2)]
     image_BHWC = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
-    torch.testing.assert_close(model.detector(image_BHWC), several(image_BHWC), rtol=0, atol=0)
+    assert_same_scores(model.detector(image_BHWC), several(image_BHWC))
 
 
 @pytest.mark.parametrize("backbone", ["vit_tiny_patch16_dinov3_qkvb", "swin_tiny_patch4_window7_224"])
@@ -81,7 +92,7 @@ def test_a_loaded_transformer_has_all_its_numbers(backbone, tmp_path):
     save(Location(str(tmp_path)), detector)
     image_BHWC = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     loaded = load_model(Location(str(tmp_path))).detector
-    torch.testing.assert_close(loaded(image_BHWC), detector(image_BHWC), rtol=0, atol=0)
+    assert_same_scores(loaded(image_BHWC), detector(image_BHWC))
 
 
 def test_one_stage_in_a_list_is_that_stage_alone():
@@ -122,7 +133,7 @@ def test_a_model_that_does_not_say_how_images_fit_stretches_them_with_bilinear_w
     values = detector.architecture.to_json()
     boxed = Architecture.from_json(values | {"fit": "letterbox", "interpolation": "bicubic"})
     assert boxed.preprocessing == Preprocessing((64, 128), "letterbox", "bicubic")
-    del values["fit"], values["interpolation"]
+    assert not {"fit", "interpolation"} & values.keys()
     assert Architecture.from_json(values).preprocessing == Preprocessing((64, 128), "stretch", "bilinear")
 
 
@@ -135,6 +146,89 @@ def test_fit_and_filter_decide_the_id(detector, tmp_path):
         loaded = load_model(Location(str(tmp_path / str(name)))).detector
         assert loaded.architecture.preprocessing == changed.architecture.preprocessing
     assert len(ids) == 3
+
+
+OLD_ID = "a7496426c11d922d"
+OLD_SCORES = [0.70322073, 0.69164294]
+OLD_SCALE_SCORES = [[0.69466716, 0.73743522], [0.69050813, 0.69618213]]
+OLD_MAP_ROWS = [[1.3715672, 1.3912129, 1.3888613, 1.3922286], [1.3772322, 1.3923834, 1.3775630, 1.3735677]]
+"""What csflow wrote and gave when version 2 was its newest format; of the map the first row."""
+
+
+def write_version_2(folder: Path) -> None:
+    """A model directory of version 2, with numbers that need no random generator."""
+    architecture = {"backbone": "resnet10t", "image_size": [64, 128], "cut_after": "layer4", "scales": 2}
+    architecture |= {"hidden_channels": 4, "kernel_sizes": [3, 5], "seed": 0}
+    detector = Detector(Architecture.from_json(architecture))
+    state = {name: plain_numbers(name, value) for name, value in detector.state_dict().items()}
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    images = {"image_uri": ["a.png", "b.png"], "image_version": ["1", "2"], "anomaly_score": [0.5, 1.5]}
+    pq.write_table(pa.table(images), folder / "calibration.parquet")
+    config = {
+        "format_version": 2,
+        "model_id": OLD_ID,
+        "architecture": architecture | {"fit": "letterbox", "interpolation": "bilinear"},
+        "preprocessing": {"decoding_version": 1, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+        "feature_shapes": [[512, 2, 4], [512, 1, 2]],
+        "training": {"epochs": 1},
+        "data": {},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def plain_numbers(name: str, value: torch.Tensor) -> torch.Tensor:
+    if "permutation" in name:
+        return torch.arange(value.numel()).flip(0).to(value.dtype)
+    if name in ("mean", "std") or not value.is_floating_point():
+        return value
+    number = ((torch.arange(value.numel(), dtype=torch.float64) * 7919) % 257 - 128) / 1024
+    offset = 1 if "running_var" in name else 0.5 if name.endswith("gamma_S") else 0
+    return (number + offset).to(value.dtype).view(value.shape)
+
+
+def test_a_model_of_version_2_keeps_its_id_and_its_scores(tmp_path):
+    write_version_2(tmp_path)
+    model = load_model(Location(str(tmp_path)))
+    assert model.model_id == OLD_ID
+    assert model.detector.architecture.preprocessing == Preprocessing((64, 128), "letterbox", "bilinear")
+    assert model.calibration.anomaly_score.tolist() == [0.5, 1.5]
+    assert model.calibration.global_score is model.calibration.local_score is None
+    assert model.calibration.map_threshold(0.5) is None
+    y = [
+        (((torch.arange(2 * 512 * height * width) * 7919 + height) % 257 - 128) / 64).view(
+            2, 512, height, width
+        )
+        for height, width in ((2, 4), (1, 2))
+    ]
+    for form in (model.detector, InferenceDetector(model.detector, "float32", 2)):
+        scores = form.score_features(y)
+        np.testing.assert_allclose(scores.anomaly_score_B, OLD_SCORES, rtol=1e-5)
+        np.testing.assert_allclose(scores.scale_scores_BS, OLD_SCALE_SCORES, rtol=1e-5)
+        np.testing.assert_allclose(scores.anomaly_map_BHW[:, 0], OLD_MAP_ROWS, rtol=1e-5)
+
+
+def test_a_whitened_model_is_saved_with_all_that_decides_its_scores(tmp_path):
+    detector = Detector(
+        Architecture("resnet10t", (64, 64), ("layer3", "layer4"), 1, 4, kernel_sizes=(3,), whitening=True)
+    )
+    for module in (detector.whitening, detector.gaussian, detector.statistic):
+        for value in module.buffers():
+            value.add_(torch.rand(value.shape) / 10)
+    columns = {"global_score": 1.0, "local_score": 1.5, "map_maximum": 2.0}
+    row = {"image_uri": "a.png", "image_version": "1", "anomaly_score": 1.0} | columns
+    ids = []
+    for name, change in (("whole", {}), ("other", {"local_score": 1.6}), ("third", {"map_maximum": 3.0})):
+        table = pa.Table.from_pylist([row | change], schema=CALIBRATION)
+        location = Location(str(tmp_path / name))
+        ids.append(save_model(location, detector, table, training={}, data={}, metrics={}, card={}))
+    assert len(set(ids)) == 3
+    model = load_model(Location(str(tmp_path / "whole")))
+    calibration = model.calibration
+    assert (calibration.global_score, calibration.local_score, calibration.map_maximum) == (1, 1.5, 2)
+    image_BHWC = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    scores = model.detector(image_BHWC)
+    torch.testing.assert_close(scores, detector(image_BHWC), rtol=0, atol=0)
+    assert scores.local_score_B.isfinite().all()
 
 
 def test_the_configuration_says_how_the_model_was_made(detector, tmp_path):

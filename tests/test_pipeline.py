@@ -85,7 +85,7 @@ class BrightnessDetector:
     def __call__(self, pixels_BHWC: torch.Tensor) -> Scores:
         mean_BHW = torch.nn.functional.adaptive_avg_pool2d(pixels_BHWC.float().mean(3), 8)
         score_B = mean_BHW.mean((1, 2))
-        return Scores(score_B, score_B[:, None], mean_BHW)
+        return Scores(score_B, score_B, score_B, score_B[:, None], mean_BHW)
 
 
 def call(scorer: ShardScorer, shard: PlannedShard) -> dict[str, object]:
@@ -179,6 +179,16 @@ def test_shards_that_overlap_keep_their_images_and_errors_apart(scorer, shards, 
         assert (row["scored"], row["error_codes"]) == (len(scored), [("unsupported_format", 1)])
         assert row["first_scored_at"] == min(scores["scored_at"].to_pylist())
         assert row["anomaly_scores"] == scores["anomaly_score"].to_pylist()
+
+
+def test_a_model_without_whitening_has_one_score_with_one_p_value(scorer, shards, output):
+    call(scorer, shards[0])
+    scores = read_parquet(output.scores_file(shards[0].name, shards[0].date), SCORES)
+    assert scores.num_rows
+    assert scores["global_score"] == scores["anomaly_score"]
+    assert scores["global_p_value"] == scores["p_value"]
+    for name in ("local_score", "local_p_value", "map_threshold"):
+        assert scores[name].null_count == scores.num_rows
 
 
 def test_one_shard_scored_by_two_calls_at_once_is_published_once(scorer, shards, output):

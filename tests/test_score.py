@@ -85,18 +85,43 @@ def test_scores_are_what_the_detector_gives_for_each_photograph(scored, model, a
         expected, trained = form(pixels[None]), loaded.detector(pixels[None])
         assert row.anomaly_score == pytest.approx(trained.anomaly_score_B.item(), rel=0.01)
         assert row.anomaly_score == pytest.approx(expected.anomaly_score_B.item(), rel=1e-5)
+        assert row.global_score == pytest.approx(expected.global_score_B.item(), rel=1e-5)
+        assert row.local_score == pytest.approx(expected.local_score_B.item(), rel=1e-5)
         np.testing.assert_allclose(row.scale_scores, expected.scale_scores_BS[0], rtol=1e-5)
         np.testing.assert_allclose(
             row.anomaly_map, expected.anomaly_map_BHW[0].flatten(), rtol=1e-4, atol=1e-6
         )
-        assert (row.map_height, row.map_width) == (4, 4)
+        assert (row.map_height, row.map_width) == (16, 16)
         assert (row.image_height, row.image_width) == (300, 300)
         sizes, box_B4 = (np.array([300]), np.array([300])), np.array([decoded.box])
-        (peak_y,), (peak_x,) = peak(row.anomaly_map.reshape(1, 4, 4), *sizes, box_B4)
+        (peak_y,), (peak_x,) = peak(row.anomaly_map.reshape(1, 16, 16), *sizes, box_B4)
         assert (row.peak_y, row.peak_x) == (peak_y, peak_x)
-    expected_p = p_values(frame.anomaly_score, loaded.calibration_scores)
+    expected_p = p_values(frame.anomaly_score, loaded.calibration.anomaly_score)
     np.testing.assert_array_equal(frame.p_value, expected_p)
     np.testing.assert_array_equal(frame.is_anomalous, expected_p <= 0.01)
+
+
+def test_the_global_and_the_local_score_have_conformal_p_values_of_their_own(scored, model):
+    frame, calibration = read_scores(scored), load_model(Location(str(model))).calibration
+    for name in ("global", "local"):
+        heldout = getattr(calibration, f"{name}_score")
+        at_least = (heldout[None] >= frame[f"{name}_score"].to_numpy()[:, None]).sum(1)
+        np.testing.assert_array_equal(frame[f"{name}_p_value"], (1 + at_least) / (len(heldout) + 1))
+    assert not (frame.global_p_value == frame.local_p_value).all()
+
+
+def test_the_map_threshold_is_that_of_the_false_positive_rate_and_null_if_images_are_too_few(
+    scored, model, archive, tmp_path
+):
+    # Of 10 held-out images none can be told from one in a hundred.
+    assert read_scores(scored).map_threshold.isna().all()
+    images = copy_some(archive / "functional", tmp_path / "images", 2)
+    arguments = ["--model", model, "--input", images, "--output", tmp_path / "out"]
+    assert run_score(*arguments, "--false_positive_rate", 0.2) == ExitStatus.DONE
+    frame = read_scores(tmp_path / "out")
+    maxima = np.sort(load_model(Location(str(model))).calibration.map_maximum)
+    assert len(maxima) == 10
+    assert (frame.map_threshold == maxima[-2]).all()
 
 
 def test_every_image_is_scored_once_or_has_an_error(scored, archive, run_record):

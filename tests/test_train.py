@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,26 @@ def test_two_workers_give_the_loss_curve_of_one_and_reuse_its_features(
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert two["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-4)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    one, two = (pq.read_table(folder / "calibration.parquet") for folder in (model, tmp_path / "two"))
+    assert two["image_uri"] == one["image_uri"]
+    for name in ("anomaly_score", "global_score", "local_score", "map_maximum"):
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-3)
+
+
+def test_a_resumed_training_keeps_its_gaussians(model, good_cells, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(model / "_work" / "features", work / "features")
+    arguments = ["--input", good_cells, "--work_dir", work, "--epochs", 1]
+    assert train(configure(*arguments, "--output", tmp_path / "first")) == ExitStatus.DONE
+    (file,) = (work / "splits").glob("*.gaussians.safetensors")
+    data, written = file.read_bytes(), file.stat().st_mtime_ns
+    assert train(configure(*arguments, "--output", tmp_path / "second", "--resume")) == ExitStatus.DONE
+    assert file.stat().st_mtime_ns == written
+    ids = [load_model(Location(str(tmp_path / name))).model_id for name in ("first", "second")]
+    assert ids[0] == ids[1]
+    file.unlink()  # What is lost is fitted anew, to the same numbers.
+    assert train(configure(*arguments, "--output", tmp_path / "third", "--resume")) == ExitStatus.DONE
+    assert file.read_bytes() == data
 
 
 def test_training_starts_with_the_workers_that_have_room(model, good_cells, tmp_path):

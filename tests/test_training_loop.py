@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 import shutil
 import tarfile
 from dataclasses import replace
@@ -16,10 +17,11 @@ from scipy.stats import betabinom, ks_2samp
 
 from csflow.calibration import p_values
 from csflow.cluster import WorkerResources
+from csflow.config import parse
 from csflow.errors import WrongUse
 from csflow.images import decode
 from csflow.inputs.listing import list_images
-from csflow.model import Architecture, Detector, load_weights
+from csflow.model import Architecture, Detector, PlainStatistic, StandardisedStatistic, load_weights
 from csflow.preprocessing import Preprocessing
 from csflow.storage import Location
 from csflow.training.augmentation import AugmentedFeatures, augment
@@ -32,15 +34,29 @@ from csflow.training.cache import (
     find_images,
 )
 from csflow.training.checkpoint import restore, written_checkpoint
+from csflow.training.closing import calibration_columns, closing_tensors
+from csflow.training.config import TrainConfig
 from csflow.training.data import TrainingData, stretch_warning
 from csflow.training.features import FeatureExtractor
-from csflow.training.loop import LoopSettings, Trainer, Worker, epoch_batches
+from csflow.training.gaussians import Gaussians, fit_gaussians, gaussian_losses
+from csflow.training.loop import Evaluation, LoopSettings, Trainer, Worker, epoch_batches
 from csflow.training.sources import ResidentFeatures, StreamedFeatures, open_features
 from csflow.training.split import split_images, split_sizes
 from csflow.weights import find_weights
 
 ARCHITECTURE = Architecture("tf_efficientnet_lite0", (64, 64), None, 2, hidden_channels=16, kernel_sizes=(3,))
-SETTINGS = LoopSettings(ARCHITECTURE, 3, 10, 16, None, 1e-3, "float32")
+SETTINGS = LoopSettings(
+    ARCHITECTURE,
+    epochs=3,
+    patience=10,
+    batch_size=16,
+    micro_batch_size=None,
+    learning_rate=1e-3,
+    is_annealed=False,
+    adam_epsilon=1e-4,
+    precision="float32",
+)
+WHITENED = replace(SETTINGS, architecture=replace(ARCHITECTURE, whitening=True))
 CPU = Worker(rank=0, world_size=1, device=torch.device("cpu"))
 ROOMY = 1 << 40
 
@@ -81,11 +97,45 @@ def data(cached) -> TrainingData:
     return TrainingData.divide(cached[1].slice(0, 100), validation=0.1, holdout=0.2, seed=0)
 
 
-def new_trainer(cache: FeatureCache, data: TrainingData, settings: LoopSettings = SETTINGS) -> Trainer:
+def new_trainer(
+    cache: FeatureCache, data: TrainingData, settings: LoopSettings = SETTINGS, worker: Worker = CPU
+) -> Trainer:
+    gaussians = None
+    if settings.architecture.whitening:
+        gaussians = fit_gaussians(open_features(cache, data.part("training"), 0, CPU.device))
     training, validation = (
-        open_features(cache, data.part(name), ROOMY, CPU.device) for name in ("training", "validation")
+        opened(cache, data.part(name), gaussians=gaussians) for name in ("training", "validation")
     )
-    return Trainer(settings, CPU, training, validation)
+    return Trainer(settings, worker, training, validation, gaussians)
+
+
+def opened(
+    cache: FeatureCache, images: pa.Table, memory_bytes: int = ROOMY, gaussians: Gaussians | None = None
+) -> ResidentFeatures | StreamedFeatures:
+    return open_features(cache, images, memory_bytes, CPU.device, gaussians and gaussians.whitening)
+
+
+def heldout_scores(trainer: Trainer, cache: FeatureCache, data: TrainingData) -> torch.Tensor:
+    """As the end of a training writes them."""
+    return closing(trainer, cache, evaluated(trainer, cache, data.part("heldout")))[0]["anomaly_score"]
+
+
+def evaluated(trainer: Trainer, cache: FeatureCache, images: pa.Table) -> Evaluation:
+    return trainer.evaluate(opened(cache, images, gaussians=trainer.gaussians))
+
+
+def closing(
+    trainer: Trainer, cache: FeatureCache, heldout: Evaluation
+) -> tuple[dict[str, torch.Tensor], PlainStatistic | StandardisedStatistic]:
+    """The calibration and the statistic that the end of a training gives."""
+    usual = trainer.evaluate(trainer.validation)
+    tensors = closing_tensors(usual, heldout, trainer.gaussians, cache.feature_shapes)
+    statistic = (StandardisedStatistic if trainer.gaussians else PlainStatistic)(cache.feature_shapes)
+    statistic.load_state_dict(
+        {k.removeprefix("state.statistic."): v for k, v in tensors.items() if "state.statistic." in k}
+    )
+    prefix = "calibration."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, statistic
 
 
 def run(trainer: Trainer) -> Trainer:
@@ -240,6 +290,28 @@ def test_streamed_and_resident_features_are_the_same(cached):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def test_streamed_and_resident_features_are_whitened_alike(cached):
+    cache, rows = cached
+    gaussians = fit_gaussians(opened(cache, rows, 0))
+    raw, resident, streamed = opened(cache, rows), *(opened(cache, rows, m, gaussians) for m in (ROOMY, 0))
+    assert isinstance(streamed, StreamedFeatures)
+    batches = epoch_batches(len(rows), 64, seed=0, epoch=1)
+    for y, kept, read in zip(*(s.batches(1, batches) for s in (raw, resident, streamed)), strict=True):
+        torch.testing.assert_close(read, gaussians.whitening(y), rtol=1e-5, atol=1e-5)
+        # What is kept is rounded to the half precision of the cache.
+        torch.testing.assert_close(kept, read, rtol=1e-3, atol=1e-4)
+
+
+def test_the_gaussians_are_the_same_in_the_file_that_all_workers_read(cached, tmp_path):
+    cache, rows = cached
+    written = fit_gaussians(opened(cache, rows.slice(0, 50), 0))
+    written.write(Location(str(tmp_path / "gaussians.safetensors")))
+    read = Gaussians.read(Location(str(tmp_path / "gaussians.safetensors")), cache, CPU.device)
+    for part in ("whitening", "positions"):
+        states = [getattr(gaussians, part).state_dict() for gaussians in (read, written)]
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
 def test_an_interrupted_index_is_made_up_for_from_the_files(cached):
     cache, rows = cached
     for index in cache.folder.find(".index.parquet"):
@@ -313,7 +385,8 @@ def test_training_stops_when_validation_does_not_improve_and_keeps_the_best_weig
     assert len(validation) < 60
     assert trainer.best_epoch == int(np.argmin(validation)) + 1
     assert len(validation) == trainer.best_epoch + 2
-    assert trainer.evaluate(trainer.validation)[1].mean().item() == pytest.approx(min(validation), rel=1e-5)
+    losses_N = trainer.evaluate(trainer.validation).losses_N
+    assert losses_N.mean().item() == pytest.approx(min(validation), rel=1e-5)
 
 
 def test_without_validation_images_the_last_weights_are_kept(cached):
@@ -324,9 +397,12 @@ def test_without_validation_images_the_last_weights_are_kept(cached):
     assert all(torch.equal(value, last[name]) for name, value in trainer.best_state.items())
 
 
-def test_a_restored_training_goes_on_to_the_very_same_weights(cached, data):
-    whole = run(new_trainer(cached[0], data))
-    broken, continued = new_trainer(cached[0], data), new_trainer(cached[0], data)
+@pytest.mark.parametrize(
+    "settings", [SETTINGS, replace(WHITENED, is_annealed=True)], ids=["plain", "whitened"]
+)
+def test_a_restored_training_goes_on_to_the_very_same_weights(cached, data, settings):
+    whole = run(new_trainer(cached[0], data, settings))
+    broken, continued = (new_trainer(cached[0], data, settings) for _ in range(2))
     broken.run_epoch()
     with written_checkpoint(broken, {}) as folder:
         assert not restore(continued, folder)
@@ -335,29 +411,31 @@ def test_a_restored_training_goes_on_to_the_very_same_weights(cached, data):
     assert all(torch.equal(v, continued.best_state[name]) for name, v in whole.best_state.items())
 
 
-def test_p_values_of_unseen_normals_are_uniform_and_flag_as_many_as_wanted(cached):
+@pytest.mark.parametrize("settings", [SETTINGS, WHITENED], ids=["plain", "whitened"])
+def test_p_values_of_unseen_normals_are_uniform_and_flag_as_many_as_wanted(cached, settings):
     cache, rows = cached
     # Neighbours in the listing are of one solar module: in that order they would not be exchangeable.
     rows = rows.take(np.random.default_rng(0).permutation(len(rows)))
     # 144 held out, and 320 that nothing but the backbone has seen.
     data = TrainingData.divide(rows.slice(0, 320), validation=0.1, holdout=0.45, seed=0)
-    trainer = run(new_trainer(cache, data))
-    heldout, unseen = (
-        trainer.evaluate(open_features(cache, part, ROOMY, CPU.device))[0]
-        for part in (data.part("heldout"), rows.slice(320))
-    )
-    # All p-values share one draw of held-out images: they are uniform if both samples have one distribution.
-    assert ks_2samp(unseen, heldout).pvalue > 0.01
-    p = p_values(unseen, heldout)
-    for rate in (0.05, 0.1, 0.2):
-        k = int(rate * (len(heldout) + 1))
-        low, high = betabinom.interval(0.99, len(p), k, len(heldout) + 1 - k)
-        assert low <= (p <= rate).sum() <= high
+    trainer = run(new_trainer(cache, data, settings))
+    calibration, statistic = closing(trainer, cache, evaluated(trainer, cache, data.part("heldout")))
+    unseen = calibration_columns(statistic(evaluated(trainer, cache, rows.slice(320)).energies))
+    assert len(calibration) == (4 if settings is WHITENED else 1)
+    for name, heldout in calibration.items():
+        # All p-values share one draw of held-out images: they are uniform if both samples have one
+        # distribution.
+        assert ks_2samp(unseen[name], heldout).pvalue > 0.01
+        p = p_values(unseen[name], heldout)
+        for rate in (0.05, 0.1, 0.2):
+            k = int(rate * (len(heldout) + 1))
+            low, high = betabinom.interval(0.99, len(p), k, len(heldout) + 1 - k)
+            assert low <= (p <= rate).sum() <= high
 
 
 def test_augmented_copies_depend_on_seed_epoch_and_image_and_on_no_worker(cached):
     cache, rows = cached
-    source = AugmentedFeatures(cache, ARCHITECTURE, rows.slice(0, 6), CPU.device)
+    source = AugmentedFeatures(cache, ARCHITECTURE, rows.slice(0, 6), CPU.device, whitening=None)
 
     def features(epoch: int, *shares: list[int]) -> torch.Tensor:
         return torch.cat([y[0] for y in source.batches(epoch, list(map(torch.tensor, shares)))])
@@ -383,31 +461,117 @@ def test_augmentation_keeps_the_shape_and_the_pixels_but_for_their_brightness():
     assert len({augment(square_HWC, np.random.default_rng(s)).tobytes() for s in range(100)}) >= 8
 
 
+NEEDED = ["--input", "good", "--output", "model"]
+
+
+def configured(*arguments: str) -> LoopSettings:
+    return LoopSettings.of(parse(TrainConfig, None, [*NEEDED, *arguments]), 700)
+
+
+def test_the_recipe_of_the_paper_has_its_constants():
+    paper = configured("--recipe", "paper")
+    assert (paper.learning_rate, paper.is_annealed, paper.adam_epsilon) == (2e-4, False, 1e-4)
+    assert (paper.epochs, paper.batch_size) == (240, 16)
+    architecture = paper.architecture
+    assert (architecture.hidden_channels, architecture.kernel_sizes) == (1024, (3, 3, 3, 5))
+    assert (architecture.cut_after, architecture.scales) == ("blocks.5", 3)
+    assert not architecture.whitening
+
+
+def test_the_default_recipe_is_whitened_annealed_and_of_several_stages():
+    default = configured()
+    assert (default.learning_rate, default.is_annealed, default.adam_epsilon) == (3e-3, True, 1e-8)
+    assert default.epochs == 6
+    assert LoopSettings.of(parse(TrainConfig, None, NEEDED), 100).epochs == 42
+    architecture = default.architecture
+    assert (architecture.hidden_channels, architecture.kernel_sizes) == (256, (3,))
+    assert (architecture.cut_after, architecture.scales) == (("blocks.2", "blocks.4", "blocks.5"), 2)
+    assert architecture.whitening
+    assert configured("--backbone", "resnet10t").architecture.cut_after is None
+
+
+def test_flags_and_files_win_over_a_recipe(tmp_path):
+    file = tmp_path / "train.yaml"
+    file.write_text("recipe: paper\nepochs: 7\nhidden_channels: 32\n")
+    flags = ["--coupling_blocks", "2", "--cut_after", "blocks.4", "--hidden_channels", "8"]
+    settings = configured(*flags, "--learning_rate", "0.01", "--config", str(file))
+    architecture = settings.architecture
+    assert (settings.epochs, settings.learning_rate) == (7, 0.01)
+    assert (architecture.hidden_channels, architecture.kernel_sizes) == (8, (3, 5))
+    assert architecture.cut_after == "blocks.4"
+    assert (settings.adam_epsilon, settings.is_annealed, architecture.whitening) == (1e-4, False, False)
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_the_optimiser_is_that_of_the_recipe(cached, data, monkeypatch, recipe):
+    settings = configured("--recipe", recipe)
+    settings = replace(SETTINGS, is_annealed=settings.is_annealed, adam_epsilon=settings.adam_epsilon)
+    trainer = new_trainer(cached[0], data, settings)
+    rates = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+    )
+    run(trainer)
+    steps = 3 * math.ceil(len(trainer.training) / 16)
+    half_cosine = [(1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
+    expected = np.full(steps, 1e-3) if recipe == "paper" else 1e-3 * np.array(half_cosine)
+    np.testing.assert_allclose(rates, expected)
+    assert trainer.optimizer.param_groups[0]["eps"] == (1e-4 if recipe == "paper" else 1e-8)
+
+
+def test_the_loss_of_a_whitened_flow_is_that_of_its_features(cached, data):
+    # An untrained flow is a permutation: the loss is the energy less the log-determinant of the whitening.
+    cache = cached[0]
+    trainer = new_trainer(cache, data, replace(WHITENED, epochs=1, learning_rate=1e-12))
+    run(trainer)
+    whitening = trainer.gaussians.whitening
+    x = next(trainer.validation.batches(0, [torch.arange(len(trainer.validation))]))
+    squares_N = sum(x_BCHW.square().sum((1, 2, 3)) for x_BCHW in x)
+    expected_N = (squares_N / 2 - whitening.log_det()) / sum(cache.sizes)
+    losses_N = trainer.evaluate(trainer.validation).losses_N
+    torch.testing.assert_close(losses_N, expected_N, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gaussian_of_each_position_alone_is_what_a_flow_is_measured_by(cached, data):
+    trainer = run(new_trainer(cached[0], data, WHITENED))
+    evaluation = trainer.evaluate(trainer.validation)
+    losses_N = gaussian_losses(evaluation.energies[:2], trainer.gaussians)
+    x = next(trainer.validation.batches(0, [torch.arange(len(trainer.validation))]))
+    squares_N = sum(read.square().sum((1, 2, 3)) for read in trainer.gaussians.positions(x))
+    log_det = trainer.gaussians.whitening.log_det() + trainer.gaussians.positions.log_det()
+    torch.testing.assert_close(losses_N, (squares_N / 2 - log_det) / sum(cached[0].sizes), rtol=1e-4, atol=0)
+
+
 def train_as_one_of(
-    rank: int, world_size: int, folder: Path, cache: FeatureCache, data: TrainingData
+    rank: int, world_size: int, folder: Path, cache: FeatureCache, data: TrainingData, epochs: int
 ) -> None:
-    """A worker of a training of 25 steps; the first one writes the curve."""
+    """A worker of a training of 5 steps an epoch; the first one writes the curve and the scores."""
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/rendezvous-{world_size}"
     torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=world_size)
-    sources = [
-        open_features(cache, data.part(name), ROOMY, CPU.device) for name in ("training", "validation")
-    ]
-    trainer = run(Trainer(replace(SETTINGS, epochs=5), Worker(rank, world_size, CPU.device), *sources))
+    settings = replace(WHITENED, epochs=epochs, is_annealed=True)
+    trainer = run(new_trainer(cache, data, settings, Worker(rank, world_size, CPU.device)))
+    scores_N = heldout_scores(trainer, cache, data)
     if rank == 0:
-        (folder / f"{world_size}.json").write_text(json.dumps(trainer.history))
+        result = {"history": trainer.history, "scores": scores_N.tolist()}
+        (folder / f"{world_size}.json").write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
 
 
+def trained_by(
+    world_size: int, folder: Path, cache: FeatureCache, data: TrainingData, epochs: int
+) -> tuple[list[tuple[float, ...]], list[float]]:
+    """Losses and gradient norms by epoch, and the scores of the held-out images."""
+    torch.multiprocessing.spawn(train_as_one_of, (world_size, folder, cache, data, epochs), nprocs=world_size)
+    result = json.loads((folder / f"{world_size}.json").read_text())
+    curve = [(line["loss"], line["validation_loss"], line["grad_norm"]) for line in result["history"]]
+    assert len(curve) == epochs
+    return curve, result["scores"]
+
+
 @pytest.mark.soak
-def test_one_two_and_four_workers_have_one_loss_curve(cached, data, tmp_path):
-    curves = []
-    for world_size in (1, 2, 4):
-        torch.multiprocessing.spawn(
-            train_as_one_of, (world_size, tmp_path, cached[0], data), nprocs=world_size
-        )
-        history = json.loads((tmp_path / f"{world_size}.json").read_text())
-        curves.append([(line["loss"], line["validation_loss"], line["grad_norm"]) for line in history])
-    assert len(curves[0]) == 5
-    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
-    np.testing.assert_allclose(curves[2], curves[0], rtol=1e-4)
+def test_one_two_and_four_workers_have_one_loss_curve_and_one_set_of_scores(cached, data, tmp_path):
+    one, *others = (trained_by(n, tmp_path, cached[0], data, epochs=5) for n in (1, 2, 4))
+    for curve, scores in others:
+        np.testing.assert_allclose(curve, one[0], rtol=1e-4)
+        np.testing.assert_allclose(scores, one[1], rtol=1e-4)

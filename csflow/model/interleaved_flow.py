@@ -47,11 +47,19 @@ class InterleavedFlow(nn.Module):
             sizes: of each scale's maps.
         """
         super().__init__()
-        self.whitening = None if whitening is None else _InterleavedWhitening(whitening)
-        self.gaussian = None if gaussian is None else _InterleavedGaussian(gaussian, dtype)
         self.blocks = nn.ModuleList(
             _InterleavedBlock(cast(CouplingBlock, block), dtype, sizes) for block in flow.blocks
         )
+        self.whitening: _InterleavedWhitening | None = None
+        self.gaussian: _InterleavedGaussian | None = None
+        if whitening is not None and gaussian is not None:
+            # The order of channels that the first block wants: one pass over memory permutes and transposes.
+            orders = [self._block(0).get_buffer(name) for name in self._block(0).permutations]
+            self.whitening = _InterleavedWhitening(whitening, orders)
+            self.gaussian = _InterleavedGaussian(gaussian, orders, dtype)
+
+    def _block(self, number: int) -> "_InterleavedBlock":
+        return cast(_InterleavedBlock, self.blocks[number])
 
     def forward(self, y: Sequence[Tensor]) -> list[Tensor]:
         z = [y_BCHW.permute(2, 3, 0, 1).float() for y_BCHW in y]
@@ -59,42 +67,48 @@ class InterleavedFlow(nn.Module):
         if self.whitening is not None and self.gaussian is not None:
             z = self.whitening(z)
             read = self.gaussian(z)
-        for block in self.blocks:
-            z = block(z)
+        else:
+            z = self._block(0).ordered(z)
+        for number in range(len(self.blocks)):
+            z = self._block(number)(z if number == 0 else self._block(number).ordered(z))
         return [x_HWBC.square().mean(3).permute(2, 0, 1) for x_HWBC in [*read, *z]]
 
 
 class _InterleavedWhitening(nn.Module):
-    """`Whitening` on (H, W, B, C) maps, with the means in a bias."""
+    """`Whitening` on (H, W, B, C) maps whose channels it puts in order, with the means in a bias."""
 
-    def __init__(self, whitening: Whitening) -> None:
+    def __init__(self, whitening: Whitening, orders: Sequence[Tensor]) -> None:
         super().__init__()
         self.levels = range(whitening.levels)
-        for level in self.levels:
-            matrix_CC = whitening.matrix(level)
-            bias_HW1C = -(whitening.mean(level).permute(1, 2, 0) @ matrix_CC.T).unsqueeze(2)
+        for level, order_C in enumerate(orders):
+            matrix_CC = whitening.matrix(level)[order_C][:, order_C]
+            mean_HWC = whitening.mean(level)[order_C].permute(1, 2, 0)
+            self.register_buffer(f"order_{level}", order_C)
             self.register_buffer(f"matrix_{level}", matrix_CC)
-            self.register_buffer(f"bias_{level}", bias_HW1C)
+            self.register_buffer(f"bias_{level}", -(mean_HWC @ matrix_CC.T).unsqueeze(2))
 
     def forward(self, y: Sequence[Tensor]) -> list[Tensor]:
-        return [
-            F.linear(y_HWBC, self.get_buffer(f"matrix_{level}")).add_(self.get_buffer(f"bias_{level}"))
-            for level, y_HWBC in zip(self.levels, y, strict=True)
-        ]
+        whitened = []
+        for level, y_HWBC in zip(self.levels, y, strict=True):
+            ordered_HWBC = y_HWBC.index_select(3, self.get_buffer(f"order_{level}"))
+            x_HWBC = F.linear(ordered_HWBC, self.get_buffer(f"matrix_{level}"))
+            whitened.append(x_HWBC.add_(self.get_buffer(f"bias_{level}")))
+        return whitened
 
 
 class _InterleavedGaussian(nn.Module):
-    """`PositionGaussian` on (H, W, B, C) maps: a product for each position."""
+    """`PositionGaussian` on (H, W, B, C) maps with channels in this order: a product for each position."""
 
-    def __init__(self, gaussian: PositionGaussian, dtype: torch.dtype) -> None:
+    def __init__(self, gaussian: PositionGaussian, orders: Sequence[Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
         self.levels = range(len(gaussian.positions))
-        for level in self.levels:
-            self.register_buffer(f"matrix_{level}", gaussian.matrix(level).mT.to(dtype).contiguous())
+        for level, order_C in enumerate(orders):
+            matrix_PCC = gaussian.matrix(level)[:, :, order_C].mT.to(dtype)
+            self.register_buffer(f"matrix_{level}", matrix_PCC.contiguous())
 
     def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
-        """In float32, of the shapes that are given."""
+        """In float32 and of the shapes that are given; the order of channels is the features' own."""
         products = []
         for level, x_HWBC in zip(self.levels, x, strict=True):
             x_PBC = x_HWBC.flatten(0, 1).to(self.dtype)
@@ -114,17 +128,21 @@ class _InterleavedBlock(nn.Module):
         self.subnetwork_first = _InterleavedSubnetwork(block.subnetwork_first, dtype, sizes)
         self.subnetwork_second = _InterleavedSubnetwork(block.subnetwork_second, dtype, sizes)
 
-    def forward(self, y: Sequence[Tensor]) -> list[Tensor]:
+    def ordered(self, y: Sequence[Tensor]) -> list[Tensor]:
+        """A copy with the channels in the order that `forward` takes."""
         # The order within a half could be folded into the weights; which channels share a half could not.
-        permuted = [
+        return [
             y_HWBC.index_select(3, self.get_buffer(name))
             for y_HWBC, name in zip(y, self.permutations, strict=True)
         ]
-        halves = [x_HWBC.split(sizes, dim=3) for x_HWBC, sizes in zip(permuted, self.halves, strict=True)]
+
+    def forward(self, x: list[Tensor]) -> list[Tensor]:
+        """The block's output, in place of its input."""
+        halves = [x_HWBC.split(sizes, dim=3) for x_HWBC, sizes in zip(x, self.halves, strict=True)]
         first, second = ([half[i] for half in halves] for i in range(2))
         _transform_(first, self.subnetwork_first(second))
         _transform_(second, self.subnetwork_second(first))
-        return permuted
+        return x
 
 
 def _transform_(x: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:

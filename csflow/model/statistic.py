@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LOCAL_SHARE = 0.01
+LOCAL_SHARE = 0.02
 """Of an image's area: the most unusual part, which the local score is the mean of."""
 GLOBAL_WEIGHT = 0.1
 """Of the global score in the anomaly score, where the local score counts 1 and both have the same spread."""
@@ -53,12 +53,14 @@ class PlainStatistic(nn.Module):
     def __init__(self, feature_shapes: Sequence[Sequence[int]]) -> None:
         super().__init__()
         numbers = [channels * height * width for channels, height, width in feature_shapes]
-        self.share_S = nn.Buffer(torch.tensor(numbers) / sum(numbers), persistent=False)
+        # No buffer: it would be in no state, and so without a value in a model that is loaded.
+        self.shares = [number / sum(numbers) for number in numbers]
 
     def forward(self, energies: Sequence[Tensor]) -> Scores:
         """Scores, given the latents' energy map of each level, (B, H, W)."""
         scale_scores_BS = _scale_scores(energies)
-        score_B = (scale_scores_BS * self.share_S.to(scale_scores_BS.device)).sum(1)
+        weighted = [share * score_B for share, score_B in zip(self.shares, scale_scores_BS.T, strict=True)]
+        score_B = torch.stack(weighted).sum(0)
         return Scores(score_B, score_B, torch.full_like(score_B, torch.nan), scale_scores_BS, energies[0])
 
 
@@ -133,7 +135,7 @@ def fitted_statistic(
     spread_2 = pair_2N.std(1, correction=0).clamp(min=SMALLEST)
     share_2 = torch.tensor([1.0, GLOBAL_WEIGHT]).to(spread_2) / spread_2
     # 1 for an image whose two scores are the usual ones.
-    statistic.score_weight_2.copy_(share_2 / (share_2 @ pair_2N.mean(1)))
+    statistic.score_weight_2.copy_(share_2 / (share_2 @ pair_2N.mean(1).clamp(min=SMALLEST)))
     return statistic
 
 

@@ -140,17 +140,20 @@ class Moments:
         """These images added."""
         x_BCHW = y_BCHW.double() - self.origin_C[:, None, None]
         x_BCP = x_BCHW.flatten(2)
-        of_image_BCC = x_BCP @ x_BCP.mT / x_BCP.shape[2]
+        channels, positions = x_BCP.shape[1:]
         if len(self.product_PCC) > 1:
-            product_PCC = x_BCP.permute(2, 1, 0) @ x_BCP.permute(2, 0, 1)
+            product_PCC = torch.baddbmm(self.product_PCC, x_BCP.permute(2, 1, 0), x_BCP.permute(2, 0, 1))
+            # The norms of X · Xᵀ and Xᵀ · X are the same: the smaller one is computed.
+            of_image = x_BCP.mT @ x_BCP if positions < channels else x_BCP @ x_BCP.mT
         else:
-            product_PCC = of_image_BCC.sum(0, keepdim=True)
+            of_image = x_BCP @ x_BCP.mT
+            product_PCC = self.product_PCC + of_image.sum(0, keepdim=True) / positions
         return Moments(
             self.origin_C,
             self.images + len(x_BCHW),
             self.sum_CHW + x_BCHW.sum(0),
-            self.product_PCC + product_PCC,
-            self.squared_norm + of_image_BCC.square().sum().item(),
+            product_PCC,
+            self.squared_norm + (of_image / positions).square().sum().item(),
         )
 
     def __add__(self, other: "Moments") -> "Moments":
@@ -216,7 +219,9 @@ def _of_positions(whiten_CC: Tensor, covariance_PCC: Tensor, images: int) -> Ten
     distance = (covariance_PCC - identity_CC).square().sum((1, 2)).mean().item()
     scatter = HEAVY_TAILS * (channels**2 + squared_norm) / images
     shrinkage = min(1.0, scatter / distance) if distance > 0 else 1.0
-    return _inverse_root((1 - shrinkage) * covariance_PCC + shrinkage * identity_CC)
+    # Any root will do, whose outputs only the sum of squares is read: the cheapest.
+    lower_PCC = torch.linalg.cholesky((1 - shrinkage) * covariance_PCC + shrinkage * identity_CC)
+    return torch.linalg.solve_triangular(lower_PCC, identity_CC.expand_as(lower_PCC), upper=False)
 
 
 def _shrinkage(moments: Moments) -> float:

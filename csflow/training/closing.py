@@ -9,7 +9,7 @@ from csflow.training.gaussians import Gaussians, gaussian_losses
 from csflow.training.loop import Evaluation
 
 CALIBRATED = ("anomaly_score", "global_score", "local_score", "map_maximum")
-"""Columns of a calibration."""
+"""Columns of a calibration; without whitening the first alone."""
 
 
 def closing_tensors(
@@ -38,9 +38,9 @@ def closing_tensors(
         for module, part in modules.items()
         for name, value in part.state_dict().items()
     }
-    closing |= {
-        f"calibration.{name}": v for name, v in calibration_columns(statistic(heldout.energies)).items()
-    }
+    columns = calibration_columns(statistic(heldout.energies))
+    calibrated = CALIBRATED if gaussians else CALIBRATED[:1]
+    closing |= {f"calibration.{name}": columns[name] for name in calibrated}
     closing["heldout_loss"] = heldout.losses_N.double().mean()
     if gaussians:
         closing["gaussian_loss"] = gaussian_losses(usual.energies[: len(feature_shapes)], gaussians).mean()

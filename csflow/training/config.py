@@ -46,8 +46,9 @@ class TrainConfig(JobConfig):
     """Channels inside the coupling blocks' subnetworks. [default: 256; paper: 1024]"""
     kernel_sizes: list[int] | None = None
     """Odd kernel size of each coupling block, or one for all. [default: 3, and 5 in the last of several]"""
-    epochs: int = Field(8, ge=1)
-    """Most passes over the training images. [default: 8; paper: 240]"""
+    epochs: int | None = Field(None, ge=1)
+    """Most passes over the training images. [default: 6, and of fewer than 700 images as many as show the
+    flow 4,200; paper: 240]"""
     patience: int = Field(10, ge=1)
     """Epochs without a lower validation loss after which training stops. [default: 10; paper: 240]"""
     augment: bool = False
@@ -60,8 +61,8 @@ class TrainConfig(JobConfig):
     precision: Precision = "auto"
     """Of the flow's convolutions in training: float32, bfloat16, or auto for bfloat16 where the hardware
     has it. Validation and calibration are float32."""
-    learning_rate: float = Field(1e-3, gt=0)
-    """Of Adam; it falls along a cosine. [default: 0.001; paper: 0.0002, and it stays]"""
+    learning_rate: float = Field(3e-3, gt=0)
+    """Of Adam; it falls along a cosine. [default: 0.003; paper: 0.0002, and it stays]"""
     holdout: float = Field(0.2, gt=0, lt=1)
     """Share of the images kept from training, for calibration."""
     validation: float = Field(0.1, ge=0, lt=1)

@@ -14,7 +14,7 @@ from csflow.storage import Location
 from csflow.training.cache import FeatureCache
 from csflow.training.sources import FeatureSource, open_features
 
-BATCH_SIZE = 16
+BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ CURVES = ("loss", "validation_loss", "grad_norm", "images_per_second")
 class LiveView:
     """Shows each finished epoch."""
 
-    def __init__(self, config: TrainConfig, tensorboard: Location) -> None:
-        self._epochs = config.epochs
+    def __init__(self, config: TrainConfig, epochs: int, tensorboard: Location) -> None:
+        self._epochs = epochs
         self._tensorboard = _open_tensorboard(tensorboard)
         self._mlflow = _open_mlflow(config)
 

@@ -41,17 +41,18 @@ class LoopSettings:
     precision: Precision
 
     @classmethod
-    def of(cls, config: TrainConfig) -> "LoopSettings":
-        """Those of a training job."""
+    def of(cls, config: TrainConfig, training_images: int) -> "LoopSettings":
+        """Those of a training job on so many images."""
+        recipe = RECIPES[config.recipe]
         return cls(
             architecture=config.architecture(),
-            epochs=config.epochs,
+            epochs=config.epochs or recipe.epochs(training_images),
             patience=config.patience,
             batch_size=config.batch_size,
             micro_batch_size=config.micro_batch_size,
             learning_rate=config.learning_rate,
-            is_annealed=RECIPES[config.recipe].is_annealed,
-            adam_epsilon=RECIPES[config.recipe].adam_epsilon,
+            is_annealed=recipe.is_annealed,
+            adam_epsilon=recipe.adam_epsilon,
             precision=config.precision,
         )
 

@@ -58,7 +58,8 @@ class Run:
     ) -> None:
         """`architecture` is that of the detector which made the cache."""
         self._config, self._cache, self._data = config, cache, data
-        self._loop = replace(LoopSettings.of(config), architecture=architecture)
+        loop = LoopSettings.of(config, data.part("training").num_rows)
+        self._loop = replace(loop, architecture=architecture)
         parts = data.split["part"].to_pylist(), data.split["content_digest"].to_pylist()
         decides = [asdict(self._loop), config.augment, cache.folder.name, fingerprint(*parts)]
         self.name = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
@@ -143,7 +144,7 @@ class Run:
 
     def _follow(self, progress: Queue) -> None:
         # In one thread from start to end: MLflow's runs belong to threads.
-        view = LiveView(self._config, self._tensorboard)
+        view = LiveView(self._config, self._loop.epochs, self._tensorboard)
         while (line := progress.get()) is not None:
             view.show(line)
         view.close()
