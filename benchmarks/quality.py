@@ -64,7 +64,11 @@ class Training:
         if RECIPES[config.recipe].whitening:
             self.gaussians = fit_gaussians(self._part("training", whitened=False))
         self.trainer = Trainer(
-            LoopSettings.of(config), WORKER, self._part("training"), self._part("validation"), self.gaussians
+            LoopSettings.of(config, self.data.part("training").num_rows),
+            WORKER,
+            self._part("training"),
+            self._part("validation"),
+            self.gaussians,
         )
         while not self.trainer.is_finished:
             self.trainer.run_epoch()
