@@ -48,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "default, 4 blocks": {"coupling_blocks": 4},
     # Its 240 epochs would take a core the better part of a day.
     "paper, 4 epochs": {"recipe": "paper", "epochs": 4},
-    "demo": {"hidden_channels": 128, "learning_rate": 1e-3, "epochs": 6},
+    "demo": {"epochs": 3},
 }
 """Flags of the training job by the name of their row."""
 WORKER = Worker(rank=0, world_size=1, device=CPU)
@@ -64,7 +64,7 @@ class Training:
         if RECIPES[config.recipe].whitening:
             self.gaussians = fit_gaussians(self._part("training", whitened=False))
         self.trainer = Trainer(
-            LoopSettings.of(config, self.data.part("training").num_rows),
+            LoopSettings.of(config, images.data.part("training").num_rows),
             WORKER,
             self._part("training"),
             self._part("validation"),
