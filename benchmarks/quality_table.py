@@ -21,6 +21,7 @@ COLUMNS = {
     "aupro": "AUPRO",
     "validation_loss": "validation loss",
     "gaussian_loss": "the Gaussian's",
+    "epochs": "epochs",
     "train_cpu_seconds": "training, CPU s",
 }
 SCORES = ("", "global_", "local_")
@@ -98,6 +99,6 @@ def _spread(values: Sequence[float]) -> str:
     """Mean, and range over seeds."""
     if not values:
         return ""
-    digits = 0 if max(values) >= 10 else 3
+    digits = 0 if max(values) >= 10 or all(value == int(value) for value in values) else 3
     ends = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
     return f"{sum(values) / len(values):.{digits}f}{ends}"
