@@ -6,8 +6,6 @@ from typing import Any, Literal
 
 RecipeName = Literal["default", "paper"]
 
-PATIENCE = 10
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -39,7 +37,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         settings={
             "coupling_blocks": 1,
             "hidden_channels": 256,
-            "patience": PATIENCE,
+            "patience": 10,
             "learning_rate": 3e-3,
         },
         fewest_epochs=6,
