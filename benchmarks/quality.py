@@ -25,9 +25,9 @@ from quality_figures import image_figures, pixel_figures, validity
 from quality_table import tables
 
 from csflow import device
-from csflow.model import PlainStatistic, Scores, fitted_statistic
+from csflow.model import Gaussians, PlainStatistic, Scores, fitted_statistic
 from csflow.training.config import TrainConfig
-from csflow.training.gaussians import Gaussians, fit_gaussians, gaussian_losses
+from csflow.training.gaussians import fit_gaussians, gaussian_losses
 from csflow.training.loop import LoopSettings, Trainer, Worker
 from csflow.training.recipe import RECIPES
 from csflow.training.sources import FeatureSource, open_features
@@ -72,6 +72,7 @@ class Training:
         )
         while not self.trainer.is_finished:
             self.trainer.run_epoch()
+        self.trainer.whiten_latents(self._part("training"))
         self.cpu_seconds = time.process_time() - started
         """Gaussians, flow, and reading the features of its images."""
         self.usual = self.trainer.evaluate(self.trainer.validation)
@@ -116,7 +117,7 @@ def measure(config: TrainConfig, folder: Path, features: Path) -> dict[str, Any]
         "epochs": len(trainer.history),
         "best_epoch": trainer.best_epoch,
         "parameters": sum(p.numel() for p in trainer.plain_flow.parameters()),
-        "validation_loss": trainer.history[trainer.best_epoch - 1]["validation_loss"],
+        "validation_loss": training.usual.losses_N.mean().item(),
         "gaussian_loss": training.gaussian_loss(),
     }
     line |= score_figures(scores.anomaly_score_B, heldout.anomaly_score_B, tested)

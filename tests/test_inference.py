@@ -16,6 +16,7 @@ from csflow.model import (
     Scores,
     compilation,
     energies,
+    fit_latents,
     fitted_statistic,
     gaussians_of,
 )
@@ -67,10 +68,16 @@ def random_detector(
 def fit_to_images(detector: Detector) -> None:
     """Whitening, Gaussians and statistic of some images, as a training leaves them."""
     y = detector.features(smooth_images(detector, 24, seed=2))
-    fitted = gaussians_of([Moments.around(y_BCHW).with_images(y_BCHW) for y_BCHW in y])
-    detector.whitening, detector.gaussian = fitted
+    gaussians = gaussians_of([Moments.around(y_BCHW).with_images(y_BCHW) for y_BCHW in y])
+    z = detector.flow(gaussians.whitening(y)).z
+    zero = [torch.zeros(len(z_BCHW[0])).double() for z_BCHW in z]
+    moments = [
+        Moments.about(o, z_BCHW[0].shape).with_images(z_BCHW) for o, z_BCHW in zip(zero, z, strict=True)
+    ]
+    fit_latents(gaussians.latents, moments)
+    detector.gaussians = gaussians
     y = detector.features(smooth_images(detector, 12, seed=3))
-    usual = energies(*fitted, detector.flow, y)
+    usual = energies(gaussians, detector.flow, y)
     detector.statistic = fitted_statistic(usual, detector.feature_shapes)
 
 

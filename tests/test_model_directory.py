@@ -211,7 +211,7 @@ def test_a_whitened_model_is_saved_with_all_that_decides_its_scores(tmp_path):
     detector = Detector(
         Architecture("resnet10t", (64, 64), ("layer3", "layer4"), 1, 4, kernel_sizes=(3,), whitening=True)
     )
-    for module in (detector.whitening, detector.gaussian, detector.statistic):
+    for module in (detector.gaussians, detector.statistic):
         for value in module.buffers():
             value.add_(torch.rand(value.shape) / 10)
     columns = {"global_score": 1.0, "local_score": 1.5, "map_maximum": 2.0}

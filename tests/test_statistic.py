@@ -12,11 +12,10 @@ from scipy.stats import betabinom, kstest
 from torch import Tensor
 
 from csflow.calibration import p_values
-from csflow.model import PlainStatistic, PositionGaussian, Scores, StandardisedStatistic, Whitening
+from csflow.model import Gaussians, PlainStatistic, Scores, StandardisedStatistic
 from csflow.model.statistic import fitted_statistic
 from csflow.model_directory import CALIBRATION, Calibration
 from csflow.training.closing import calibration_columns, closing_tensors
-from csflow.training.gaussians import Gaussians
 from csflow.training.loop import Evaluation
 
 SHAPES = [(8, 16, 16), (12, 8, 8)]
@@ -81,7 +80,7 @@ def test_the_scores_of_levels_are_of_their_latents(statistic):
 @pytest.fixture(scope="module")
 def calibrated() -> tuple[Calibration, dict[str, NDArray[np.float64]]]:
     """What the end of a training writes of held-out images, and the same columns of unseen ones."""
-    gaussians = Gaussians(Whitening(SHAPES), PositionGaussian(SHAPES))
+    gaussians = Gaussians(SHAPES)
     usual, heldout = (
         Evaluation(normal_energies(images, seed), torch.zeros(images))
         for images, seed in ((USUAL, 5), (HELDOUT, 6))

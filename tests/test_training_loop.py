@@ -21,7 +21,15 @@ from csflow.config import parse
 from csflow.errors import WrongUse
 from csflow.images import decode
 from csflow.inputs.listing import list_images
-from csflow.model import Architecture, Detector, PlainStatistic, StandardisedStatistic, load_weights
+from csflow.model import (
+    Architecture,
+    Detector,
+    Gaussians,
+    PlainStatistic,
+    StandardisedStatistic,
+    energies,
+    load_weights,
+)
 from csflow.preprocessing import Preprocessing
 from csflow.storage import Location
 from csflow.training.augmentation import AugmentedFeatures, augment
@@ -38,7 +46,7 @@ from csflow.training.closing import calibration_columns, closing_tensors
 from csflow.training.config import TrainConfig
 from csflow.training.data import TrainingData, stretch_warning
 from csflow.training.features import FeatureExtractor
-from csflow.training.gaussians import Gaussians, fit_gaussians, gaussian_losses
+from csflow.training.gaussians import fit_gaussians, gaussian_losses, read_gaussians, write_gaussians
 from csflow.training.loop import Evaluation, LoopSettings, Trainer, Worker, epoch_batches
 from csflow.training.sources import ResidentFeatures, StreamedFeatures, open_features
 from csflow.training.split import split_images, split_sizes
@@ -117,6 +125,7 @@ def opened(
 
 def heldout_scores(trainer: Trainer, cache: FeatureCache, data: TrainingData) -> torch.Tensor:
     """As the end of a training writes them."""
+    trainer.whiten_latents(trainer.training)
     return closing(trainer, cache, evaluated(trainer, cache, data.part("heldout")))[0]["anomaly_score"]
 
 
@@ -305,11 +314,10 @@ def test_streamed_and_resident_features_are_whitened_alike(cached):
 def test_the_gaussians_are_the_same_in_the_file_that_all_workers_read(cached, tmp_path):
     cache, rows = cached
     written = fit_gaussians(opened(cache, rows.slice(0, 50), 0))
-    written.write(Location(str(tmp_path / "gaussians.safetensors")))
-    read = Gaussians.read(Location(str(tmp_path / "gaussians.safetensors")), cache, CPU.device)
-    for part in ("whitening", "positions"):
-        states = [getattr(gaussians, part).state_dict() for gaussians in (read, written)]
-        torch.testing.assert_close(*states, rtol=0, atol=0)
+    file = Location(str(tmp_path / "gaussians.safetensors"))
+    write_gaussians(written, file)
+    read = read_gaussians(file, cache, CPU.device)
+    torch.testing.assert_close(read.state_dict(), written.state_dict(), rtol=0, atol=0)
 
 
 def test_an_interrupted_index_is_made_up_for_from_the_files(cached):
@@ -419,6 +427,7 @@ def test_p_values_of_unseen_normals_are_uniform_and_flag_as_many_as_wanted(cache
     # 144 held out, and 320 that nothing but the backbone has seen.
     data = TrainingData.divide(rows.slice(0, 320), validation=0.1, holdout=0.45, seed=0)
     trainer = run(new_trainer(cache, data, settings))
+    trainer.whiten_latents(trainer.training)
     calibration, statistic = closing(trainer, cache, evaluated(trainer, cache, data.part("heldout")))
     unseen = calibration_columns(statistic(evaluated(trainer, cache, rows.slice(320)).energies))
     assert len(calibration) == (4 if settings is WHITENED else 1)
@@ -540,6 +549,32 @@ def test_the_gaussian_of_each_position_alone_is_what_a_flow_is_measured_by(cache
     squares_N = sum(read.square().sum((1, 2, 3)) for read in trainer.gaussians.positions(x))
     log_det = trainer.gaussians.whitening.log_det() + trainer.gaussians.positions.log_det()
     torch.testing.assert_close(losses_N, (squares_N / 2 - log_det) / sum(cached[0].sizes), rtol=1e-4, atol=0)
+
+
+def test_whitened_latents_are_the_last_layer_of_the_model(cached, data):
+    cache = cached[0]
+    trainer = run(new_trainer(cache, data, WHITENED))
+    before = trainer.evaluate(trainer.validation)
+    trainer.whiten_latents(trainer.training)
+    # As many numbers as images tell little of a position, yet of the training images enough to gain from.
+    assert trainer.evaluate(trainer.training).losses_N.mean() < trainer.history[-1]["loss"]
+
+    after = trainer.evaluate(trainer.validation)
+    images = torch.arange(len(trainer.validation))
+    trainer.plain_flow.load_state_dict(trainer.best_state)
+    raw = next(opened(cache, data.part("validation")).batches(0, [images]))
+    expected = energies(trainer.gaussians, trainer.plain_flow, raw)
+    for energy_NHW, expected_NHW in zip(after.energies, expected, strict=True):
+        torch.testing.assert_close(energy_NHW, expected_NHW, rtol=1e-3, atol=1e-4)
+    gained = [
+        channels * (was_NHW - is_NHW).sum((1, 2))
+        for (channels, _, _), was_NHW, is_NHW in zip(
+            cache.feature_shapes, before.energies[2:], after.energies[2:], strict=True
+        )
+    ]
+    gain_N = torch.stack(gained).sum(0) / 2 + trainer.gaussians.latents.log_det()
+    expected_N = before.losses_N - gain_N / sum(cache.sizes)
+    torch.testing.assert_close(after.losses_N, expected_N, rtol=1e-4, atol=1e-5)
 
 
 def train_as_one_of(

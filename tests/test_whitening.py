@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from csflow.model.whitening import Moments, PositionGaussian, Whitening, gaussians_of
+from csflow.model.whitening import Gaussians, Moments, Whitening, fit_latents, gaussians_of
 
 SHAPES = [(6, 4, 4), (9, 2, 2)]
 
@@ -22,10 +22,10 @@ def correlated(images: int, seed: int = 0, shapes: list[tuple[int, int, int]] = 
 
 
 def fitted(y: list[Tensor], batches: int = 1, origin: int = 0) -> Whitening:
-    return gaussians(y, batches, origin)[0]
+    return gaussians(y, batches, origin).whitening
 
 
-def gaussians(y: list[Tensor], batches: int = 1, origin: int = 0) -> tuple[Whitening, PositionGaussian]:
+def gaussians(y: list[Tensor], batches: int = 1, origin: int = 0) -> Gaussians:
     levels = []
     for y_BCHW in y:
         moments = Moments.around(y_BCHW[[origin]])
@@ -115,28 +115,44 @@ def test_a_covariance_that_differs_between_positions_is_whitened_at_each_of_them
     """Given images enough; a few say nothing of single positions, and the level's covariance serves all."""
     y_BCHW = correlated(4000)[0] - 5
     scale_HW = torch.linspace(0.2, 5, 16).view(4, 4)
-    whitening, gaussian = gaussians([y_BCHW * scale_HW])
-    (x_BCHW,) = gaussian(whitening([y_BCHW * scale_HW]))
+    fitted = gaussians([y_BCHW * scale_HW])
+    (x_BCHW,) = fitted.positions(fitted.whitening([y_BCHW * scale_HW]))
     torch.testing.assert_close(x_BCHW[:, :, 1:].var(0), torch.ones(6, 3, 4), atol=0.1, rtol=0)
-    few = gaussians([y_BCHW[:5]])[1].matrix(0)
+    few = gaussians([y_BCHW[:5]]).positions.matrix(0)
     torch.testing.assert_close(few, torch.eye(6).expand_as(few), atol=0.05, rtol=0)
 
 
 def test_the_log_determinant_of_the_gaussian_is_that_of_its_matrices():
     y = correlated(500)
-    gaussian = gaussians(y)[1]
+    gaussian = gaussians(y).positions
     by_hand = sum(
         torch.linalg.slogdet(gaussian.matrix(level)).logabsdet.sum().item() for level in range(len(SHAPES))
     )
     assert gaussian.log_det() == pytest.approx(by_hand, rel=1e-5)
 
 
+def test_latents_become_white_at_each_position():
+    y = correlated(4000)
+    fitted = Gaussians([y_BCHW.shape[1:] for y_BCHW in y])
+    zero = [torch.zeros(y_BCHW.shape[1]).double() for y_BCHW in y]
+    moments = [
+        Moments.about(o, y_BCHW.shape[1:]).with_images(y_BCHW) for o, y_BCHW in zip(zero, y, strict=True)
+    ]
+    fit_latents(fitted.latents, moments)
+    for z_BCHW in fitted.latents(y):
+        z_PCB = z_BCHW.flatten(2).permute(2, 1, 0)
+        moment_PCC = z_PCB @ z_PCB.mT / len(z_BCHW)
+        torch.testing.assert_close(
+            moment_PCC, torch.eye(len(z_PCB[0])).expand_as(moment_PCC), atol=0.05, rtol=0
+        )
+
+
 def test_levels_without_room_for_a_matrix_per_position_have_one_for_all(monkeypatch):
     monkeypatch.setattr("csflow.model.whitening.MOST_NUMBERS", 9 * 9 * 4)
     y = correlated(2000)
-    whitening, gaussian = gaussians(y)
-    assert [gaussian.matrix(level).shape for level in (0, 1)] == [(1, 6, 6), (4, 9, 9)]
-    for x_BCHW in gaussian(whitening(y)):
+    fitted = gaussians(y)
+    assert [fitted.positions.matrix(level).shape for level in (0, 1)] == [(1, 6, 6), (4, 9, 9)]
+    for x_BCHW in fitted.positions(fitted.whitening(y)):
         x_CN = x_BCHW.movedim(1, 0).flatten(1)
         torch.testing.assert_close(x_CN.cov(), torch.eye(len(x_CN)), atol=0.05, rtol=0)
 

@@ -7,7 +7,7 @@ from csflow.model.inference import InferenceDetector
 from csflow.model.inference_backbone import InferenceBackbone
 from csflow.model.precision import PrecisionSetting, multiplies_bfloat16
 from csflow.model.statistic import PlainStatistic, Scores, StandardisedStatistic, fitted_statistic
-from csflow.model.whitening import Moments, PositionGaussian, Whitening, gaussians_of
+from csflow.model.whitening import Gaussians, Moments, Whitening, fit_latents, gaussians_of
 
 __all__ = [
     "PAPER_STAGE",
@@ -17,17 +17,18 @@ __all__ = [
     "CrossScaleFlow",
     "Detector",
     "FlowOutput",
+    "Gaussians",
     "InferenceBackbone",
     "InferenceDetector",
     "Moments",
     "PlainStatistic",
-    "PositionGaussian",
     "PrecisionSetting",
     "Scores",
     "StandardisedStatistic",
     "Whitening",
     "download_weights",
     "energies",
+    "fit_latents",
     "fitted_statistic",
     "gaussians_of",
     "load_weights",

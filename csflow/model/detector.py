@@ -17,7 +17,7 @@ from csflow.model.flow import CrossScaleFlow
 from csflow.model.pyramid import Pyramid
 from csflow.model.rounding import rounding_shifts
 from csflow.model.statistic import PlainStatistic, Scores, StandardisedStatistic, energy_map
-from csflow.model.whitening import PositionGaussian, Whitening
+from csflow.model.whitening import Gaussians
 from csflow.preprocessing import Fit, Interpolation, Preprocessing
 
 OLD_DEFAULTS = {"fit": "stretch", "interpolation": "bilinear", "whitening": False}
@@ -99,8 +99,7 @@ class Detector(nn.Module):
         self.feature_shapes = _feature_shapes(architecture, self.backbone, self.pyramid)
         """Per level (channels, height, width) of the features."""
         self.flow = new_flow(architecture, [channels for channels, _, _ in self.feature_shapes])
-        self.whitening = Whitening(self.feature_shapes) if architecture.whitening else None
-        self.gaussian = PositionGaussian(self.feature_shapes) if architecture.whitening else None
+        self.gaussians = Gaussians(self.feature_shapes) if architecture.whitening else None
         self.statistic: PlainStatistic | StandardisedStatistic = (
             StandardisedStatistic if architecture.whitening else PlainStatistic
         )(self.feature_shapes)
@@ -152,7 +151,7 @@ class Detector(nn.Module):
     @torch.no_grad()
     def score_features(self, y: Sequence[Tensor]) -> Scores:
         """Scores of images whose features are known."""
-        scores: Scores = self.statistic(energies(self.whitening, self.gaussian, self.flow, y))
+        scores: Scores = self.statistic(energies(self.gaussians, self.flow, y))
         return scores
 
     def forward(self, image_BHWC: Tensor) -> Scores:
@@ -160,17 +159,15 @@ class Detector(nn.Module):
         return self.score_features(self.features(image_BHWC))
 
 
-def energies(
-    whitening: Whitening | None, gaussian: PositionGaussian | None, flow: CrossScaleFlow, y: Sequence[Tensor]
-) -> list[Tensor]:
+def energies(gaussians: Gaussians | None, flow: CrossScaleFlow, y: Sequence[Tensor]) -> list[Tensor]:
     """What the statistic of a detector takes, given its features: energy maps (B, H, W) of each level.
 
     Of the Gaussian at each position, if features are whitened, then of the latents.
     """
-    if whitening is None or gaussian is None:
+    if gaussians is None:
         return [energy_map(z_BCHW) for z_BCHW in flow(y).z]
-    x = whitening(y)
-    return [energy_map(x_BCHW) for x_BCHW in [*gaussian(x), *flow(x).z]]
+    x = gaussians.whitening(y)
+    return [energy_map(x_BCHW) for x_BCHW in [*gaussians.positions(x), *gaussians.latents(flow(x).z)]]
 
 
 def new_flow(architecture: Architecture, channels: Sequence[int]) -> CrossScaleFlow:

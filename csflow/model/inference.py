@@ -35,7 +35,7 @@ class InferenceDetector:
         self._score: Callable[[Sequence[Tensor]], Scores]
         if device.type == "cpu":
             sizes = [(batch_size, height, width) for _, height, width in detector.feature_shapes]
-            flow = InterleavedFlow(detector.whitening, detector.gaussian, detector.flow, flow_dtype, sizes)
+            flow = InterleavedFlow(detector.gaussians, detector.flow, flow_dtype, sizes)
             self._score = partial(_then, flow, detector.statistic)
         else:
             self._score = compiled(_FeatureScorer(detector), device, flow_dtype, dynamic=None)
@@ -63,9 +63,8 @@ class _FeatureScorer(nn.Module):
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
-        self.whitening, self.gaussian = detector.whitening, detector.gaussian
-        self.flow, self.statistic = detector.flow, detector.statistic
+        self.gaussians, self.flow, self.statistic = detector.gaussians, detector.flow, detector.statistic
 
     def forward(self, y: Sequence[Tensor]) -> Scores:
-        scores: Scores = self.statistic(energies(self.whitening, self.gaussian, self.flow, y))
+        scores: Scores = self.statistic(energies(self.gaussians, self.flow, y))
         return scores

@@ -8,7 +8,7 @@ Dimension letters: B batch, C channels, H height, W width (of the scale at hand)
 side, N columns of a product, P positions, S scales.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import cast
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from csflow.model.flow import LEAKY_SLOPE, SOFT_CLAMP, CouplingBlock, CrossScaleFlow, CrossScaleSubnetwork
-from csflow.model.whitening import PositionGaussian, Whitening
+from csflow.model.whitening import Gaussians, PositionGaussian, Whitening
 
 Activation = tuple[str, list[float]]
 """oneDNN's name of what it applies to a result while it is in registers, and its constants."""
@@ -34,8 +34,7 @@ class InterleavedFlow(nn.Module):
 
     def __init__(
         self,
-        whitening: Whitening | None,
-        gaussian: PositionGaussian | None,
+        gaussians: Gaussians | None,
         flow: CrossScaleFlow,
         dtype: torch.dtype,
         sizes: Sequence[MapSize],
@@ -50,28 +49,47 @@ class InterleavedFlow(nn.Module):
         self.blocks = nn.ModuleList(
             _InterleavedBlock(cast(CouplingBlock, block), dtype, sizes) for block in flow.blocks
         )
-        self.whitening: _InterleavedWhitening | None = None
-        self.gaussian: _InterleavedGaussian | None = None
-        if whitening is not None and gaussian is not None:
+        self.gaussians: _InterleavedGaussians | None = None
+        if gaussians is not None:
             # The order of channels that the first block wants: one pass over memory permutes and transposes.
             orders = [self._block(0).get_buffer(name) for name in self._block(0).permutations]
-            self.whitening = _InterleavedWhitening(whitening, orders)
-            self.gaussian = _InterleavedGaussian(gaussian, orders, dtype)
+            self.gaussians = _InterleavedGaussians(gaussians, orders, dtype)
 
     def _block(self, number: int) -> "_InterleavedBlock":
         return cast(_InterleavedBlock, self.blocks[number])
 
     def forward(self, y: Sequence[Tensor]) -> list[Tensor]:
-        z = [y_BCHW.permute(2, 3, 0, 1).float() for y_BCHW in y]
-        read = []
-        if self.whitening is not None and self.gaussian is not None:
-            z = self.whitening(z)
-            read = self.gaussian(z)
-        else:
-            z = self._block(0).ordered(z)
+        x = [y_BCHW.permute(2, 3, 0, 1).float() for y_BCHW in y]
+        if self.gaussians is None:
+            return _energy_maps(self._latents(self._block(0).ordered(x)))
+        x = self.gaussians.whitening(x)
+        # The blocks write in place of their input: it is read first.
+        read = self.gaussians.positions(x)
+        return _energy_maps([*read, *self.gaussians.latents(self._latents(x))])
+
+    def _latents(self, z: list[Tensor]) -> list[Tensor]:
+        """Of maps whose channels are in the first block's order, in their place."""
         for number in range(len(self.blocks)):
             z = self._block(number)(z if number == 0 else self._block(number).ordered(z))
-        return [x_HWBC.square().mean(3).permute(2, 0, 1) for x_HWBC in [*read, *z]]
+        return z
+
+
+def _energy_maps(x: Sequence[Tensor]) -> list[Tensor]:
+    return [x_HWBC.square().mean(3).permute(2, 0, 1) for x_HWBC in x]
+
+
+class _InterleavedGaussians(nn.Module):
+    """`Gaussians` on (H, W, B, C) maps.
+
+    The whitening takes channels in the features' own order and gives them in `orders`. Blocks hand on the
+    order of their output as the trained form has it.
+    """
+
+    def __init__(self, gaussians: Gaussians, orders: Sequence[Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.whitening = _InterleavedWhitening(gaussians.whitening, orders)
+        self.positions = _InterleavedGaussian(gaussians.positions, orders, dtype)
+        self.latents = _InterleavedGaussian(gaussians.latents, map(torch.arange, map(len, orders)), dtype)
 
 
 class _InterleavedWhitening(nn.Module):
@@ -99,7 +117,7 @@ class _InterleavedWhitening(nn.Module):
 class _InterleavedGaussian(nn.Module):
     """`PositionGaussian` on (H, W, B, C) maps with channels in this order: a product for each position."""
 
-    def __init__(self, gaussian: PositionGaussian, orders: Sequence[Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, gaussian: PositionGaussian, orders: Iterable[Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
         self.levels = range(len(gaussian.positions))
@@ -108,7 +126,7 @@ class _InterleavedGaussian(nn.Module):
             self.register_buffer(f"matrix_{level}", matrix_PCC.contiguous())
 
     def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
-        """In float32 and of the shapes that are given; the order of channels is the features' own."""
+        """In float32 and of the shapes that are given; the order of channels is the trained form's."""
         products = []
         for level, x_HWBC in zip(self.levels, x, strict=True):
             x_PBC = x_HWBC.flatten(0, 1).to(self.dtype)

@@ -1,13 +1,15 @@
-"""What a closed form knows of features: a whitening for the flow to start from, a Gaussian at each position.
+"""What closed forms know: the whitening before the flow, Gaussians of each position beside and behind it.
 
 Features of a backbone are far from standard normal: strongly correlated, and of very different spread. A flow
 of few coupling blocks spends its training on that, and stays behind a Gaussian that is known at once. So each
 level of the pyramid is centred, at each position, and multiplied by Σ^(−1/2): a bijection with a constant
 log-determinant. The model is still a normalizing flow, but one that begins where the Gaussian is.
 
-On an aligned part the covariance differs from place to place, too (as in PaDiM, Defard et al., arXiv
-2011.08785). A flow that is given features whitened at each position learns little more from them and finds
-fewer defects (benchmarks/quality.md), so that Gaussian stands beside the flow and not in front of it.
+On an aligned part the covariance differs from position to position, too (as in PaDiM, Defard et al., arXiv
+2011.08785), and convolutions cannot tell positions apart. So the last layer of the model, fitted to the
+latents of the trained flow, whitens them at each position. The same is done with the whitened features,
+beside the flow: the statistic reads both. A flow that is given features whitened at each position learns
+little more from them (docs/method.md), so no such layer stands in front of it.
 
 Dimension letters: B batch, C channels, H height, W width, P positions (H · W, or 1 that stands for all).
 """
@@ -30,11 +32,23 @@ FeatureShape = Sequence[int]
 """Channels, height and width of a level."""
 
 
+class Gaussians(nn.Module):
+    """The closed-form parts of a detector; the identity, until they are fitted or a state is loaded."""
+
+    def __init__(self, feature_shapes: Sequence[FeatureShape]) -> None:
+        super().__init__()
+        self.whitening = Whitening(feature_shapes)
+        """The first layer, before the flow."""
+        self.positions = PositionGaussian(feature_shapes)
+        """Beside the flow, of whitened features."""
+        self.latents = PositionGaussian(feature_shapes)
+        """The last layer, behind the flow."""
+
+
 class Whitening(nn.Module):
     """W · (y − μ) at every level, with μ of each position."""
 
     def __init__(self, feature_shapes: Sequence[FeatureShape]) -> None:
-        """The identity, until a state is loaded; `gaussians_of` makes one."""
         super().__init__()
         self.levels = len(feature_shapes)
         for level, (channels, height, width) in enumerate(feature_shapes):
@@ -72,10 +86,9 @@ class Whitening(nn.Module):
 
 
 class PositionGaussian(nn.Module):
-    """Behind the whitening: what makes the covariance of each position the identity, too."""
+    """Makes the covariance of each position the identity: of what is nearly white over all positions."""
 
     def __init__(self, feature_shapes: Sequence[FeatureShape]) -> None:
-        """The identity, until a state is loaded; `gaussians_of` makes one."""
         super().__init__()
         self.positions = [height * width for _, height, width in feature_shapes]
         for level, (channels, height, width) in enumerate(feature_shapes):
@@ -83,7 +96,7 @@ class PositionGaussian(nn.Module):
             self.register_buffer(f"matrix_{level}", torch.eye(channels).repeat(count, 1, 1))
 
     def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
-        """Features that are standard normal for usual images, given whitened ones, per level (B, C, H, W)."""
+        """What is white at each position, given per level (B, C, H, W)."""
         return [_product(self.matrix(level), x_BCHW) for level, x_BCHW in enumerate(x)]
 
     def log_det(self) -> float:
@@ -111,7 +124,7 @@ def _positions_with_matrix(channels: int, positions: int) -> int:
 
 @dataclass(frozen=True)
 class Moments:
-    """Float64 sums over images of one level, from which its whitening follows; `+` joins disjoint images."""
+    """Float64 sums over images of one level, from which its Gaussians follow; `+` joins disjoint images."""
 
     origin_C: Tensor
     """What features are taken relative to, near their mean, so that sums of squares stay exact."""
@@ -125,8 +138,12 @@ class Moments:
     @classmethod
     def around(cls, y_BCHW: Tensor) -> "Moments":
         """Of no images yet, relative to the mean of these."""
-        _, channels, height, width = y_BCHW.shape
-        origin_C = y_BCHW.double().mean((0, 2, 3))
+        return cls.about(y_BCHW.double().mean((0, 2, 3)), y_BCHW.shape[1:])
+
+    @classmethod
+    def about(cls, origin_C: Tensor, shape: FeatureShape) -> "Moments":
+        """Of no images yet, relative to this float64 origin."""
+        channels, height, width = shape
         positions = _positions_with_matrix(channels, height * width)
         return cls(
             origin_C,
@@ -167,22 +184,31 @@ class Moments:
 
 
 @torch.no_grad()
-def gaussians_of(levels: Sequence[Moments]) -> tuple[Whitening, PositionGaussian]:
-    """What whitens these images, as far as they can tell: at each level, and behind that at each position.
+def gaussians_of(levels: Sequence[Moments]) -> Gaussians:
+    """What whitens these images' features: at each level, and behind that at each position.
+
+    Their latents are known when the flow is trained: `fit_latents`.
 
     Raises:
         ValueError: there is no image.
     """
     if not levels[0].images:
         raise ValueError("a whitening needs at least one image")
-    shapes = [moments.sum_CHW.shape for moments in levels]
-    whitening, gaussian = Whitening(shapes), PositionGaussian(shapes)
+    gaussians = Gaussians([moments.sum_CHW.shape for moments in levels])
     for level, moments in enumerate(levels):
         mean_CHW, matrix_CC, matrix_PCC = _fit(moments)
-        whitening.mean(level).copy_(mean_CHW)
-        whitening.matrix(level).copy_(matrix_CC)
-        gaussian.matrix(level).copy_(matrix_PCC)
-    return whitening, gaussian
+        gaussians.whitening.mean(level).copy_(mean_CHW)
+        gaussians.whitening.matrix(level).copy_(matrix_CC)
+        gaussians.positions.matrix(level).copy_(matrix_PCC)
+    return gaussians
+
+
+@torch.no_grad()
+def fit_latents(latents: PositionGaussian, levels: Sequence[Moments]) -> None:
+    """Makes these moments, about 0, those of a standard normal."""
+    for level, moments in enumerate(levels):
+        covariance_PCC = moments.product_PCC / moments.images
+        latents.matrix(level).copy_(_root(covariance_PCC, moments.images))
 
 
 def _fit(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,16 +230,16 @@ def _fit(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
     covariance_PCC = within_PCC + (1 - trust) ** 2 * _outer(offset_PC, len(within_PCC))
     matrix_CC = _inverse_root(_shrunk(covariance_PCC.mean(0), shrinkage))
     mean_PC = moments.origin_C + level_mean_C + trust * offset_PC
-    return mean_PC.T.view_as(moments.sum_CHW), matrix_CC, _of_positions(matrix_CC, covariance_PCC, n)
+    matrix_PCC = _root(matrix_CC @ covariance_PCC @ matrix_CC, n)
+    return mean_PC.T.view_as(moments.sum_CHW), matrix_CC, matrix_PCC
 
 
-def _of_positions(whiten_CC: Tensor, covariance_PCC: Tensor, images: int) -> Tensor:
-    """What whitens each position behind its level's whitening: the identity if images are too few to tell."""
-    channels = len(whiten_CC)
-    identity_CC = torch.eye(channels).to(whiten_CC)
+def _root(covariance_PCC: Tensor, images: int) -> Tensor:
+    """What makes covariances that are nearly the identity so: itself if images are too few to tell."""
+    channels = covariance_PCC.shape[1]
+    identity_CC = torch.eye(channels).to(covariance_PCC)
     if len(covariance_PCC) == 1 or images == 1:
         return identity_CC.expand_as(covariance_PCC)
-    covariance_PCC = whiten_CC @ covariance_PCC @ whiten_CC
     # Ledoit and Wolf, with the scatter that a Gaussian's covariance would have (Chen et al. 2010).
     squared_norm = covariance_PCC.square().sum((1, 2)).mean().item()
     distance = (covariance_PCC - identity_CC).square().sum((1, 2)).mean().item()

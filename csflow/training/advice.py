@@ -7,26 +7,32 @@ STILL_FALLING = 0.005
 """Per dimension: a validation loss that falls by more in the last epoch has not settled."""
 
 
-def advice(history: Sequence[Mapping[str, Any]], gaussian_loss: float | None, epochs: int) -> list[str]:
+def advice(
+    history: Sequence[Mapping[str, Any]],
+    validation_loss: float | None,
+    gaussian_loss: float | None,
+    epochs: int,
+) -> list[str]:
     """A line for each thing to do better, with the remedy; none if all is well or nothing can be told.
 
     Args:
         history: an `Epoch` each as a dictionary.
+        validation_loss: of the finished model; None without validation images.
         gaussian_loss: validation loss of the Gaussian of each position; None without whitening.
         epochs: most epochs that were allowed.
     """
-    losses = [line["validation_loss"] for line in history]
-    if None in losses:
+    if validation_loss is None:
         return []
+    losses = [line["validation_loss"] for line in history]
     lines = []
     best = min(losses)
     was_falling = len(losses) == epochs > 1 and losses[-1] == best and losses[-2] - best > STILL_FALLING
-    if gaussian_loss is not None and best >= gaussian_loss:
+    if gaussian_loss is not None and validation_loss >= gaussian_loss:
         is_short = losses[-1] == best
         remedy = f"train for longer (--epochs {2 * epochs})" if is_short else "give it more training images"
         lines.append(
             "warning: the flow is no better than a Gaussian of each position (validation loss "
-            f"{best:.4f}, the Gaussian's {gaussian_loss:.4f}); {remedy}"
+            f"{validation_loss:.4f}, the Gaussian's {gaussian_loss:.4f}); {remedy}"
         )
     if was_falling:
         lines.append(

@@ -39,8 +39,8 @@ it: `python jobs/score.py --model <this folder> --input <images> --output <folde
 | validation loss of that epoch | {validation_loss} |
 | held-out loss | {heldout_loss:.4f} |
 {baseline}
-The loss is (½‖z‖² − log|det J|) / dim(z) per image. The epoch with the lowest validation loss is kept;
-without validation images it is the last one. {no_label}
+The loss is (½‖z‖² − log|det J|) / dim(z) per image{last_layer}. The epoch
+with the lowest validation loss is kept; without validation images it is the last one. {no_label}
 
 ## Scores
 
@@ -79,6 +79,9 @@ is the mean over all places: is the whole image unusual? The *local score* is th
 hundredth of them: is there an unusual place? The anomaly score is their weighted sum, in which the local one
 counts most. No cell of a normal image's map exceeds the map threshold, except in the stated share of them."""
 
+LAST_LAYER = """; those of an epoch are without the last layer, which
+whitens the latents of each position when the epochs are done, the held-out loss is with it"""
+
 PLAIN_SCORES = """\
 The anomaly score is the mean of z²/2 over all entries of the latents; the global score is the same, and there
 is no local score. The anomaly map is the mean of z² at each place of the largest scale. No cell of a normal
@@ -99,8 +102,8 @@ def model_card(
 
     Args:
         data: counts of images and their fingerprint.
-        metrics: `history`, the loss curves, `best_epoch`, `heldout_loss`, `gaussian_loss`, `warnings` and
-            `evaluation`.
+        metrics: `history`, the loss curves, `best_epoch`, `heldout_loss`, `validation_loss`,
+            `gaussian_loss`, `warnings` and `evaluation`.
         outliers: as `outlier_files` gives them.
     """
     is_whitened = metrics["gaussian_loss"] is not None
@@ -121,6 +124,7 @@ def model_card(
         validation_loss="none" if validation_loss is None else f"{validation_loss:.4f}",
         heldout_loss=metrics["heldout_loss"],
         baseline=_baseline(metrics),
+        last_layer=LAST_LAYER if is_whitened else "",
         no_label=NO_LABEL_USED if metrics["evaluation"] else NO_LABEL_SEEN,
         warnings="".join(f"\n> {line}\n" for line in metrics["warnings"]),
         scores=STANDARDISED_SCORES if is_whitened else PLAIN_SCORES,
@@ -139,8 +143,8 @@ def model_card(
 def _baseline(metrics: Mapping[str, Any]) -> str:
     """Rows on what the flow has to beat, and on labelled images; none where there are no such figures."""
     rows = []
-    best = metrics["history"][metrics["best_epoch"] - 1]
-    if metrics["gaussian_loss"] is not None and best["validation_loss"] is not None:
+    if metrics["gaussian_loss"] is not None and metrics["validation_loss"] is not None:
+        rows.append(f"| validation loss, latents whitened | {metrics['validation_loss']:.4f} |")
         rows.append(f"| validation loss of the Gaussian of each position | {metrics['gaussian_loss']:.4f} |")
     evaluation = metrics["evaluation"]
     if evaluation and "flow_auroc" in evaluation:

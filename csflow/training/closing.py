@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from csflow.model import PlainStatistic, Scores, fitted_statistic
-from csflow.training.gaussians import Gaussians, gaussian_losses
+from csflow.model import Gaussians, PlainStatistic, Scores, fitted_statistic
+from csflow.training.gaussians import gaussian_losses
 from csflow.training.loop import Evaluation
 
 CALIBRATED = ("anomaly_score", "global_score", "local_score", "map_maximum")
@@ -21,8 +21,8 @@ def closing_tensors(
     """What a finished training leaves beside the flow, by name.
 
     `state.…` is the state of the detector, `calibration.…` are columns over the held-out images,
-    `heldout_loss` is their mean loss, and `gaussian_loss` that of the usual images if the Gaussian of each
-    position were the whole model.
+    `heldout_loss` is their mean loss, `usual_loss` that of the usual images, and `gaussian_loss` theirs if
+    the Gaussian of each position were the whole model.
 
     Args:
         usual: images that tell what is usual, none of them held out.
@@ -32,7 +32,7 @@ def closing_tensors(
     )
     modules: dict[str, nn.Module] = {"statistic": statistic}
     if gaussians:
-        modules |= {"whitening": gaussians.whitening, "gaussian": gaussians.positions}
+        modules["gaussians"] = gaussians
     closing = {
         f"state.{module}.{name}": value.cpu()
         for module, part in modules.items()
@@ -42,6 +42,7 @@ def closing_tensors(
     calibrated = CALIBRATED if gaussians else CALIBRATED[:1]
     closing |= {f"calibration.{name}": columns[name] for name in calibrated}
     closing["heldout_loss"] = heldout.losses_N.double().mean()
+    closing["usual_loss"] = usual.losses_N.double().mean()
     if gaussians:
         closing["gaussian_loss"] = gaussian_losses(usual.energies[: len(feature_shapes)], gaussians).mean()
     return closing

@@ -6,18 +6,16 @@ Dimension letters: N images, H height, W width.
 import functools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from csflow.model import (
+    Gaussians,
     Moments,
-    PositionGaussian,
     Scores,
     StandardisedStatistic,
-    Whitening,
     fitted_statistic,
     gaussians_of,
 )
@@ -27,34 +25,26 @@ from csflow.training.cache import FeatureCache
 from csflow.training.sources import FeatureSource
 
 BATCH_SIZE = 32
+LATENTS = "latents."
 
 
-@dataclass(frozen=True)
-class Gaussians:
-    """What the flow's input is whitened with, and the Gaussian of each position behind that."""
+@torch.no_grad()
+def gaussian_energies(gaussians: Gaussians, y: Sequence[Tensor]) -> list[Tensor]:
+    """Energy maps of the Gaussian of each position, per level (N, H, W), given features."""
+    return [energy_map(x_BCHW) for x_BCHW in gaussians.positions(gaussians.whitening(y))]
 
-    whitening: Whitening
-    positions: PositionGaussian
 
-    @torch.no_grad()
-    def energies(self, y: Sequence[Tensor]) -> list[Tensor]:
-        """Energy maps of the Gaussian, per level (N, H, W), given features that are not whitened."""
-        return [energy_map(x_BCHW) for x_BCHW in self.positions(self.whitening(y))]
+def write_gaussians(gaussians: Gaussians, location: Location) -> None:
+    """Writes those of the features; those of latents are fitted when the flow is trained."""
+    state = gaussians.state_dict().items()
+    location.write(safetensors.torch.save({k: v for k, v in state if not k.startswith(LATENTS)}))
 
-    def write(self, location: Location) -> None:
-        state = {f"whitening.{k}": v for k, v in self.whitening.state_dict().items()}
-        state |= {f"gaussian.{k}": v for k, v in self.positions.state_dict().items()}
-        location.write(safetensors.torch.save(state))
 
-    @classmethod
-    def read(cls, location: Location, cache: FeatureCache, device: torch.device) -> "Gaussians":
-        """What `write` has written for features of this cache."""
-        state = safetensors.torch.load(location.read())
-        gaussians = cls(Whitening(cache.feature_shapes), PositionGaussian(cache.feature_shapes))
-        for name, module in (("whitening.", gaussians.whitening), ("gaussian.", gaussians.positions)):
-            module.load_state_dict({k.removeprefix(name): v for k, v in state.items() if k.startswith(name)})
-            module.to(device)
-        return gaussians
+def read_gaussians(location: Location, cache: FeatureCache, device: torch.device) -> Gaussians:
+    """What `write_gaussians` has written for features of this cache."""
+    gaussians = Gaussians(cache.feature_shapes)
+    gaussians.load_state_dict(gaussians.state_dict() | safetensors.torch.load(location.read()))
+    return gaussians.to(device)
 
 
 def fit_gaussians(source: FeatureSource) -> Gaussians:
@@ -85,9 +75,7 @@ def fold_batches(images_N: Tensor, folds: int, fold: int) -> list[Tensor]:
 
 def gaussians_of_folds(folds: Sequence[Sequence[Moments]]) -> Gaussians:
     """Those of the images of these folds together."""
-    return Gaussians(
-        *gaussians_of([functools.reduce(operator.add, levels) for levels in zip(*folds, strict=True)])
-    )
+    return gaussians_of([functools.reduce(operator.add, levels) for levels in zip(*folds, strict=True)])
 
 
 def gaussian_statistic(

@@ -69,13 +69,14 @@ def train(config: TrainConfig) -> ExitStatus:
     run = Run(config, detector.architecture, cache, data, work_dir, gaussians)
     result = run.fit()
     detector.load_state_dict(detector.state_dict() | result.state)
-    lines = advice(result.history, result.gaussian_loss, run.epochs)
+    lines = advice(result.history, result.validation_loss, result.gaussian_loss, run.epochs)
     for line in lines:
         print(line)
     metrics = {
         "history": result.history,
         "best_epoch": result.best_epoch,
         "heldout_loss": result.heldout_loss,
+        "validation_loss": result.validation_loss,
         "gaussian_loss": result.gaussian_loss,
         "warnings": [warning, *lines] if warning else lines,
         "evaluation": labelled.measure(detector, cache, all_cached, data) if labelled else None,

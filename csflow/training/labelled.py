@@ -21,7 +21,7 @@ from csflow.storage import Location
 from csflow.training.cache import FeatureCache, find_images
 from csflow.training.config import TrainConfig
 from csflow.training.data import TrainingData
-from csflow.training.gaussians import Gaussians, gaussian_scores, gaussian_statistic
+from csflow.training.gaussians import gaussian_energies, gaussian_scores, gaussian_statistic
 from csflow.training.sources import open_features
 
 BATCH_SIZE = 32
@@ -148,9 +148,7 @@ def _scores(
     """Anomaly scores of each image: of the detector, and of its Gaussian alone (none without whitening)."""
     where = device.set_up(resources.cpus, resources.gpus)
     detector = detector.to(where)
-    gaussians = None
-    if detector.whitening is not None and detector.gaussian is not None:
-        gaussians = Gaussians(detector.whitening, detector.gaussian)
+    gaussians = detector.gaussians
 
     def batches(some: pa.Table) -> Iterator[list[Tensor]]:
         source = open_features(cache, some, memory_bytes=0, device=where)
@@ -161,9 +159,11 @@ def _scores(
     ]
     if gaussians is None:
         return of_flow, []
-    maps = zip(*(gaussians.energies(y) for y in batches(usual)), strict=True)
+    maps = zip(*(gaussian_energies(gaussians, y) for y in batches(usual)), strict=True)
     statistic = gaussian_statistic([torch.cat(parts) for parts in maps], cache.feature_shapes)
     of_gaussian = [
-        score for y in batches(images) for score in gaussian_scores(statistic, gaussians.energies(y)).tolist()
+        score
+        for y in batches(images)
+        for score in gaussian_scores(statistic, gaussian_energies(gaussians, y)).tolist()
     ]
     return of_flow, of_gaussian

@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,18 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from csflow.model import Architecture, FlowOutput, negative_log_likelihood, new_flow
+from csflow.model import (
+    Architecture,
+    FlowOutput,
+    Gaussians,
+    Moments,
+    fit_latents,
+    negative_log_likelihood,
+    new_flow,
+)
 from csflow.model.statistic import energy_map
+from csflow.model.whitening import PositionGaussian
 from csflow.training.config import TrainConfig
-from csflow.training.gaussians import Gaussians
 from csflow.training.precision import Precision, uses_bfloat16
 from csflow.training.recipe import RECIPES
 from csflow.training.sources import FeatureSource
@@ -75,7 +83,7 @@ class Epoch:
     loss: float
     """Mean training loss over the epoch's images."""
     validation_loss: float | None
-    """None without validation images."""
+    """None without validation images. As the loss, before the latents are whitened."""
     grad_norm: float
     """Mean over the epoch's steps, before clipping."""
     images_per_second: float
@@ -91,6 +99,7 @@ class Evaluation:
     energies: list[Tensor]
     """As `csflow.model.energies`, (N, H, W)."""
     losses_N: Tensor
+    """Of the whole model, with the layer behind the flow."""
 
 
 class Trainer:
@@ -158,27 +167,52 @@ class Trainer:
         return line
 
     @torch.no_grad()
+    def whiten_latents(self, source: FeatureSource) -> None:
+        """Fits the last layer of the model to the latents of these images under the best weights."""
+        if self.gaussians is None:
+            return
+        zero = torch.zeros((), dtype=torch.float64, device=self.worker.device)
+        levels = [Moments.about(zero.expand(shape[0]), shape) for shape in source.feature_shapes]
+        shares = self._shares_of_all(source)
+        with self._best_weights():
+            for y in source.batches(0, shares):
+                latents = self.plain_flow(y).z
+                levels = [
+                    moments.with_images(z_BCHW) for moments, z_BCHW in zip(levels, latents, strict=True)
+                ]
+        if self.worker.world_size > 1:
+            for moments in levels:
+                torch.distributed.all_reduce(moments.product_PCC)
+        fit_latents(self.gaussians.latents, [replace(moments, images=len(source)) for moments in levels])
+
+    @torch.no_grad()
     def evaluate(self, source: FeatureSource) -> Evaluation:
         """Energy maps and losses of every image under the best weights."""
-        last_state = {name: value.clone() for name, value in self.plain_flow.state_dict().items()}
-        self.plain_flow.load_state_dict(self.best_state)
         sizes = [(height, width) for _, height, width in source.feature_shapes]
         shapes = [*(sizes if self.gaussians else []), *sizes, ()]
         columns = [torch.zeros(len(source), *shape, device=self.worker.device) for shape in shapes]
         shares = self._shares_of_all(source)
-        for share, x in zip(shares, source.batches(0, shares), strict=True):
-            output = self.plain_flow(x)
-            read = self.gaussians.positions(x) if self.gaussians else []
-            energies = [energy_map(x_BCHW) for x_BCHW in [*read, *output.z]]
-            for column, value in zip(columns, [*energies, self._losses(output)], strict=True):
-                column[share] = value
-        self.plain_flow.load_state_dict(last_state)
+        with self._best_weights():
+            for share, x in zip(shares, source.batches(0, shares), strict=True):
+                output, read = self.plain_flow(x), []
+                if self.gaussians:
+                    read, output = self.gaussians.positions(x), _whitened(output, self.gaussians.latents)
+                energies = [energy_map(x_BCHW) for x_BCHW in [*read, *output.z]]
+                for column, value in zip(columns, [*energies, self._losses(output)], strict=True):
+                    column[share] = value
         if self.worker.world_size > 1:
             # Each image has one worker, and the others zeros.
             for column in columns:
                 torch.distributed.all_reduce(column)
         *maps, losses_N = (column.cpu() for column in columns)
         return Evaluation(maps, losses_N)
+
+    @contextlib.contextmanager
+    def _best_weights(self) -> Iterator[None]:
+        last_state = {name: value.clone() for name, value in self.plain_flow.state_dict().items()}
+        self.plain_flow.load_state_dict(self.best_state)
+        yield
+        self.plain_flow.load_state_dict(last_state)
 
     def _losses(self, output: FlowOutput) -> Tensor:
         """Of each image, (B,), with the log-determinant of the whitening, which training does not change."""
@@ -262,6 +296,11 @@ class Trainer:
         if self.worker.world_size > 1:
             torch.distributed.all_reduce(value)
         return value.item()
+
+
+def _whitened(output: FlowOutput, latents: PositionGaussian) -> FlowOutput:
+    """The output of the whole model, given that of the flow before its last layer."""
+    return FlowOutput(latents(output.z), output.log_det_B + latents.log_det())
 
 
 def epoch_batches(images: int, batch_size: int, seed: int, epoch: int) -> Sequence[Tensor]:

@@ -23,16 +23,18 @@ from csflow.cluster import run_task
 from csflow.errors import ImageError
 from csflow.inputs.reading import ImageReader
 from csflow.maps import READ_DEADLINE_S, read_image
+from csflow.model import Gaussians
 from csflow.storage import Location, read_parquet, to_parquet
 from csflow.training.cache import FeatureCache
 from csflow.training.gaussians import (
-    Gaussians,
     fit_gaussians,
     fold_batches,
     fold_moments,
+    gaussian_energies,
     gaussian_scores,
     gaussian_statistic,
     gaussians_of_folds,
+    write_gaussians,
 )
 from csflow.training.shards import fingerprint
 from csflow.training.sources import FeatureSource, open_features
@@ -157,7 +159,7 @@ def _write(cache: FeatureCache, images: pa.Table, trim: float, ranking: Location
     if trimmed:
         kept_N = order_N[trimmed:].sort().values
         gaussians = fit_gaussians(source(images.take(pa.array(kept_N.numpy()))))
-    gaussians.write(location)
+    write_gaussians(gaussians, location)
 
 
 def _energies(
@@ -167,7 +169,7 @@ def _energies(
     folds = len(gaussians)
     shares = [share for fold in range(folds) for share in fold_batches(images_N, folds, fold)]
     for share, y in zip(shares, source.batches(0, shares), strict=True):
-        yield share, gaussians[int(share[0]) % folds].energies(y)
+        yield share, gaussian_energies(gaussians[int(share[0]) % folds], y)
 
 
 def _thumbnail(image: Mapping[str, Any], reader: ImageReader) -> bytes:

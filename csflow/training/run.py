@@ -38,8 +38,10 @@ class Result:
     calibration: pa.Table
     """Columns named by `closing.CALIBRATED` over the held-out images, in the order of the split."""
     heldout_loss: float
+    validation_loss: float | None
+    """Of the finished model; None without validation images."""
     gaussian_loss: float | None
-    """Validation loss of the Gaussian of each position; None without whitening."""
+    """Validation loss of the Gaussian of each position alone; None without whitening."""
     history: list[dict[str, Any]]
     best_epoch: int
 
@@ -59,7 +61,7 @@ class Run:
         """
         Args:
             architecture: of the detector that made the cache.
-            gaussians: what `Gaussians.write` has written for the training images; None without whitening.
+            gaussians: what `write_gaussians` has written for the training images; None without whitening.
         """
         self._config, self._cache, self._data = config, cache, data
         loop = LoopSettings.of(config, data.part("training").num_rows)
@@ -96,6 +98,7 @@ class Run:
         with result.checkpoint.as_directory() as folder:
             tensors, state = read_checkpoint(folder)
         gaussian_loss = tensors.get("closing.gaussian_loss")
+        has_validation = self._data.part("validation").num_rows > 0
         return Result(
             state={f"flow.{name}": value for name, value in with_prefix(tensors, "best.").items()}
             | with_prefix(tensors, "closing.state."),
@@ -103,6 +106,7 @@ class Run:
                 {name: v.numpy() for name, v in with_prefix(tensors, "closing.calibration.").items()}
             ),
             heldout_loss=tensors["closing.heldout_loss"].item(),
+            validation_loss=tensors["closing.usual_loss"].item() if has_validation else None,
             gaussian_loss=gaussian_loss.item() if gaussian_loss is not None else None,
             history=state["history"],
             best_epoch=state["best_epoch"],

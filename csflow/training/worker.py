@@ -11,12 +11,13 @@ from torch import Tensor
 
 from csflow import device
 from csflow.cluster import WorkerResources
+from csflow.model import Gaussians
 from csflow.storage import Location, read_parquet
 from csflow.training.augmentation import AugmentedFeatures
 from csflow.training.cache import FeatureCache
 from csflow.training.checkpoint import restore, written_checkpoint
 from csflow.training.closing import closing_tensors
-from csflow.training.gaussians import Gaussians
+from csflow.training.gaussians import read_gaussians
 from csflow.training.loop import LoopSettings, Trainer, Worker
 from csflow.training.sources import FeatureSource, open_features
 
@@ -30,7 +31,7 @@ class WorkerSettings:
     split: Location
     """Parquet file with the images of each part and where their features are."""
     gaussians: Location | None
-    """What `Gaussians.write` has written; None without whitening."""
+    """What `write_gaussians` has written; None without whitening."""
     augment: bool
     memory_bytes: int
     """For features; what is more is streamed."""
@@ -46,7 +47,7 @@ def train_worker(settings: WorkerSettings, progress: Queue | None) -> None:
     split = read_parquet(settings.split)
     gaussians = None
     if settings.gaussians is not None:
-        gaussians = Gaussians.read(settings.gaussians, settings.cache, worker.device)
+        gaussians = read_gaussians(settings.gaussians, settings.cache, worker.device)
     parts = Parts(settings, worker, split, gaussians)
     training, validation = parts.open("training", settings.augment), parts.open("validation")
     trainer = Trainer(settings.loop, worker, training, validation, gaussians)
@@ -61,6 +62,7 @@ def train_worker(settings: WorkerSettings, progress: Queue | None) -> None:
             progress.put(asdict(line))
         if not trainer.is_finished and line.epoch % settings.checkpoint_epochs == 0:
             _report(trainer, {})
+    trainer.whiten_latents(parts.open("training"))
     # Without validation images training ones must tell what is usual.
     usual = trainer.evaluate(validation if len(validation) else parts.open("training"))
     _report(
