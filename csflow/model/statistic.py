@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LOCAL_SHARE = 0.02
+LOCAL_SHARE = 0.005
 """Of an image's area: the most unusual part, which the local score is the mean of."""
 GLOBAL_WEIGHT = 0.1
 """Of the global score in the anomaly score, where the local score counts 1 and both have the same spread."""

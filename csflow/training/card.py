@@ -76,7 +76,7 @@ STANDARDISED_SCORES = """\
 The anomaly map tells, place by place, how unusual the backbone's features are to a Gaussian of each position,
 as a multiple of what is usual there; the scores read the flow's latents, too. 1 is usual. The *global score*
 is the mean over all places: is the whole image unusual? The *local score* is the mean over the most unusual
-hundredth of them: is there an unusual place? The anomaly score is their weighted sum, in which the local one
+0.5 % of them: is there an unusual place? The anomaly score is their weighted sum, in which the local one
 counts most. No cell of a normal image's map exceeds the map threshold, except in the stated share of them."""
 
 LAST_LAYER = """; those of an epoch are without the last layer, which
