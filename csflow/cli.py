@@ -122,7 +122,8 @@ def run(verb: str, doc: str | None, argv: Sequence[str] | None = None, prog: str
     except KeyboardInterrupt:
         # A second Ctrl-C ends the process at once, even if Ray does not let go.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        print(f"stopped{command.after_stop}", file=sys.stderr)
+        after_echo = "\n" if sys.stderr.isatty() else ""  # the terminal has just written ^C
+        print(f"{after_echo}stopped{command.after_stop}", file=sys.stderr)
         sys.exit(int(ExitStatus.STOPPED))
 
 

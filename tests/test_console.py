@@ -182,7 +182,7 @@ def test_ctrl_c_stops_scoring_and_the_same_command_continues(model, cells, tmp_p
     terminal.read_until("1/3 shards")
     terminal.press(CTRL_C)
     assert terminal.wait(60) == 130
-    assert terminal.shown.rstrip().endswith("stopped; the same command continues")
+    assert plain(terminal.shown).rstrip().endswith("\nstopped; the same command continues")
     assert "Traceback" not in terminal.shown
     wait_for_no_children(terminal)
     assert job_in_terminal("score", *arguments).wait() == 0
@@ -197,7 +197,7 @@ def test_ctrl_c_stops_training(moment, good_cells, tmp_path):
     terminal.read_until(moment)
     terminal.press(CTRL_C)
     assert terminal.wait(60) == 130
-    assert terminal.shown.rstrip().endswith("stopped; the same command with --resume continues")
+    assert plain(terminal.shown).rstrip().endswith("\nstopped; the same command with --resume continues")
     assert "Traceback" not in terminal.shown
     wait_for_no_children(terminal)
     assert not Path(tmp_path / "model" / "config.json").exists()
