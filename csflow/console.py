@@ -117,8 +117,16 @@ class Progress:
         """Since the start, at least a microsecond, so that rates can be computed."""
         return max(1e-6, time.monotonic() - self._started)
 
-    def update(self, done: int, figures: str) -> None:
-        """Shows that so many of the total are done, and a few figures beside it."""
+    def update(self, done: int, figures: str, left: float | None = None) -> None:
+        """Shows how many of the total are done.
+
+        Args:
+            figures: what else is to be shown.
+            left: seconds until the end; by default the remainder takes as long as what is done.
+        """
+        if left is None:
+            left = self.seconds / max(1, done) * (self._total - done)
+        figures = f"{figures}  {left:.0f} s left"
         if self._bar is not None:
             self._bar.n = done
             self._bar.set_description_str(figures)
@@ -126,8 +134,7 @@ class Progress:
         now = time.monotonic()
         if now - self._last_line >= self._line_seconds:
             self._last_line = now
-            left = self.seconds / max(1, done) * (self._total - done)
-            say(f"{done}/{self._total} {self._unit}  {figures}  {left:.0f} s left")
+            say(f"{done}/{self._total} {self._unit}  {figures}")
 
     def close(self) -> None:
         """Takes the bar away."""
@@ -144,5 +151,5 @@ def _draw_bar(total: int, unit: str) -> "tqdm[Any]":
         total=total,
         leave=False,
         dynamic_ncols=True,
-        bar_format=f"{{n_fmt}}/{{total_fmt}} {unit} {{bar}} {{elapsed}}<{{remaining}}  {{desc}}",
+        bar_format=f"{{n_fmt}}/{{total_fmt}} {unit} {{bar}} {{desc}}",
     )

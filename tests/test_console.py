@@ -66,7 +66,7 @@ def test_a_terminal_gets_a_bar_and_colour():
     assert terminal.wait() == 0
     assert "3/3 shards" in terminal.shown
     assert "96 scored" in terminal.shown
-    assert "s left" not in terminal.shown
+    assert "shards  32 scored" not in terminal.shown  # as in a line
     assert "\x1b[1;33mwarning:\x1b[0m warned" in terminal.shown
     assert "\x1b[1;31merror:\x1b[0m complained" in terminal.shown
     # Lines stand above the bar, each by itself.

@@ -29,7 +29,7 @@ class LiveView:
             + (f"validation {validation:.4f}  " if validation is not None else "")
             + f"{line['images_per_second']:.0f} images/s  at most {left:.0f} s left"
         )
-        self._progress.update(line["epoch"], f"{line['images_per_second']:.0f} images/s")
+        self._progress.update(line["epoch"], f"{line['images_per_second']:.0f} images/s", left)
         curves = {name: line[name] for name in CURVES if line[name] is not None}
         if self._tensorboard is not None:
             for name, value in curves.items():
