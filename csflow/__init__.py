@@ -1,3 +1,3 @@
 """csflow: train CS-Flow defect detectors and score whole image archives with them, on Ray."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,16 +1,20 @@
-"""The `csflow` command: every verb with the settings and the function that `jobs/` has for it.
+"""Every verb of csflow with its settings and its function: the `csflow` command, and the scripts in `jobs/`.
 
-Nothing is imported before the verb is known, so that help and wrong use come at once.
+A verb's modules take seconds to import. They are imported when the verb is known and has said that it starts.
 """
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
-from csflow.errors import ExitStatus
+from csflow import __version__
+from csflow.console import complain, greet
+from csflow.errors import ExitStatus, WrongUse
+from csflow.flags import VERSION_HELP, FlagParser
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,10 @@ class Command:
     config: str
     main: str
     examples: tuple[str, ...]
+    after_stop: str = ""
+    """What continues the work after Ctrl-C, if anything does."""
+    is_job: bool = True
+    """Whether it works for some time, and so says that it has started."""
 
     def doc(self) -> str:
         """The text above the settings in `--help`."""
@@ -33,12 +41,14 @@ COMMANDS = {
         "csflow.training.config:TrainConfig",
         "csflow.training.job:train",
         ("train --input s3://plant/good --output s3://plant/models/cells",),
+        after_stop="; the same command with --resume continues",
     ),
     "score": Command(
         "Score images with a trained model; the same line again completes the output",
         "csflow.scoring.config:ScoreConfig",
         "csflow.scoring.job:score",
         ("score --model s3://plant/models/cells --input s3://plant/images --output s3://plant/scores",),
+        after_stop="; the same command continues",
     ),
     "evaluate": Command(
         "Measure how well scores separate normal from defective images",
@@ -63,6 +73,7 @@ COMMANDS = {
         "csflow.inspection:InspectConfig",
         "csflow.inspection:inspect",
         ("inspect s3://plant/models/cells", "inspect s3://plant/scores"),
+        is_job=False,
     ),
     "register": Command(
         "Register an output of scoring as tables of Apache Iceberg or Delta Lake",
@@ -80,17 +91,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command and leaves the process with its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in COMMANDS:
-        from csflow.config import run_job
-
         verb = words[0]
-        command = COMMANDS[verb]
-        run_job(load(command.config), load(command.main), command.doc(), words[1:], f"csflow {verb}")
-    options = _parser().parse_args(words)
-    if options.print_completion:
-        print(completion(options.print_completion))
-        return
-    print("error: a command is needed; see csflow --help", file=sys.stderr)
-    sys.exit(int(ExitStatus.WRONG_USE))
+        run(verb, COMMANDS[verb].doc(), words[1:], f"csflow {verb}")
+    try:
+        options = _parser().parse(words)
+        if "print_completion" not in options:
+            raise WrongUse("a command is needed; see csflow --help")
+    except WrongUse as error:
+        complain(str(error))
+        sys.exit(int(ExitStatus.WRONG_USE))
+    print(completion(options["print_completion"]))
+
+
+def run(verb: str, doc: str | None, argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+    """Runs a verb on its command line, and leaves the process with its exit status.
+
+    Args:
+        doc: the text above the settings in `--help`.
+        argv: the command line; by default that of the process.
+        prog: what the user calls the verb; by default the name of the script.
+    """
+    command = COMMANDS[verb]
+    words = list(sys.argv[1:] if argv is None else argv)
+    if command.is_job:
+        greet(verb, words)
+    try:
+        from csflow.exit import run_job
+
+        run_job(load(command.config), load(command.main), doc, words, prog)
+    except KeyboardInterrupt:
+        # A second Ctrl-C ends the process at once, even if Ray does not let go.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        after_echo = "\n" if sys.stderr.isatty() else ""  # the terminal has just written ^C
+        print(f"{after_echo}stopped{command.after_stop}", file=sys.stderr)
+        sys.exit(int(ExitStatus.STOPPED))
 
 
 def load(place: str) -> Any:
@@ -113,26 +147,16 @@ def completion(shell: str) -> str:
     return str(shtab.complete(parser, shell))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        print(f"error: {message}; see csflow --help", file=sys.stderr)
-        sys.exit(int(ExitStatus.WRONG_USE))
-
-
-def _parser() -> argparse.ArgumentParser:
-    from csflow import __version__
-
+def _parser() -> FlagParser:
     verbs = "\n".join(f"  {verb:<10}{command.summary}" for verb, command in COMMANDS.items())
-    parser = _Parser(
+    parser = FlagParser(
         prog="csflow",
         usage="csflow COMMAND [settings]",
         description="Finds defects in photographs by learning only from good ones.\n\ncommands:\n" + verbs,
         epilog="csflow COMMAND --help explains a command's settings.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    parser.add_argument("command", nargs="?", choices=list(COMMANDS), help=argparse.SUPPRESS)
-    parser.add_argument("--version", action="version", version=f"csflow {__version__}")
+    parser.add_argument("command", nargs="?", default=None, choices=list(COMMANDS), help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"csflow {__version__}", help=VERSION_HELP)
     parser.add_argument(
         "--print_completion",
         metavar="SHELL",

@@ -3,20 +3,26 @@
 import logging
 import os
 import queue
+import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
 import ray.data
 
+from csflow.console import is_verbose
+
 T = TypeVar("T")
 
 MAX_BLOCKS = 4096
 """Ray Data keeps some state per block on the driver; beyond this, a block holds several shards."""
 
+BACKEND_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 SHARD_RETRIES = 2
 """How often a shard is tried again after its actor died. Ray's own default is for ever."""
 
@@ -24,17 +30,42 @@ SHARD_RETRIES = 2
 def connect() -> None:
     """Joins the cluster that RAY_ADDRESS names, as under `ray job submit`, or the one that runs on this
     machine, or else starts Ray for this process."""
+    level = logging.INFO if is_verbose() else logging.ERROR
     if not ray.is_initialized():
-        # Ray's C++ side reports on standard error what its Python side raises or retries anyway.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
+        with _quiet_backend():
+            ray.init(logging_level=level, log_to_driver=is_verbose(), include_dashboard=False)
     # Ray Data has no other way yet to bound an actor's retries.
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     # A block that fails after its retries is missing from the results, where the job accounts for it.
     context.max_errored_blocks = -1
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(level)
+
+
+@contextmanager
+def _quiet_backend() -> Iterator[None]:
+    """Ray's C++ side says nothing on standard error, neither now nor later, if nobody asked for it.
+
+    It reports there what its Python side raises or retries anyway. It takes its level from a variable, and
+    announces the new level before it keeps to it. Only that line is left out of what is written meanwhile.
+    """
+    if is_verbose() or BACKEND_LEVEL in os.environ:
+        yield
+        return
+    os.environ[BACKEND_LEVEL] = "fatal"
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            written.seek(0)
+            os.write(2, b"".join(line for line in written if BACKEND_LEVEL.encode() not in line))
 
 
 @dataclass(frozen=True)
@@ -88,6 +119,11 @@ def run_task(function: Callable[..., T], *arguments: Any, resources: WorkerResou
     return result
 
 
+def in_thread(function: Callable[[], T]) -> T:
+    """What a function returns that is called in a thread, so that Ctrl-C is this thread's."""
+    return next(with_timeout((call() for call in [function]), None))
+
+
 def map_shards(
     shards: Sequence[Mapping[str, Any]],
     shard_worker: type,
@@ -125,7 +161,7 @@ def map_shards(
     yield from results.iter_rows()
 
 
-def with_timeout(rows: Iterator[T], seconds: float) -> Iterator[T]:
+def with_timeout(rows: Iterator[T], seconds: float | None) -> Iterator[T]:
     """The rows of an iterator that may hang.
 
     Raises:

@@ -5,19 +5,21 @@ import json
 import os
 import re
 import sys
-import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from csflow.errors import ExitStatus, Failed, StorageFailed, WrongUse
-from csflow.redaction import HIDDEN, holds_credentials, redact
+from csflow import __version__
+from csflow.console import Verbosity, set_verbosity
+from csflow.errors import WrongUse
+from csflow.flags import VERSION_HELP, FlagParser, spelling
+from csflow.redaction import HIDDEN, holds_credentials
 
 
 def _one_or_more(value: object) -> object:
@@ -64,55 +66,21 @@ class JobConfig(BaseModel):
 
 Config = TypeVar("Config", bound=JobConfig)
 
-
-def run_job(
-    config_type: type[Config],
-    main: Callable[[Config], ExitStatus],
-    doc: str | None,
-    argv: Sequence[str] | None = None,
-    prog: str | None = None,
-) -> NoReturn:
-    """Parses the command line, runs `main` and leaves the process with its exit status.
-
-    The command line is that of the process unless `argv` and `prog`, its name in messages, are given.
-
-    What a user can act on becomes one line on standard error and a status: 2 for a `WrongUse`, 1 for a
-    `Failed`, 3 for files that are out of reach for now. Anything else keeps its traceback. Secrets in
-    storage options are shown in neither.
-    """
-    options: dict[str, Any] = {}
-    try:
-        config = parse(config_type, doc, argv, prog)
-        options = config.storage_options
-        status = main(config)
-    except (WrongUse, Failed, StorageFailed, ConnectionError) as error:
-        print(f"error: {redact(' '.join(str(error).split()), options)}", file=sys.stderr)
-        status = _status_of(error)
-    except Exception as error:
-        print(redact("".join(traceback.format_exception(error)), options), end="", file=sys.stderr)
-        status = ExitStatus.FAILED
-    sys.stdout.flush()
-    sys.exit(int(status))
-
-
-def _status_of(error: Exception) -> ExitStatus:
-    if isinstance(error, WrongUse):
-        return ExitStatus.WRONG_USE
-    return ExitStatus.FAILED if isinstance(error, Failed) else ExitStatus.INCOMPLETE
+EPILOG = "Hyphens and underscores are the same in flags and in YAML: --image-size, --image_size."
 
 
 def parse(
     config_type: type[Config], doc: str | None, argv: Sequence[str] | None = None, prog: str | None = None
 ) -> Config:
-    """Settings from `--config` (YAML) and flags; flags win.
+    """Settings from `--config` (YAML) and flags; flags win. Decides how much this process says, too.
 
     Raises:
         WrongUse: a setting is unknown, missing or out of its range.
-        SystemExit: after `--help` or `--print_config`.
+        SystemExit: after `--help`, `--version` or `--print_config`.
     """
-    parser = build_parser(config_type, doc, prog)
-    flags = vars(parser.parse_args(argv))
+    flags = build_parser(config_type, doc, prog).parse(argv)
     print_config = flags.pop("print_config", False)
+    set_verbosity(flags.pop("verbosity", Verbosity.NORMAL))
     values = _read_yaml(flags.pop("config", None)) | flags
     try:
         config = config_type.model_validate(values)
@@ -140,31 +108,38 @@ def _refuse_credentials(config: JobConfig) -> None:
                 )
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise WrongUse(f"{message}; see {Path(self.prog).name} --help")
-
-
-def build_parser(
-    config_type: type[JobConfig], doc: str | None, prog: str | None = None
-) -> argparse.ArgumentParser:
-    """The command line of a job: a flag for every field, `--config` and `--print_config`."""
-    parser = _OneLineParser(
-        prog=prog,
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+def build_parser(config_type: type[JobConfig], doc: str | None, prog: str | None = None) -> FlagParser:
+    """The command line of a job: a flag for every field, and what every job understands."""
+    prog = prog or Path(sys.argv[0]).name
+    parser = FlagParser(prog=prog, description=doc, epilog=EPILOG, usage=_usage(config_type, prog))
+    parser.add_argument("--version", action="version", version=f"csflow {__version__}", help=VERSION_HELP)
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it.")
     parser.add_argument("--print_config", action="store_true", help="Print the settings and exit.")
+    for flags, verbosity, text in (
+        (("-q", "--quiet"), Verbosity.QUIET, "Print results, warnings and errors only."),
+        (("-v", "--verbose"), Verbosity.VERBOSE, "Print Ray's log, too, and the traceback behind an error."),
+    ):
+        parser.add_argument(*flags, dest="verbosity", action="store_const", const=verbosity, help=text)
+    settings = parser.add_argument_group("settings")
     for name in setting_names(config_type):
         field = config_type.model_fields[name]
         flag, how = f"--{name}", _argument(field.annotation)
         if name == config_type.positional:
             flag, how = name, how | {"metavar": name.upper()}
-        parser.add_argument(flag, help=help_text(field).replace("%", "%%"), **how)
+        settings.add_argument(flag, help=help_text(field).replace("%", "%%"), **how)
     return parser
+
+
+def _usage(config_type: type[JobConfig], prog: str) -> str:
+    """The line above the help: what has to be given. All settings of a job would fill the screen."""
+    words = []
+    for name in setting_names(config_type):
+        field = config_type.model_fields[name]
+        if name == config_type.positional:
+            words.append(name.upper())
+        elif field.is_required():
+            words.append(f"--{name} {_argument(field.annotation).get('metavar', name.upper())}")
+    return " ".join([prog, *words, "[settings]"]).replace("%", "%%")
 
 
 def setting_names(config_type: type[JobConfig]) -> list[str]:
@@ -210,7 +185,10 @@ def _read_yaml(path: str | None) -> dict[str, Any]:
         raise WrongUse(f"--config {path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise WrongUse(f"--config {path} must hold settings as `name: value` lines")
-    return values
+    settings = {spelling(str(name)): value for name, value in values.items()}
+    if len(settings) < len(values):
+        raise WrongUse(f"--config {path} names a setting twice, with a hyphen and with an underscore")
+    return settings
 
 
 def _explain(error: Any) -> str:

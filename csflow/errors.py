@@ -16,6 +16,8 @@ class ExitStatus(IntEnum):
     """Ended with rows missing; the same command continues."""
     DRIFT = 4
     """Done, but the scores have drifted from calibration; only with --exit_on_drift."""
+    STOPPED = 130
+    """Somebody pressed Ctrl-C: 128 and the number of the signal, as shells have it."""
 
 
 class WrongUse(Exception):

@@ -20,7 +20,8 @@ import torch
 from pydantic import Field
 
 import csflow
-from csflow.config import JobConfig, Locations, run_job
+from csflow.cli import run
+from csflow.config import JobConfig, Locations
 from csflow.errors import ExitStatus, ImageError, WrongUse
 from csflow.foreign_models import SCALES, ForeignModel, ForeignModelError, load_extractor, read_foreign
 from csflow.images import DecodedImage
@@ -284,4 +285,4 @@ def _card(detector: Detector, calibration: pa.Table, origin: Mapping[str, str]) 
 
 
 if __name__ == "__main__":
-    run_job(ImportConfig, import_model, __doc__)
+    run("import", __doc__)

@@ -7,8 +7,7 @@ labels.csv holds the columns image_uri and label (0 normal, 1 defective), and op
 defect_class.
 """
 
-from csflow.config import run_job
-from csflow.evaluate import EvaluateConfig, evaluate
+from csflow.cli import run
 
 if __name__ == "__main__":
-    run_job(EvaluateConfig, evaluate, __doc__)
+    run("evaluate", __doc__)

@@ -5,8 +5,7 @@ python jobs/report.py --scores s3://bucket/out --output s3://bucket/report.html 
 python jobs/report.py --scores out --run_id latest --false_discovery_rate 0.05 --defects defects.csv
 """
 
-from csflow.config import run_job
-from csflow.report import ReportConfig, report
+from csflow.cli import run
 
 if __name__ == "__main__":
-    run_job(ReportConfig, report, __doc__)
+    run("report", __doc__)

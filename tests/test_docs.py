@@ -130,7 +130,7 @@ def test_commands_in_shell_blocks_have_settings_that_exist():
                 words = ["csflow", Path(words[1]).stem, *words[2:]]
             if words[:1] == ["csflow"] and words[1] in cli.COMMANDS:
                 command = cli.COMMANDS[words[1]]
-                build_parser(cli.load(command.config), None).parse_args(words[2:])
+                build_parser(cli.load(command.config), None).parse(words[2:])
                 checked += 1
     assert checked > 10
 

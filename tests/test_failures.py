@@ -19,8 +19,8 @@ from conftest import copy_some, free_port, read_errors, read_scores, run_score, 
 from plain_loop import contents
 from processes import score_in_a_process, scoring_workers, start_job
 
-from csflow.config import run_job
 from csflow.errors import ErrorCode, ExitStatus
+from csflow.exit import run_job
 from csflow.scoring.config import ScoreConfig
 from csflow.scoring.job import score
 

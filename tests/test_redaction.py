@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import copy_some, read_errors, run_score
 
-from csflow.config import run_job
 from csflow.errors import ExitStatus, WrongUse
+from csflow.exit import run_job
 from csflow.inputs.listing import list_images
 from csflow.redaction import holds_credentials, redact
 from csflow.scoring.config import ScoreConfig
@@ -84,7 +84,7 @@ def test_settings_that_cannot_be_parsed_are_not_repeated_with_their_secrets(job,
     config = tmp_path / "nightly.yaml"
     config.write_text(f"storage_options: {{key: x, secret: {SECRET}\nmodel: m\n")
     for arguments in (
-        [*REQUIRED, "--storage-options", options],
+        [*REQUIRED, "--storage-optoins", options],
         [*REQUIRED, "--storage_options", options[:-1]],
         [*REQUIRED, f"--storage_option={options}"],
         ["--config", str(config)],

@@ -2,13 +2,13 @@
 
 import json
 import secrets
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from csflow.calibration import drift
 from csflow.cluster import WorkerResources, connect, map_shards, share_out, with_timeout
+from csflow.console import Progress, say, warn
 from csflow.errors import ExitStatus, Failed
 from csflow.inputs.listing import list_images
 from csflow.inputs.selection import Selection
@@ -22,7 +22,6 @@ from csflow.scoring.record import Clock, exit_status, run_record, summary
 from csflow.scoring.tally import LiveMetrics, Tally
 from csflow.storage import Location
 
-PROGRESS_SECONDS = 10.0
 FAILED_SHARDS_TO_STOP = 4
 """A run whose first shards all fail as a whole is stopped."""
 FAILED_SHARDS_IN_A_ROW = 16
@@ -44,8 +43,8 @@ def score(config: ScoreConfig) -> ExitStatus:
     clock.lap("list")
     shards = make_plan(listing, output, run_id, config.retry_errors)
     clock.lap("plan")
-    print(f"run {run_id} with model {model.model_id}")
-    print(f"{listing.images} images listed, {len(shards)} shards to score", flush=True)
+    say(f"run {run_id} with model {model.model_id}")
+    say(f"{listing.images} images listed, {len(shards)} shards to score")
     _warn_if_nothing_can_be_flagged(model, config.false_positive_rate)
     tally = Tally()
     if shards:
@@ -79,8 +78,8 @@ def _settings(config: ScoreConfig, output: Output, run_id: str) -> ScoringSettin
 def _warn_if_nothing_can_be_flagged(model: ModelFiles, false_positive_rate: float) -> None:
     heldout = len(model.calibration.anomaly_score)
     if 1 / (heldout + 1) > false_positive_rate:
-        print(
-            f"warning: no image can be flagged at --false_positive_rate {false_positive_rate}: with "
+        warn(
+            f"no image can be flagged at --false_positive_rate {false_positive_rate}: with "
             f"{heldout} held-out images the smallest p-value is {1 / (heldout + 1):.3g}"
         )
 
@@ -99,9 +98,7 @@ def _score_shards(
         return
     lost = [shard.to_row() for shard in shards if shard.name not in tally.shards]
     if lost:
-        print(
-            f"{len(lost)} shards took their workers down; their images are now tried one by one", flush=True
-        )
+        warn(f"{len(lost)} shards took their workers down; their images are now tried one by one")
         isolated = replace(settings, is_isolated=True)
         rows = map_shards(lost, ScoringActor, [isolated, resources], resources)
         _follow(rows, len(shards), tally, settings.output.model_id, config)
@@ -117,7 +114,7 @@ def _follow(
     """
     metrics = LiveMetrics(model_id)
     in_a_row = 0
-    started = last_line = time.monotonic()
+    progress = Progress(shards, "shards")
     try:
         for row in with_timeout(rows, config.stall_timeout):
             tally.add(row)
@@ -125,28 +122,23 @@ def _follow(
             done = len(tally.shards)
             in_a_row = in_a_row + 1 if row["failure"] else 0
             if row["failure"]:
-                print(f"shard {row['shard']} failed: {row['failure']}", flush=True)
+                warn(f"shard {row['shard']} failed: {row['failure']}")
             if tally.failed_shards == done == min(shards, FAILED_SHARDS_TO_STOP):
                 raise Failed(
                     f"the first {done} shards failed, nothing of them was written; the last: {row['failure']}"
                 )
             if in_a_row == FAILED_SHARDS_IN_A_ROW:
-                print(f"stopped: the last {in_a_row} shards failed, see above", flush=True)
+                warn(f"stopped: the last {in_a_row} shards failed, see above")
                 return False
-            now = time.monotonic()
-            if now - last_line >= PROGRESS_SECONDS:
-                last_line = now
-                left = (now - started) / done * (shards - done)
-                print(
-                    f"{done}/{shards} shards  {tally.scored} scored  {tally.errors} errors  "
-                    f"{tally.images / (now - started):.1f} images/s  {left:.0f} s left",
-                    flush=True,
-                )
+            rate = tally.images / progress.seconds
+            progress.update(done, f"{tally.scored} scored  {tally.errors} errors  {rate:.1f} images/s")
             if tally.fails_everywhere(config.max_error_rate):
-                print(f"stopped: {tally.errors} of {tally.images} images failed: {dict(tally.error_codes)}")
+                warn(f"stopped: {tally.errors} of {tally.images} images failed: {dict(tally.error_codes)}")
                 return False
     except TimeoutError:
         waiting = shards - len(tally.shards)
-        print(f"stalled: no shard finished for {config.stall_timeout:.0f} s, {waiting} are still waited for")
+        warn(f"stalled: no shard finished for {config.stall_timeout:.0f} s, {waiting} are still waited for")
         return False
+    finally:
+        progress.close()
     return True

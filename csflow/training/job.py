@@ -1,6 +1,7 @@
 """The training job: lists normal images, extracts their features once, trains, writes a model directory."""
 
 import time
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow.compute as pc
 import torch
 
 from csflow.cluster import connect, share_out
+from csflow.console import Progress, say, warn
 from csflow.errors import ExitStatus, ImageError, WrongUse
 from csflow.inputs.exclusion import read_exclusion
 from csflow.inputs.listing import list_table
@@ -60,7 +62,7 @@ def train(config: TrainConfig) -> ExitStatus:
     if warning:
         print(warning)
     data = TrainingData.divide(cached, config.validation, config.holdout, config.seed)
-    print(data.summary())
+    say(data.summary())
     closed_form = ClosedForm(work_dir / "splits", cache, data.part("training"), config.trim)
     ranking = closed_form.fit(config.resume)
     data = _trim(data, ranking, config.trim)
@@ -92,13 +94,13 @@ def _list_images(config: TrainConfig) -> pa.Table:
     """The images to learn from. Raises WrongUse if `--exclude` is wrong or leaves none."""
     exclusion = read_exclusion(config.exclude, config.storage_options)
     listed = list_table(config.input, config.storage_options)
-    print(f"{listed.num_rows} images listed")
+    say(f"{listed.num_rows} images listed")
     if not config.exclude:
         return listed
     for line in exclusion.warnings(listed):
-        print(f"warning: {line}")
+        warn(line)
     images = exclusion.leave_out(listed)
-    print(f"{listed.num_rows - images.num_rows} images left out by --exclude")
+    say(f"{listed.num_rows - images.num_rows} images left out by --exclude")
     if not images.num_rows:
         raise WrongUse(f"--exclude leaves none of the {listed.num_rows} images of --input to learn from")
     return images
@@ -124,12 +126,14 @@ def _extract_features(images: pa.Table, detector: Detector, cache: FeatureCache)
     missing = find_images(images, cache.index())[1]
     extracted, failed_for_now = 0, []
     resources = share_out(None, worker_bytes(detector.state_dict()))
-    for row in extract(missing, detector, cache, resources):
-        extracted += row["images"]
-        failed_for_now += row["failed_for_now"]
+    with closing(Progress(missing.num_rows, "images")) as progress:
+        for row in extract(missing, detector, cache, resources):
+            extracted += row["images"]
+            failed_for_now += row["failed_for_now"]
+            progress.update(extracted, f"{extracted / progress.seconds:.1f} images/s")
     cached, still_missing = find_images(images, cache.index())
     seconds = time.monotonic() - started
-    print(
+    say(
         f"features: {extracted} images extracted in {seconds:.0f} s, "
         f"{images.num_rows - missing.num_rows} in the cache"
     )
@@ -153,7 +157,7 @@ def _trim(data: TrainingData, ranking: pa.Table, share: float) -> TrainingData:
     """Without the training images that are least like the others; says how many those are."""
     trimmed = ranking.slice(0, trimmed_count(ranking.num_rows, share))
     if trimmed.num_rows:
-        print(f"{trimmed.num_rows} training images left out by --trim, the least like the others")
+        say(f"{trimmed.num_rows} training images left out by --trim, the least like the others")
     return data.trimmed(trimmed["content_digest"].to_pylist())
 
 

@@ -1,8 +1,10 @@
 """What a training shows while it runs: lines in the terminal, and curves in TensorBoard and MLflow."""
 
 import importlib.util
+import math
 from typing import Any
 
+from csflow.console import Progress, say
 from csflow.storage import Location
 from csflow.training.config import TrainConfig
 
@@ -14,6 +16,7 @@ class LiveView:
 
     def __init__(self, config: TrainConfig, epochs: int, tensorboard: Location) -> None:
         self._epochs = epochs
+        self._progress = Progress(epochs, "epochs", line_seconds=math.inf)
         self._tensorboard = _open_tensorboard(tensorboard)
         self._mlflow = _open_mlflow(config)
 
@@ -21,12 +24,12 @@ class LiveView:
         """Args: line: an `Epoch` as a dictionary."""
         left = line["seconds"] * (self._epochs - line["epoch"])
         validation = line["validation_loss"]
-        print(
+        say(
             f"epoch {line['epoch']}/{self._epochs}  loss {line['loss']:.4f}  "
             + (f"validation {validation:.4f}  " if validation is not None else "")
-            + f"{line['images_per_second']:.0f} images/s  at most {left:.0f} s left",
-            flush=True,
+            + f"{line['images_per_second']:.0f} images/s  at most {left:.0f} s left"
         )
+        self._progress.update(line["epoch"], f"{line['images_per_second']:.0f} images/s", left)
         curves = {name: line[name] for name in CURVES if line[name] is not None}
         if self._tensorboard is not None:
             for name, value in curves.items():
@@ -36,6 +39,7 @@ class LiveView:
             self._mlflow.log_metrics(curves, step=line["epoch"])
 
     def close(self) -> None:
+        self._progress.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._mlflow is not None:

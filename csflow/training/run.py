@@ -14,7 +14,7 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.util.queue import Queue
 from torch import Tensor
 
-from csflow.cluster import share_out
+from csflow.cluster import in_thread, share_out
 from csflow.model import Architecture
 from csflow.storage import Location, to_parquet
 from csflow.training.cache import FeatureCache
@@ -88,7 +88,8 @@ class Run:
         follower = threading.Thread(target=self._follow, args=(progress,), daemon=True)
         follower.start()
         try:
-            result = self._trainer(progress).fit()
+            # In this thread Ray Train would take Ctrl-C over, and end the process with status 0.
+            result = in_thread(self._trainer(progress).fit)
         finally:
             progress.put(None)
             follower.join()

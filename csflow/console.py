@@ -1,0 +1,155 @@
+"""What a job says while it runs: lines in a log; in a terminal a progress bar and colour, too.
+
+Results go through `print`. What is said on the way goes through `say`, `warn` and `Progress`, so that
+`--quiet` can leave it out. How much is said is a property of the process, like the level of a log.
+"""
+
+import os
+import sys
+import time
+from enum import IntEnum
+from typing import IO, TYPE_CHECKING, Any
+
+from csflow import __version__
+from csflow.flags import spelling
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+LINE_SECONDS = 10.0
+"""In a log, a line of progress is printed at most this often."""
+
+
+class Verbosity(IntEnum):
+    """How much a job says."""
+
+    QUIET = 0
+    """Results, warnings and errors."""
+    NORMAL = 1
+    VERBOSE = 2
+    """What Ray and its workers log, too, and the traceback behind an error of one line."""
+
+
+_verbosity = Verbosity.NORMAL
+_bars: "list[tqdm[Any]]" = []
+"""The bar that is drawn at the moment, if any: lines are printed above it."""
+
+
+def set_verbosity(verbosity: Verbosity) -> None:
+    """Decides how much this process says from now on."""
+    global _verbosity
+    _verbosity = verbosity
+
+
+def is_verbose() -> bool:
+    return _verbosity == Verbosity.VERBOSE
+
+
+def greet(verb: str, words: list[str]) -> None:
+    """Says that a job has started, before the imports that take seconds.
+
+    Not if the words of the command line ask for something to be printed instead, or for quiet.
+    """
+    if not {"__help", "_h", "__version", "__print_config", "__quiet", "_q"} & set(map(spelling, words)):
+        print(f"csflow {__version__} {verb}: starting", flush=True)
+
+
+def say(line: str) -> None:
+    """Prints a line about the work, unless the job is to be quiet."""
+    if _verbosity > Verbosity.QUIET:
+        _print(line, sys.stdout)
+
+
+def warn(line: str) -> None:
+    """Prints a line that matters even when the job is to be quiet."""
+    _print(f"{_coloured('warning:', 33, sys.stdout)} {line}", sys.stdout)
+
+
+def complain(line: str) -> None:
+    """Prints an error that the user can act on, in one line on standard error."""
+    _print(f"{_coloured('error:', 31, sys.stderr)} {line}", sys.stderr)
+
+
+def _print(line: str, stream: IO[str]) -> None:
+    if _bars:
+        _bars[-1].write(line, file=stream)
+    else:
+        print(line, file=stream, flush=True)
+
+
+def _is_terminal(stream: IO[str]) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _has_room(stream: IO[str]) -> bool:
+    """Whether a bar can be drawn: some terminals of containers are no characters wide."""
+    return _is_terminal(stream) and os.get_terminal_size(stream.fileno()).columns > 0
+
+
+def _coloured(word: str, code: int, stream: IO[str]) -> str:
+    """In a terminal whose user has not set NO_COLOR (https://no-color.org)."""
+    if _is_terminal(stream) and not os.environ.get("NO_COLOR"):
+        return f"\x1b[1;{code}m{word}\x1b[0m"
+    return word
+
+
+class Progress:
+    """How far a job is: a bar in a terminal, and in a log a line now and then.
+
+    A job has a terminal if both of its streams are one. Else somebody keeps its lines, as with `| tee log`.
+    """
+
+    def __init__(self, total: int, unit: str, line_seconds: float = LINE_SECONDS) -> None:
+        """
+        Args:
+            unit: what is counted, in the plural.
+            line_seconds: shortest time between two lines in a log.
+        """
+        self._total, self._unit, self._line_seconds = total, unit, line_seconds
+        self._started = self._last_line = time.monotonic()
+        self._bar: tqdm[Any] | None = None
+        if _verbosity > Verbosity.QUIET and _is_terminal(sys.stdout) and _has_room(sys.stderr):
+            self._bar = _draw_bar(total, unit)
+            _bars.append(self._bar)
+
+    @property
+    def seconds(self) -> float:
+        """Since the start, at least a microsecond, so that rates can be computed."""
+        return max(1e-6, time.monotonic() - self._started)
+
+    def update(self, done: int, figures: str, left: float | None = None) -> None:
+        """Shows how many of the total are done.
+
+        Args:
+            figures: what else is to be shown.
+            left: seconds until the end; by default the remainder takes as long as what is done.
+        """
+        if left is None:
+            left = self.seconds / max(1, done) * (self._total - done)
+        figures = f"{figures}  {left:.0f} s left"
+        if self._bar is not None:
+            self._bar.n = done
+            self._bar.set_description_str(figures)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= self._line_seconds:
+            self._last_line = now
+            say(f"{done}/{self._total} {self._unit}  {figures}")
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            _bars.remove(self._bar)
+            self._bar.close()
+            self._bar = None
+
+
+def _draw_bar(total: int, unit: str) -> "tqdm[Any]":
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total,
+        leave=False,
+        dynamic_ncols=True,
+        bar_format=f"{{n_fmt}}/{{total_fmt}} {unit} {{bar}} {{desc}}",
+    )

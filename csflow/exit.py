@@ -1,0 +1,53 @@
+"""Leaving the process: what ends a job becomes an exit status and, where the user can act on it, one line."""
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from csflow.config import Config, parse
+from csflow.console import complain, is_verbose
+from csflow.errors import ExitStatus, Failed, StorageFailed, WrongUse
+from csflow.redaction import redact
+
+
+def run_job(
+    config_type: type[Config],
+    main: Callable[[Config], ExitStatus],
+    doc: str | None,
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+) -> NoReturn:
+    """Parses the command line, runs `main` and leaves the process with its exit status.
+
+    The command line is that of the process unless `argv` and `prog`, its name in messages, are given.
+
+    What a user can act on becomes one line on standard error and a status: 2 for a `WrongUse`, 1 for a
+    `Failed`, 3 for files that are out of reach for now. Anything else keeps its traceback. Secrets in
+    storage options are shown in neither.
+    """
+    options: dict[str, Any] = {}
+    try:
+        config = parse(config_type, doc, argv, prog)
+        options = config.storage_options
+        status = main(config)
+    except (WrongUse, Failed, StorageFailed, ConnectionError) as error:
+        if is_verbose():
+            _print_traceback(error, options)
+        complain(redact(" ".join(str(error).split()), options))
+        status = _status_of(error)
+    except Exception as error:
+        _print_traceback(error, options)
+        status = ExitStatus.FAILED
+    sys.stdout.flush()
+    sys.exit(int(status))
+
+
+def _status_of(error: Exception) -> ExitStatus:
+    if isinstance(error, WrongUse):
+        return ExitStatus.WRONG_USE
+    return ExitStatus.FAILED if isinstance(error, Failed) else ExitStatus.INCOMPLETE
+
+
+def _print_traceback(error: Exception, options: dict[str, Any]) -> None:
+    print(redact("".join(traceback.format_exception(error)), options), end="", file=sys.stderr)
