@@ -13,6 +13,8 @@ from pathlib import Path
 from conftest import ROOT
 
 CTRL_C = b"\x03"
+# Not as `preexec_fn`: with it Python forks, which can cut the connections of gRPC's threads in this process.
+IN_TERMINAL = "import os, sys; os.login_tty(int(sys.argv[1])); os.execvp(sys.argv[2], sys.argv[2:])"
 
 
 class Terminal:
@@ -24,10 +26,9 @@ class Terminal:
         self._ours, theirs = pty.openpty()
         termios.tcsetwinsize(theirs, (24, columns))
         self.process = subprocess.Popen(
-            list(map(str, command)),
+            [sys.executable, "-c", IN_TERMINAL, str(theirs), *map(str, command)],
             cwd=ROOT,
             env=os.environ | {"TERM": "xterm", name: value} | environment,
-            preexec_fn=lambda: os.login_tty(theirs),
             pass_fds=[theirs],
         )
         os.close(theirs)

@@ -3,6 +3,8 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +71,17 @@ def polars_answers(folder: Path) -> Answers:
 
 
 @pytest.fixture(scope="module")
-def spark_answers(folder: Path) -> Iterator[Answers]:
+def spark_answers(folder: Path) -> Answers:
     pytest.importorskip("pyspark")
     if not (shutil.which("java") or os.environ.get("JAVA_HOME")):
         pytest.skip("Spark needs Java")
+    # Spark forks to start its JVM. In a process with gRPC threads, such as Ray has, that can cut connections
+    # for good: Ray then waits for ever for an actor that has long been there.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(ask_spark).result()
+
+
+def ask_spark() -> Answers:
     from pyspark.sql import SparkSession
 
     # Little data: compiling, planning and the warming up of the JVM would take most of the time.
@@ -94,11 +103,12 @@ def spark_answers(folder: Path) -> Iterator[Answers]:
     names: dict[str, Any] = {}
     for block in [*set_up("python", "spark", "setup"), *set_up("python", "spark", "errors")]:
         run_python(block, names)
-    yield {
+    answers = {
         heading: pd.DataFrame([row.asDict() for row in spark.sql(statements(block)[0]).collect()])
         for heading, block in questions("sql").items()
     }
     spark.stop()
+    return answers
 
 
 @pytest.fixture(scope="module")
