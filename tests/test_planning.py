@@ -1,0 +1,210 @@
+"""Planning under random nights, against a model of it in sets and dictionaries.
+
+Every limit is tiny, so that a few images spill to disk, fill several parts of a listing and many shards.
+Nights list parts of one folder, of which some images change, some fail for good and some for a while. Runs
+end before their shards are scored, meet rivals, and are overtaken by actors that were given up on.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from csflow.inputs.listing import LISTING
+from csflow.scores import ERRORS, SCORES
+from csflow.scoring import keys as key_sets
+from csflow.scoring import listing as frozen_listing
+from csflow.scoring import plan
+from csflow.scoring.listing import Listing
+from csflow.scoring.output import Output
+from csflow.scoring.plan import Account, PlannedShard, account, make_plan, read_log
+from csflow.storage import Location, to_parquet
+
+BUFFER_ROWS = 7
+NIGHTS, IMAGES = 6, 36
+Image = tuple[str, str]
+"""URI and version."""
+
+
+class Calendar:
+    """Stands for `datetime` where a plan gets its day."""
+
+    def __init__(self) -> None:
+        self.today = datetime(2026, 11, 2, 2, tzinfo=UTC)
+
+    def now(self, timezone: object) -> datetime:
+        return self.today
+
+
+@pytest.fixture
+def calendar(monkeypatch: pytest.MonkeyPatch) -> Calendar:
+    calendar = Calendar()
+    monkeypatch.setattr(plan, "datetime", calendar)
+    return calendar
+
+
+@pytest.fixture(autouse=True)
+def tiny_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_sets, "BUFFER_ROWS", BUFFER_ROWS)
+    monkeypatch.setattr(frozen_listing, "PART_ROWS", 5)
+    monkeypatch.setattr(plan, "SHARDS_PER_PART", 2)
+
+
+@dataclass
+class World:
+    """An output, and what ought to be in it."""
+
+    output: Output
+    runs: int = 0
+    shards: dict[str, tuple[PlannedShard, list[Image]]] = field(default_factory=dict)
+    """All that were ever planned, by name."""
+    unfinished: set[str] = field(default_factory=set)
+    scored: Counter[Image] = field(default_factory=Counter)
+    failed: set[Image] = field(default_factory=set)
+    """For good."""
+
+    def freeze(self, images: Iterable[Image]) -> Listing:
+        self.runs += 1
+        folder = self.output.location / "_runs" / str(self.runs) / "listing"
+        return Listing.freeze(folder, batches_of(list(images)), None)
+
+    def plan(self, images: list[Image], retry_errors: bool) -> list[str]:
+        """Names of the shards that a run over these images is given, which are those it ought to be given."""
+        listing = self.freeze(images)
+        shards = make_plan(listing, self.output, f"run-{self.runs}", retry_errors)
+        # After planning: a rival may have planned meanwhile.
+        adopted = {name for name in self.unfinished if set(self.shards[name][1]) & set(images)}
+        waiting = {image for name in self.unfinished for image in self.shards[name][1]}
+        settled = set(self.scored) | waiting | (set() if retry_errors else self.failed)
+        new = [shard for shard in shards if shard.name not in self.shards]
+        assert {shard.name for shard in shards} - {shard.name for shard in new} == adopted
+        content = {shard.name: images_of(shard) for shard in new}
+        planned = [image for some in content.values() for image in some]
+        assert Counter(planned) == Counter(set(images) - settled)
+        # In the order of the listing, in shards of one size; only the last may be smaller.
+        assert planned == [image for image in dict.fromkeys(images) if image not in settled]
+        sizes = [len(some) for some in content.values()]
+        assert set(sizes[:-1]) <= {plan.SHARD_STEP}
+        assert all(size <= plan.SHARD_STEP for size in sizes)
+        self.shards |= {shard.name: (shard, content[shard.name]) for shard in new}
+        self.unfinished |= content.keys()
+        return [shard.name for shard in shards]
+
+    def finish(self, name: str, chance: random.Random, failures: float) -> None:
+        """What an actor does with a shard, this share of whose images fails; nothing if it is finished."""
+        if name not in self.unfinished:
+            return
+        self.unfinished.remove(name)
+        shard, images = self.shards[name]
+        outcomes = dict.fromkeys(images, "scored")
+        for image in images:
+            if chance.random() < failures:
+                outcomes[image] = chance.choice(["for good", "for a while"])
+        errors = [error_row(image, o == "for a while") for image, o in outcomes.items() if o != "scored"]
+        good = [image for image, outcome in outcomes.items() if outcome == "scored"]
+        if errors:
+            table = pa.Table.from_pylist(errors, ERRORS)
+            self.output.errors_file(name, shard.date, table).write(to_parquet(table))
+        rows = pa.Table.from_pylist([score_row(image) for image in good], SCORES)
+        self.output.scores_file(name, shard.date).create(to_parquet(rows))
+        self.scored.update(good)
+        self.failed |= {image for image, outcome in outcomes.items() if outcome == "for good"}
+
+    def account(self, images: list[Image]) -> None:
+        """The job's own account of a listing is the model's, and no image has two rows."""
+        assert max(self.scored.values(), default=1) == 1
+        listed = set(images)
+        failed = listed & self.failed - set(self.scored)
+        missing = listed - set(self.scored) - self.failed
+        expected = Account(len(listed), len(listed & set(self.scored)), len(failed), len(missing))
+        assert account(self.freeze(images), self.output) == expected
+
+
+def batches_of(images: list[Image]) -> Iterable[pa.RecordBatch]:
+    """A listing in batches of 1, 2, 3, … images."""
+    rows = [{"size_bytes": 1, "image_uri": u, "image_version": v} for u, v in images]
+    start, size = 0, 1
+    while start < len(rows):
+        yield pa.RecordBatch.from_pylist(rows[start : start + size], LISTING)
+        start, size = start + size, size + 1
+
+
+def images_of(shard: PlannedShard) -> list[Image]:
+    """Read as an actor reads them, to which the shard travels as a row."""
+    table = PlannedShard.from_row(shard.to_row(), {}).images()
+    return list(zip(table["image_uri"].to_pylist(), table["image_version"].to_pylist(), strict=True))
+
+
+def score_row(image: Image) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(SCORES.names, 0) | dict(zip(SCORES.names, image, strict=False))
+    lists = {"scale_scores": [], "anomaly_map": None, "map_box": None}
+    return row | lists | {"run_id": "run", "is_anomalous": False}
+
+
+def error_row(image: Image, is_transient: bool) -> dict[str, Any]:
+    row: dict[str, Any] = dict(zip(ERRORS.names, image, strict=False)) | {"is_transient": is_transient}
+    code = "timeout" if is_transient else "corrupt"
+    return row | {"error_code": code, "error_message": "", "run_id": "run", "failed_at": 0}
+
+
+def nightly(chance: random.Random, versions: dict[str, int]) -> list[Image]:
+    """The images of a range of the folder, often not all of them; a few are of a new version.
+
+    Ranges of one or two images are frequent, since these often begin where that of an earlier night ended.
+    """
+    uris = sorted(versions)
+    first = chance.randrange(len(uris))
+    some = uris[first : first + chance.choice([1, 2, 5, len(uris)])]
+    some = chance.sample(some, chance.choice([len(some), len(some), (len(some) + 1) // 2]))
+    for uri in chance.sample(some, len(some) // 6):
+        versions[uri] += 1
+    return [(uri, f"version {versions[uri]}") for uri in some]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_nights_of_any_kind_plan_every_image_version_once_and_forget_none(
+    seed: int, tmp_path: Path, calendar: Calendar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "SHARD_STEP", 2 + seed % 3)
+    chance = random.Random(seed)
+    world = World(Output(Location(str(tmp_path)), "0" * 16))
+    versions = {f"/plant/{n:02}.png": 1 for n in range(IMAGES)}
+    append = plan._append
+
+    def append_after_a_rival(*arguments: Any) -> plan.Plan:
+        if chance.random() < 0.3:
+            with monkeypatch.context() as patch:
+                patch.setattr(plan, "_append", append)
+                world.plan(nightly(chance, dict(versions)), chance.random() < 0.2)
+        return append(*arguments)
+
+    monkeypatch.setattr(plan, "_append", append_after_a_rival)
+    for _ in range(NIGHTS):
+        calendar.today += timedelta(hours=chance.choice([1, 20]))
+        images = nightly(chance, versions)
+        shards = world.plan(images, retry_errors=chance.random() < 0.2)
+        # Some nights are cut short, and an actor of any earlier night may still come to an end.
+        ended = shards[: chance.choice([0, len(shards) // 2, len(shards)])]
+        ended += chance.sample(sorted(world.shards), min(2, len(world.shards)))
+        for name in ended:
+            world.finish(name, chance, failures=0.2)
+        world.account(images)
+
+    monkeypatch.setattr(plan, "_append", append)
+    everything = [(uri, f"version {version}") for uri, version in versions.items()]
+    for name in world.plan(everything, retry_errors=True):
+        world.finish(name, chance, failures=0)
+    world.account(everything)
+    assert set(everything) <= set(world.scored) | world.failed
+    for name in world.plan(everything, retry_errors=True):
+        world.finish(name, chance, failures=0)
+    assert set(everything) <= set(world.scored)
+    entries = len(read_log(world.output.folder("_plans")))
+    assert world.plan(everything, retry_errors=True) == []
+    assert len(read_log(world.output.folder("_plans"))) == entries
