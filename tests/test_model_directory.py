@@ -14,7 +14,7 @@ import torch
 
 from csflow.errors import WrongUse
 from csflow.model import Architecture, Detector, InferenceDetector, Scores
-from csflow.model_directory import CALIBRATION, load_model, save_model
+from csflow.model_directory import CALIBRATION, holds_model, load_model, read_model, save_model
 from csflow.preprocessing import Preprocessing
 from csflow.storage import Location
 
@@ -237,3 +237,32 @@ def test_the_configuration_says_how_the_model_was_made(detector, tmp_path):
     assert config["architecture"]["cut_after"] == "layer4"
     assert config["feature_shapes"] == [[512, 2, 4], [512, 1, 2]]
     assert {"csflow", "torch", "timm", "pillow"} <= config["libraries"].keys()
+
+
+@pytest.mark.parametrize(
+    "change", [{"cut_after": "layer3"}, {"image_size": [128, 64]}, {"scales": 1}, {"new_setting": True}]
+)
+def test_a_directory_of_another_architecture_is_not_the_model_of_that_id(detector, tmp_path, change):
+    save(Location(str(tmp_path)), detector)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architecture"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WrongUse, match="its content does not give the model_id"):
+        read_model(Location(str(tmp_path)))
+
+
+def test_a_directory_is_no_model_until_all_its_files_are_there(detector, tmp_path, monkeypatch):
+    location = Location(str(tmp_path / "model"))
+    write, written = Location.write, []
+
+    def write_and_note(self: Location, data: bytes) -> None:
+        assert not holds_model(location)
+        write(self, data)
+        written.append(self.name)
+
+    monkeypatch.setattr(Location, "write", write_and_note)
+    calibration = CALIBRATION.empty_table()
+    card = {"README.md": b"# Model", "curves.svg": b"<svg/>"}
+    save_model(location, detector, calibration, training={}, data={}, metrics={"loss": 1}, card=card)
+    assert holds_model(location)
+    assert set(written) == {path.name for path in (tmp_path / "model").iterdir()} and len(written) == 6

@@ -146,3 +146,11 @@ def test_nothing_that_a_run_writes_or_prints_holds_a_secret(model, cells, tmp_pa
     assert len(texts) >= 5
     assert [text for text in texts if SECRET in text] == []
     assert Path(next(output.glob("_runs/*/run.json"))).read_text().count(location) == 1
+
+
+@pytest.mark.parametrize("variable", ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN"])
+def test_secrets_of_the_environment_are_hidden_wherever_they_stand(monkeypatch, variable):
+    monkeypatch.setenv(variable, SECRET)
+    assert redact(f"refused {SECRET}, {SECRET[:-1]} is another") == f"refused ***, {SECRET[:-1]} is another"
+    monkeypatch.setenv(variable, "short")  # five letters may be a syllable of any word
+    assert redact("shortly") == "shortly"
