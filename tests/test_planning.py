@@ -5,7 +5,9 @@ Nights list parts of one folder, of which some images change, some fail for good
 end before their shards are scored, meet rivals, and are overtaken by actors that were given up on.
 """
 
+import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from csflow.errors import WrongUse
 from csflow.inputs.listing import LISTING
 from csflow.scores import ERRORS, SCORES
 from csflow.scoring import keys as key_sets
@@ -208,3 +211,106 @@ def test_nights_of_any_kind_plan_every_image_version_once_and_forget_none(
     entries = len(read_log(world.output.folder("_plans")))
     assert world.plan(everything, retry_errors=True) == []
     assert len(read_log(world.output.folder("_plans"))) == entries
+
+
+def numbered(count: int, first: int = 0) -> list[Image]:
+    return [(f"/plant/{n:04}.png", "1") for n in range(first, first + count)]
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setattr(plan, "SHARD_STEP", 2)
+    return World(Output(Location(str(tmp_path)), "0" * 16))
+
+
+@pytest.mark.parametrize(("images", "size"), [(1, 2), (191, 2), (193, 4), (321, 6), (600, 8)])
+def test_shards_grow_with_a_plan_in_steps_and_up_to_a_limit(
+    world: World, monkeypatch: pytest.MonkeyPatch, images: int, size: int
+) -> None:
+    # About 64 shards; whole steps keep the last batches full.
+    monkeypatch.setattr(frozen_listing, "PART_ROWS", 250)
+    monkeypatch.setattr(plan, "MAX_SHARD_SIZE", 8)
+    monkeypatch.setattr(plan, "SHARDS_PER_PART", 64)
+    shards = make_plan(world.freeze(numbered(images)), world.output, "run", retry_errors=False)
+    assert [len(images_of(shard)) for shard in shards[:-1]] == [size] * (len(shards) - 1)
+    assert 1 <= len(images_of(shards[-1])) <= size
+    assert len(shards) == -(-images // size)
+
+
+def test_runs_over_one_output_begin_at_different_ends(world: World) -> None:
+    listing = world.freeze(numbered(20))
+    make_plan(listing, world.output, "crashed", retry_errors=False)
+    orders = [
+        [shard.name for shard in make_plan(listing, world.output, run, retry_errors=False)]
+        for run in ("one", "other", "one")
+    ]
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
+
+
+def test_an_entry_of_the_log_says_what_it_is(world: World, calendar: Calendar, tmp_path: Path) -> None:
+    world.plan(numbered(5, first=3), retry_errors=False)
+    calendar.today += timedelta(days=1)
+    world.plan(numbered(4, first=6), retry_errors=False)
+    folder = tmp_path / "_plans" / f"model_id={'0' * 16}"
+    entries = [json.loads((folder / f"00000{number}.json").read_text()) for number in (1, 2)]
+    first, second = entries
+    folders = [first.pop("folder"), second.pop("folder")]
+    assert first == {
+        "number": 1,
+        "run_id": "run-1",
+        "date": "2026-11-02",
+        "shards": 3,
+        "first_uri": "/plant/0003.png",
+        "last_uri": "/plant/0007.png",
+    }
+    assert second == {
+        "number": 2,
+        "run_id": "run-2",
+        "date": "2026-11-03",
+        "shards": 1,
+        "first_uri": "/plant/0008.png",
+        "last_uri": "/plant/0009.png",
+    }
+    assert [re.fullmatch(r"00000\d-[0-9a-f]{8}", name) is not None for name in folders] == [True, True]
+    assert sorted(path.name for path in (folder / folders[0]).iterdir()) == [
+        "part-000000.parquet",
+        "part-000001.parquet",
+    ]
+    names = [name for name, (shard, _) in world.shards.items() if shard.date == "2026-11-02"]
+    assert names == [f"{folders[0]}-{n:06}" for n in range(3)]
+
+
+def test_an_entry_that_does_not_say_its_range_may_hold_any_image(world: World, tmp_path: Path) -> None:
+    world.plan(numbered(4), retry_errors=False)
+    (file,) = (tmp_path / "_plans").rglob("*.json")
+    entry = json.loads(file.read_text())
+    file.write_text(json.dumps({name: entry[name] for name in entry if not name.endswith("_uri")}))
+    world.plan(numbered(8), retry_errors=False)
+    assert [(entry.first_uri, entry.last_uri) for entry in read_log(world.output.folder("_plans"))] == [
+        ("", plan.LAST),
+        ("/plant/0004.png", "/plant/0007.png"),
+    ]
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_log_with_a_gap_is_refused_by_the_name_of_what_is_lost(
+    world: World, tmp_path: Path, lost: int
+) -> None:
+    for first in (0, 10, 20):
+        world.plan(numbered(3, first), retry_errors=False)
+    (tmp_path / "_plans" / f"model_id={'0' * 16}" / f"00000{lost}.json").unlink()
+    with pytest.raises(WrongUse, match=rf"has lost entry 00000{lost}\.json; restore it, or choose another"):
+        make_plan(world.freeze(numbered(40)), world.output, "run", retry_errors=False)
+
+
+def test_an_image_in_two_files_of_scores_is_found_by_the_account(world: World) -> None:
+    images = numbered(3)
+    first, second = world.plan(images, retry_errors=False)
+    for name in (first, second):
+        world.finish(name, random.Random(0), failures=0)
+    world.account(images)
+    date = world.shards[first][0].date
+    world.output.scores_file("twice", date).write(world.output.scores_file(first, date).read())
+    with pytest.raises(RuntimeError, match=r"^2 image versions are in .*/scores/model_id=0+ more than once$"):
+        account(world.freeze(images), world.output)
