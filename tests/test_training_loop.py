@@ -625,3 +625,12 @@ def test_images_that_are_decoded_otherwise_are_in_a_cache_of_their_own(detector,
     before = FeatureCache.of(root, detector).folder.url
     monkeypatch.setattr(cache_module, "DECODING_VERSION", cache_module.DECODING_VERSION + 1)
     assert FeatureCache.of(root, detector).folder.url != before
+
+
+def test_training_makes_images_likelier_that_it_never_saw(cached, data):
+    def heldout_loss(**changes: object) -> float:
+        trainer = run(new_trainer(cached[0], data, replace(SETTINGS, **changes)))
+        return evaluated(trainer, cached[0], data.part("heldout")).losses_N.mean().item()
+
+    untrained = heldout_loss(epochs=1, learning_rate=1e-12)
+    assert heldout_loss(epochs=12, patience=12, learning_rate=1e-2) < untrained / 15
