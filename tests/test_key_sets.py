@@ -23,18 +23,21 @@ def table(*images: tuple[str, str]) -> pa.Table:
     return pa.table({"image_uri": [uri for uri, _ in images], "image_version": [v for _, v in images]})
 
 
-def test_rows_come_back_part_by_part_in_their_order_with_at_most_the_buffer_in_memory(spilled: Path) -> None:
+@pytest.mark.parametrize(("buffer_rows", "rows"), [(7, 3), (500, 90)])
+def test_rows_come_back_part_by_part_in_their_order_with_at_most_the_buffer_in_memory(
+    spilled: Path, monkeypatch: pytest.MonkeyPatch, buffer_rows: int, rows: int
+) -> None:
+    monkeypatch.setattr(key_sets, "BUFFER_ROWS", buffer_rows)
     partitioned = Partitioned(np.dtype("<i8"))
     random = np.random.default_rng(0)
-    values, parts = np.arange(100), random.integers(0, 4, 100)
-    for start in range(0, 100, 3):
-        partitioned.add(values[start : start + 3], parts[start : start + 3])
-        some = min(start + 3, 100)
-        assert len(partitioned) == some
+    values, parts = np.arange(30 * rows), random.integers(0, 4, 30 * rows)
+    for end in range(rows, 31 * rows, rows):
+        partitioned.add(values[end - rows : end], parts[end - rows : end])
+        assert len(partitioned) == end
         on_disk = sum(file.stat().st_size // 8 for file in spilled.rglob("*") if file.is_file())
-        assert 0 <= some - on_disk <= 7
+        assert 0 <= end - on_disk <= buffer_rows
         for part in range(4):
-            expected = values[:some][parts[:some] == part]
+            expected = values[:end][parts[:end] == part]
             assert partitioned.part(part).tolist() == expected.tolist()
     assert partitioned.part(9).tolist() == []
 

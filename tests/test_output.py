@@ -50,6 +50,8 @@ def test_the_same_failures_go_to_the_same_file_and_others_to_another(output: Out
 
     both = name(failed("a.png"), failed("b.png"))
     assert name(failed("a.png", message="later"), failed("b.png")) == both
+    # Another csflow that tries the same shard must find the same name.
+    assert both == "part-1-cf5148e1.parquet"
     others = {name(failed("a.png")), name(failed("a.png", "empty"), failed("b.png")), name(failed("b.png"))}
     assert len(others | {both}) == 4
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from csflow.errors import WrongUse
@@ -42,6 +43,7 @@ class Calendar:
         self.today = datetime(2026, 11, 2, 2, tzinfo=UTC)
 
     def now(self, timezone: object) -> datetime:
+        assert timezone is UTC  # a day of the place where the driver runs would differ from other drivers'
         return self.today
 
 
@@ -277,6 +279,8 @@ def test_an_entry_of_the_log_says_what_it_is(world: World, calendar: Calendar, t
         "part-000000.parquet",
         "part-000001.parquet",
     ]
+    part = pq.ParquetFile(folder / folders[0] / "part-000000.parquet")
+    assert (part.num_row_groups, part.metadata.row_group(0).column(0).compression) == (2, "ZSTD")
     names = [name for name, (shard, _) in world.shards.items() if shard.date == "2026-11-02"]
     assert names == [f"{folders[0]}-{n:06}" for n in range(3)]
 
