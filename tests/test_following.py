@@ -1,6 +1,5 @@
 """When a scoring run stops before its end, told by the rows that come back from its shards; no cluster."""
 
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -115,15 +114,3 @@ def test_a_run_that_waits_in_vain_ends(follow: Follow) -> None:
     tally, printed, given = follow(rows(), shards=3, stall_timeout=0.2)
     assert "stalled: no shard finished for 0 s, 2 are still waited for" in printed
     assert (len(tally.shards), given) == (1, [3])
-
-
-def test_a_long_run_says_now_and_then_how_far_it_is(follow: Follow, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Four seconds pass between two looks at the clock.
-    clock = itertools.count(0, 4)
-    monkeypatch.setattr(job.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(job, "with_timeout", lambda rows, seconds: rows)
-    _, printed, _ = follow([GOOD] * 6, shards=6)
-    assert printed.splitlines() == [
-        "3/6 shards  30 scored  0 errors  2.5 images/s  12 s left",
-        "6/6 shards  60 scored  0 errors  2.5 images/s  0 s left",
-    ]
