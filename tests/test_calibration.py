@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from csflow.calibration import choose_defects, heldout_needed, p_values
+from csflow.calibration import choose_defects, drift, heldout_needed, p_values
 
 
 def test_the_p_value_counts_held_out_normals_that_score_at_least_this() -> None:
@@ -83,3 +83,17 @@ def test_without_any_defect_a_list_is_seldom_anything_but_empty() -> None:
 def test_the_promise_does_not_outlive_a_drift_of_the_normal_images() -> None:
     mean, half_width = false_discoveries(300, 999, 900, 100, rate=0.1, shift=1.0)
     assert mean - half_width > 0.2
+
+
+def test_drift_is_the_distance_of_two_distributions_with_its_probability() -> None:
+    calibration = np.random.default_rng(0).standard_normal(400)
+    found = drift([1.0, 2.0, 3.0, 4.0], 0.25, [3.0, 4.0, 5.0, 6.0])
+    assert found is not None
+    assert (found.ks_statistic, found.share_below_5_percent, found.sample) == (0.5, 0.25, 4)
+    assert found.ks_p_value == pytest.approx(0.771, abs=1e-3)
+    same = drift(np.random.default_rng(1).standard_normal(400), 0.05, calibration)
+    other = drift(np.random.default_rng(1).standard_normal(400) + 0.5, 0.05, calibration)
+    assert same is not None
+    assert other is not None
+    assert other.ks_p_value < 1e-6 < 0.05 < same.ks_p_value
+    assert drift([], 0.0, calibration) is None

@@ -780,3 +780,18 @@ def test_labels_are_no_ringing(labels_HW: NDArray[np.uint8]) -> None:
     found = decode_mask(encoded(labels_HW))
     assert not found.is_thresholded
     np.testing.assert_array_equal(found.is_defective_HW, labels_HW > 0)
+
+
+def test_the_binning_error_holds_where_the_limit_cuts_through_a_bin() -> None:
+    # One bin holds nine of ten normal pixels and the only defect: whether the defect ranks before or behind
+    # them, the exact curve is anywhere between the bin's lower and upper edge.
+    mask_HW = np.zeros((1, 101), bool)
+    mask_HW[0, 50] = True
+    within = 1 + np.linspace(0, 2**-12, 90)
+    for defect in (within[0] - 2**-20, within[-1] + 2**-20):
+        anomaly_map = np.full((1, 101), 2, np.float32)
+        anomaly_map[0, [*range(10, 50), *range(51, 101)]] = within
+        anomaly_map[0, 50] = defect
+        area = counted([(anomaly_map, mask_HW)]).aupro()
+        exact = exact_aupro([(anomaly_map, mask_HW)])
+        assert abs(area.value - exact) <= area.binning_error + 1e-9, (area, exact)

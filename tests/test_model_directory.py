@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +14,10 @@ import pytest
 import safetensors.torch
 import torch
 
+import csflow
 from csflow.errors import WrongUse
 from csflow.model import Architecture, Detector, InferenceDetector, Scores
-from csflow.model_directory import CALIBRATION, load_model, save_model
+from csflow.model_directory import CALIBRATION, Calibration, holds_model, load_model, read_model, save_model
 from csflow.preprocessing import Preprocessing
 from csflow.storage import Location
 
@@ -237,3 +240,151 @@ def test_the_configuration_says_how_the_model_was_made(detector, tmp_path):
     assert config["architecture"]["cut_after"] == "layer4"
     assert config["feature_shapes"] == [[512, 2, 4], [512, 1, 2]]
     assert {"csflow", "torch", "timm", "pillow"} <= config["libraries"].keys()
+
+
+@pytest.mark.parametrize(
+    "change", [{"cut_after": "layer3"}, {"image_size": [128, 64]}, {"scales": 1}, {"new_setting": True}]
+)
+def test_a_directory_of_another_architecture_is_not_the_model_of_that_id(detector, tmp_path, change):
+    save(Location(str(tmp_path)), detector)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architecture"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WrongUse, match="its content does not give the model_id"):
+        read_model(Location(str(tmp_path)))
+
+
+def test_a_directory_is_no_model_until_all_its_files_are_there(detector, tmp_path, monkeypatch):
+    location = Location(str(tmp_path / "model"))
+    write, written = Location.write, []
+
+    def write_and_note(self: Location, data: bytes) -> None:
+        assert not holds_model(location)
+        write(self, data)
+        written.append(self.name)
+
+    monkeypatch.setattr(Location, "write", write_and_note)
+    calibration = CALIBRATION.empty_table()
+    card = {"README.md": b"# Model", "curves.svg": b"<svg/>"}
+    save_model(location, detector, calibration, training={}, data={}, metrics={"loss": 1}, card=card)
+    assert holds_model(location)
+    assert set(written) == {path.name for path in (tmp_path / "model").iterdir()} and len(written) == 6
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "complaint"),
+    [
+        ("config.json", None, "config.json does not exist; --model takes the --output of jobs/train.py"),
+        ("model.safetensors", None, "model.safetensors does not exist"),
+        ("calibration.parquet", None, "calibration.parquet does not exist"),
+        (
+            "config.json",
+            b"{",
+            r"is damaged \(config.json: JSONDecodeError: .*\); copy it again or train it anew",
+        ),
+        ("config.json", b"{}", r"is damaged \(config.json: KeyError: 'format_version'\)"),
+        ("config.json", b"[]", r"is damaged \(config.json: TypeError"),
+        ("config.json", b'{"format_version": 3}', r"is damaged \(KeyError: 'architecture'\)"),
+        (
+            "config.json",
+            b'{"format_version": 4}',
+            "has format version 4, this csflow reads 3; use the csflow",
+        ),
+        ("model.safetensors", b"torn", r"is damaged \(SafetensorError"),
+        ("calibration.parquet", b"torn", r"is damaged \(ArrowInvalid"),
+    ],
+)
+def test_a_directory_that_is_not_whole_is_named_with_what_is_wrong(
+    detector, tmp_path, file, content, complaint
+):
+    save(Location(str(tmp_path)), detector)
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(WrongUse, match=f"{tmp_path}.* ?{complaint}"):
+        read_model(Location(str(tmp_path)))
+
+
+def test_a_file_that_cannot_be_read_is_not_called_missing(detector, tmp_path):
+    save(Location(str(tmp_path)), detector)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(
+        WrongUse, match=r"model file .*/config\.json cannot be read: StorageFailed: .*directory"
+    ):
+        read_model(Location(str(tmp_path)))
+
+
+def test_a_calibration_without_scores_is_damaged(detector, tmp_path):
+    save(Location(str(tmp_path)), detector)
+    pq.write_table(pa.table({"image_uri": ["a"], "image_version": ["1"]}), tmp_path / "calibration.parquet")
+    with pytest.raises(WrongUse, match=r"is damaged \(KeyError: .*anomaly_score"):
+        read_model(Location(str(tmp_path)))
+
+
+def test_a_model_that_lost_a_bit_is_damaged(detector, tmp_path):
+    save(Location(str(tmp_path)), detector)
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(WrongUse, match="its content does not give the model_id"):
+        read_model(Location(str(tmp_path)))
+
+
+def test_tensors_that_are_not_of_the_architecture_are_damage(detector, tmp_path):
+    odd = copy.deepcopy(detector)
+    odd.architecture = replace(detector.architecture, hidden_channels=8)
+    save(Location(str(tmp_path)), odd)
+    assert read_model(Location(str(tmp_path))).architecture["hidden_channels"] == 8
+    with pytest.raises(WrongUse, match=r"(?s)is damaged \(RuntimeError: .*size mismatch"):
+        load_model(Location(str(tmp_path)))
+
+
+def test_a_worker_needs_a_gibibyte_and_its_tensors_twice(detector, tmp_path):
+    save(Location(str(tmp_path)), detector)
+    tensors = sum(value.nbytes for value in detector.state_dict().values())
+    assert read_model(Location(str(tmp_path))).worker_bytes == 2**30 + 2 * tensors
+
+
+def calibration_of(maxima: Sequence[float | None]) -> Calibration:
+    rows = [
+        {"image_uri": f"{n}", "image_version": "1", "anomaly_score": 1.0, "map_maximum": value}
+        for n, value in enumerate(maxima)
+    ]
+    return Calibration.of(pa.Table.from_pylist(rows, CALIBRATION))
+
+
+def test_the_map_threshold_is_exceeded_by_no_more_normal_images_than_asked_for():
+    ten = calibration_of([3.0, 1.0, 2.0, 4.0, 9.0, 8.0, 7.0, 6.0, 5.0])
+    assert [ten.map_threshold(rate) for rate in (0.05, 0.1, 0.15, 0.2, 0.9)] == [None, 9.0, 9.0, 8.0, 1.0]
+    # 0.29 · 100 is a little less than 29 in floating point.
+    assert calibration_of(np.arange(99.0)).map_threshold(0.29) == 70.0
+    assert calibration_of([1.0, None]).map_threshold(0.5) is None
+
+
+def test_a_calibration_keeps_its_columns_and_what_older_models_lack_is_none():
+    table = pa.table({"anomaly_score": [2.0], "image_uri": ["a"], "image_version": ["1"], "more": [0]})
+    calibration = Calibration.of(table)
+    assert calibration.table.schema == CALIBRATION
+    assert calibration.anomaly_score.tolist() == [2.0]
+    assert calibration.global_score is calibration.local_score is calibration.map_maximum is None
+
+
+def test_a_directory_holds_what_it_was_given(detector, tmp_path):
+    location = Location(str(tmp_path))
+    card = {"README.md": b"# Model"}
+    given = {"training": {"epochs": 7}, "data": {"training_images": 3}, "metrics": {"loss": 0.5}}
+    model_id = save_model(location, detector, CALIBRATION.empty_table(), card=card, **given)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["training"], config["data"]) == (given["training"], given["data"])
+    assert (config["format_version"], config["model_id"]) == (3, model_id)
+    assert config["preprocessing"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    assert config["preprocessing"]["std"] == pytest.approx([0.229, 0.224, 0.225])
+    assert config["libraries"]["torch"].startswith(torch.__version__.partition("+")[0])
+    assert config["libraries"]["csflow"] == csflow.__version__
+    assert json.loads((tmp_path / "metrics.json").read_text()) == given["metrics"]
+    assert (tmp_path / "README.md").read_bytes() == b"# Model"
+    for name in ("config.json", "metrics.json"):
+        text = (tmp_path / name).read_text()
+        assert text == json.dumps(json.loads(text), indent=2) + "\n"
+    assert re.fullmatch("[0-9a-f]{16}", model_id)

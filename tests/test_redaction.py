@@ -12,7 +12,7 @@ from conftest import copy_some, read_errors, run_score
 from csflow.errors import ExitStatus, WrongUse
 from csflow.exit import run_job
 from csflow.inputs.listing import list_images
-from csflow.redaction import holds_credentials, redact
+from csflow.redaction import holds_credentials, redact, secret_values
 from csflow.scoring.config import ScoreConfig
 
 SECRET = "wJalrXUtnFEMI-K7MDENG"
@@ -146,3 +146,29 @@ def test_nothing_that_a_run_writes_or_prints_holds_a_secret(model, cells, tmp_pa
     assert len(texts) >= 5
     assert [text for text in texts if SECRET in text] == []
     assert Path(next(output.glob("_runs/*/run.json"))).read_text().count(location) == 1
+
+
+@pytest.mark.parametrize("variable", ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN"])
+def test_secrets_of_the_environment_are_hidden_wherever_they_stand(monkeypatch, variable):
+    monkeypatch.setenv(variable, SECRET)
+    assert redact(f"refused {SECRET}, {SECRET[:-1]} is another") == f"refused ***, {SECRET[:-1]} is another"
+    monkeypatch.setenv(variable, "secret")
+    assert redact("a secret.") == "a ***."
+    monkeypatch.setenv(variable, "short")  # five letters may be a syllable of any word
+    assert redact("shortly") == "shortly"
+
+
+def test_of_storage_options_only_those_with_the_name_of_a_secret_are_hidden():
+    options = {"secret": "abcdef", "endpoint_url": "http://plant.example", "token": 5, "anon": False}
+    options |= {"client_kwargs": {"region_name": "eu-central-1", "aws_secret_access_key": "ghijkl"}}
+    assert list(secret_values(options)) == ["abcdef", "ghijkl"]
+    said = "abcdef and ghijkl at http://plant.example in eu-central-1"
+    assert redact(said, options) == "*** and *** at http://plant.example in eu-central-1"
+
+
+def test_a_secret_within_another_one_leaves_nothing_of_that():
+    assert redact("refused a-zz-longer", {"secret": "zz-longer", "token": "a-zz-longer"}) == "refused ***"
+
+
+def test_credentials_are_found_in_front_of_another_url():
+    assert holds_credentials(f"https://user:{SECRET}@plant.example/?from=http://other.example")

@@ -1,6 +1,7 @@
 """The scoring job: right scores, every image once, readable by anyone's tools."""
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -618,13 +619,12 @@ def test_figures_of_a_run_are_offered_to_prometheus(scored):
 
 
 def test_a_large_run_keeps_a_fair_sample_of_its_scores(monkeypatch):
-    monkeypatch.setattr("csflow.scoring.tally.SAMPLE_SIZE", 100)
-    tally = Tally()
+    monkeypatch.setattr("csflow.scoring.tally.SAMPLE_SIZE", 10)
     row = {
         "failure": None,
         "is_published": True,
-        "images": 50,
-        "scored": 50,
+        "images": 5,
+        "scored": 5,
         "anomalous": 0,
         "p_values_below_5_percent": 0,
         "error_codes": [],
@@ -634,7 +634,18 @@ def test_a_large_run_keeps_a_fair_sample_of_its_scores(monkeypatch):
         "first_scored_at": None,
         "precision": "float32",
     }
-    for shard in range(200):
-        tally.add(row | {"shard": str(shard), "anomaly_scores": [float(shard)] * 50})
-    assert len(tally.sample) == 100
-    assert 80 < np.mean(tally.sample) < 120
+    runs, scores = 4000, 60
+    kept = np.zeros(scores)
+    for seed in range(runs):
+        tally = Tally(generator=random.Random(seed))
+        for first in range(0, scores, 5):
+            some = {"shard": str(first), "anomaly_scores": list(map(float, range(first, first + 5)))}
+            tally.add(row | some)
+            tally.add(row | some | {"is_published": False})  # another attempt counts them
+            assert len(tally.sample) == min(10, first + 5)
+        assert len(set(tally.sample)) == 10
+        kept[np.array(tally.sample, int)] += 1
+    # Each score is kept in a sixth of the runs, the first ones as often as the last ones.
+    assert abs(kept - runs / 6).max() < 4 * (runs * 1 / 6 * 5 / 6) ** 0.5
+    for tenth in kept.reshape(6, 10).sum(1):
+        assert abs(tenth - runs * 10 / 6) < 3 * (runs * 10 * 1 / 6 * 5 / 6) ** 0.5

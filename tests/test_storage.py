@@ -1,11 +1,18 @@
 """Files in local folders and on S3, and the sharing out of a cluster."""
 
+import errno
+import io
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from csflow.cluster import _fit
-from csflow.errors import WrongUse
+from csflow import storage
+from csflow.cluster import WorkerResources, _fit, share_out
+from csflow.errors import StorageFailed, WrongUse
 from csflow.storage import Location
 
 
@@ -76,3 +83,222 @@ def test_unknown_schemes_are_wrong_use():
 )
 def test_workers_get_as_many_cpus_as_find_room_on_the_nodes(nodes, workers, gpus, cpus):
     assert _fit(nodes, workers, gpus).cpus == cpus
+
+
+@dataclass
+class Answering:
+    """A store that gives these HTTP answers to conditional PUTs, one after the other."""
+
+    answers: list[int]
+    puts: int = 0
+
+    def pipe_file(self, path: str, data: bytes, mode: str) -> None:
+        assert (path, data, mode) == ("plant/file", b"content", "create")
+        self.puts += 1
+        status = self.answers.pop(0)
+        if status != 200:
+            cause = Exception()
+            cause.response = {"ResponseMetadata": {"HTTPStatusCode": status}}
+            raise OSError(f"status {status}") from cause
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that were waited, without waiting."""
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    return waited
+
+
+def create_at(store: Answering, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "filesystem", lambda url, options=None: (store, "plant/file"))
+    Location("s3://plant/file").create(b"content")
+
+
+def test_a_conflict_of_two_creations_is_tried_again_with_growing_pauses(monkeypatch, pauses):
+    store = Answering([409, 409, 409, 409, 409, 200])
+    create_at(store, monkeypatch)
+    assert store.puts == 6
+    assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6]
+
+
+def test_after_a_conflict_the_winner_is_found(monkeypatch, pauses):
+    store = Answering([409, 412])
+    with pytest.raises(FileExistsError, match="s3://plant/file exists"):
+        create_at(store, monkeypatch)
+    assert store.puts == 2
+
+
+@pytest.mark.parametrize(("answers", "puts"), [([409] * 9, 6), ([403, 200], 1), ([500, 200], 1)])
+def test_a_creation_that_fails_for_good_says_so(monkeypatch, pauses, answers, puts):
+    store = Answering(answers)
+    with pytest.raises(StorageFailed, match="s3://plant/file cannot be written"):
+        create_at(store, monkeypatch)
+    assert store.puts == puts
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "worker_bytes", "resources"),
+    [
+        # One a CPU, but no more than memory holds, node by node.
+        ([{"CPU": 8.0, "memory": 100.0}], None, 10, WorkerResources(8, 1, 0)),
+        ([{"CPU": 8.0, "memory": 39.0}], None, 10, WorkerResources(3, 2, 0)),
+        ([{"CPU": 4.0, "memory": 20.0}, {"CPU": 4.0, "memory": 90.0}], None, 10, WorkerResources(6, 1, 0)),
+        ([{"CPU": 4.0, "memory": 5.0}], None, 10, WorkerResources(1, 4, 0)),
+        ([{"CPU": 4.0, "memory": 5.0}], None, 0, WorkerResources(4, 1, 0)),
+        ([{"CPU": 4.0}], None, 10, WorkerResources(1, 4, 0)),
+        # As many as were asked for.
+        ([{"CPU": 8.0, "memory": 39.0}], 8, 10, WorkerResources(8, 1, 0)),
+        # One a GPU; nodes without one take no part, unless more workers are wanted than there are GPUs.
+        ([{"CPU": 8.0, "GPU": 2.0}, {"CPU": 64.0}], None, 10, WorkerResources(2, 4, 1)),
+        ([{"CPU": 8.0, "GPU": 2.0}, {"CPU": 64.0}], 1, 10, WorkerResources(1, 8, 1)),
+        ([{"CPU": 8.0, "GPU": 2.0}, {"CPU": 64.0}], 3, 10, WorkerResources(3, 21, 0)),
+    ],
+)
+def test_there_are_as_many_workers_as_gpus_or_as_cpus_and_memory(
+    monkeypatch, nodes, workers, worker_bytes, resources
+):
+    dead = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 9.0, "memory": 999.0}}
+    alive = [{"Alive": True, "Resources": node} for node in nodes]
+    monkeypatch.setattr("ray.nodes", lambda: [dead, *alive])
+    assert share_out(workers, worker_bytes) == resources
+
+
+def test_options_and_fresh_listings_go_to_stores_and_not_to_disks(tmp_path):
+    fs, path = storage.filesystem("s3://plant/a/b.png", {"key": "k", "secret": "s"})
+    assert path == "plant/a/b.png"
+    assert fs.storage_options == {"key": "k", "secret": "s", "use_listings_cache": False}
+    for url in (f"{tmp_path}/a", f"file://{tmp_path}/a"):
+        fs, path = storage.filesystem(url, {"key": "k"})
+        assert (path, fs.storage_options) == (f"{tmp_path}/a", {})
+    assert Location("s3://plant", {"key": "k"}).fs.key == "k"
+    assert Location("s3://plant", {"key": "k"}) / "a" == Location("s3://plant/a", {"key": "k"})
+    assert Location("s3://plant/a/", {"key": "k"}).parent == Location("s3://plant", {"key": "k"})
+
+
+def test_names_and_folders_are_those_of_the_path():
+    location = Location("s3://plant/a/b/")
+    assert (location / "c.png").url == "s3://plant/a/b/c.png"
+    assert (location.name, location.parent.url) == ("b", "s3://plant/a")
+    assert (Location("/a").parent.url, Location("/a").name) == ("/", "a")
+    assert str(location) == "s3://plant/a/b/"
+    assert (location.path, location.is_local) == ("plant/a/b", False)
+    assert Location("/a").is_local
+    assert "hunter2" not in repr(Location("s3://plant", {"secret": "hunter2"}))
+
+
+def test_what_is_there_exists(folder):
+    (folder / "file").write(b"content")
+    assert (folder / "file").exists() is True
+    assert (folder / "file").parent.exists() is True
+    assert (folder / "other").exists() is False
+
+
+class Broken:
+    """A store whose client raises what no other does."""
+
+    def __getattr__(self, name: str) -> object:
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("no answer")
+
+        return fail
+
+
+@pytest.mark.parametrize(
+    ("act", "done"),
+    [
+        (Location.exists, "looked up"),
+        (Location.read, "read"),
+        (lambda location: location.write(b""), "written"),
+        (lambda location: location.find(""), "listed"),
+    ],
+)
+def test_a_failure_of_a_store_has_the_name_of_the_file_and_the_remedy(monkeypatch, act, done):
+    monkeypatch.setattr(storage, "filesystem", lambda url, options=None: (Broken(), "plant/file"))
+    said = rf"^s3://plant/file cannot be {done} \(RuntimeError: no answer\); the same command continues$"
+    with pytest.raises(StorageFailed, match=said):
+        act(Location("s3://plant/file"))
+
+
+@pytest.mark.parametrize("how", [Location.write, Location.create])
+def test_a_file_is_whole_or_not_there_and_nothing_else_stays(tmp_path, monkeypatch, how):
+    location = Location(str(tmp_path / "a" / "file"))
+    how(location, b"first")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
+    with monkeypatch.context() as patch, pytest.raises(StorageFailed, match=r"written \(OSError: .*No space"):
+        patch.setattr("os.fsync", full_disk)
+        how(location, b"second")
+    assert location.read() == b"first"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
+
+
+def full_disk(_: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_second_creation_leaves_the_first_file_alone(folder):
+    (folder / "file").create(b"first")
+    with pytest.raises(FileExistsError):
+        (folder / "file").create(b"second")
+    assert (folder / "file").read() == b"first"
+    assert [file.name for file in folder.find("")] == ["file"]
+
+
+def test_a_file_where_a_folder_is_needed_is_named(tmp_path):
+    (tmp_path / "a").write_text("a file")
+    with pytest.raises(NotADirectoryError, match=f"{tmp_path}/a is a file, a folder is needed"):
+        (Location(str(tmp_path)) / "a" / "b").create(b"")
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    def walk(folder: str, onerror: Callable[[OSError], None]) -> list[object]:
+        onerror(FileNotFoundError(folder))  # removed meanwhile
+        onerror(PermissionError("not yours"))
+        return []
+
+    monkeypatch.setattr("os.walk", walk)
+    with pytest.raises(StorageFailed, match=r"cannot be listed \(PermissionError: not yours\)"):
+        Location(str(tmp_path)).find("")
+
+
+def test_files_are_found_by_the_end_of_their_name_in_order_and_without_what_is_in_the_making(folder):
+    for name in ("b/x.json", "a.json", "b/a.json", "a.parquet", ".c.json", "b/_writable-1.json"):
+        (folder / name).write(b"")
+    found = folder.find(".json")
+    assert [file.url.removeprefix(folder.url + "/") for file in found] == ["a.json", "b/a.json", "b/x.json"]
+    assert Location(folder.url + "/").find(".parquet")[0].url == f"{folder.url}/a.parquet"
+
+
+def test_a_folder_is_probed_without_a_trace(folder):
+    for exclusively in (False, True):
+        folder.check_writable(exclusively)
+        assert folder.fs.find(folder.path) == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_wrong_use(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", full_disk)
+    said = (
+        r"/a cannot be written to \(OSError: .*No space left on device\); create it or grant write permission"
+    )
+    with pytest.raises(WrongUse, match=said):
+        (Location(str(tmp_path)) / "a").check_writable()
+
+
+def test_only_who_asks_for_it_needs_a_store_with_conditional_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(Location, "create", Location.write)
+    Location(str(tmp_path)).check_writable()
+    with pytest.raises(WrongUse, match=r"is in a store without conditional writes \(If-None-Match\)"):
+        Location(str(tmp_path)).check_writable(exclusively=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_are_parquet_in_zstd_and_read_in_the_schema_that_is_asked_for(folder):
+    table = pa.table({"a": [1, 2], "b": ["x", "y"]})
+    (folder / "t.parquet").write(storage.to_parquet(table))
+    assert storage.read_parquet(folder / "t.parquet") == table
+    assert storage.read_parquet(folder / "t.parquet", table.select(["b"]).schema) == table.select(["b"])
+    metadata = pq.ParquetFile(io.BytesIO((folder / "t.parquet").read())).metadata
+    assert metadata.row_group(0).column(0).compression == "ZSTD"
+    (folder / "torn.parquet").write(b"torn")
+    with pytest.raises(pa.ArrowException):
+        storage.read_parquet(folder / "torn.parquet")

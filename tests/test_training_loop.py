@@ -32,6 +32,7 @@ from csflow.model import (
 )
 from csflow.preprocessing import Preprocessing
 from csflow.storage import Location
+from csflow.training import cache as cache_module
 from csflow.training.augmentation import AugmentedFeatures, augment
 from csflow.training.cache import (
     BACKBONE_FILE,
@@ -610,3 +611,26 @@ def test_one_two_and_four_workers_have_one_loss_curve_and_one_set_of_scores(cach
     for curve, scores in others:
         np.testing.assert_allclose(curve, one[0], rtol=1e-4)
         np.testing.assert_allclose(scores, one[1], rtol=1e-4)
+
+
+def test_another_seed_holds_other_images_out():
+    splits = [split_images(DIGESTS, validation=0.1, holdout=0.2, seed=seed) for seed in (0, 1)]
+    for first, second in zip(*splits, strict=True):
+        assert set(first) != set(second)
+    assert split_images(reversed(DIGESTS), validation=0.1, holdout=0.2, seed=1) == splits[1]
+
+
+def test_images_that_are_decoded_otherwise_are_in_a_cache_of_their_own(detector, tmp_path, monkeypatch):
+    root = Location(str(tmp_path))
+    before = FeatureCache.of(root, detector).folder.url
+    monkeypatch.setattr(cache_module, "DECODING_VERSION", cache_module.DECODING_VERSION + 1)
+    assert FeatureCache.of(root, detector).folder.url != before
+
+
+def test_training_makes_images_likelier_that_it_never_saw(cached, data):
+    def heldout_loss(**changes: object) -> float:
+        trainer = run(new_trainer(cached[0], data, replace(SETTINGS, **changes)))
+        return evaluated(trainer, cached[0], data.part("heldout")).losses_N.mean().item()
+
+    untrained = heldout_loss(epochs=1, learning_rate=1e-12)
+    assert heldout_loss(epochs=12, patience=12, learning_rate=1e-2) < untrained / 15

@@ -48,6 +48,10 @@ class Partitioned:
 
     def add(self, records: NDArray[Any], parts: NDArray[np.int64]) -> None:
         """Puts each record into the part whose number stands beside it."""
+        if not len(
+            records
+        ):  # most parts of few images are empty, and each part looks through what is buffered
+            return
         self._rows += len(records)
         self._buffered_rows += len(records)
         self._buffer.append((records, parts))

@@ -1,0 +1,116 @@
+"""When a scoring run stops before its end, told by the rows that come back from its shards; no cluster."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from csflow.cluster import WorkerResources
+from csflow.config import parse
+from csflow.errors import Failed
+from csflow.scoring import job
+from csflow.scoring.actor import ScoringSettings
+from csflow.scoring.config import ScoreConfig
+from csflow.scoring.output import Output
+from csflow.scoring.plan import PlannedShard
+from csflow.scoring.tally import Tally
+from csflow.storage import Location
+
+GOOD: dict[str, Any] = {
+    "failure": None,
+    "is_published": True,
+    "images": 10,
+    "scored": 10,
+    "anomalous": 0,
+    "p_values_below_5_percent": 0,
+    "error_codes": [],
+    "peak_memory_bytes": 0,
+    "seconds": [],
+    "cpu_seconds": [],
+    "first_scored_at": None,
+    "precision": "float32",
+    "anomaly_scores": [],
+}
+BAD: dict[str, Any] = {"failure": "OSError: No space left on device", "is_published": False}
+CORRUPT: dict[str, Any] = GOOD | {"scored": 4, "error_codes": [("corrupt", 6)]}
+Follow = Callable[..., tuple[Tally, str, list[int]]]
+
+
+@pytest.fixture
+def follow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Follow:
+    """Lets rows come back in place of those of actors; gives the tally, what was printed, and how many shards
+    each pass over the cluster was given."""
+
+    def run(
+        *passes: Iterable[dict[str, Any]], shards: int, **settings: object
+    ) -> tuple[Tally, str, list[int]]:
+        given: list[int] = []
+
+        def map_shards(work: list[dict[str, Any]], *_: object) -> Iterator[dict[str, Any]]:
+            rows = passes[len(given)]
+            given.append(len(work))
+            yield from ({"shard": shard["name"]} | row for shard, row in zip(work, rows, strict=False))
+
+        monkeypatch.setattr(job, "map_shards", map_shards)
+        location = Location(str(tmp_path))
+        planned = [PlannedShard(f"{n:03}", "2026-11-02", location, n) for n in range(shards)]
+        arguments = {"model": "m", "input": "i", "output": "o"} | settings
+        flags = [flag for name, value in arguments.items() for flag in (f"--{name}", str(value))]
+        scoring = ScoringSettings(location, Output(location, "0" * 16), "run", True, 0.01, None)
+        tally = Tally()
+        resources = WorkerResources(workers=1, cpus=1, gpus=0)
+        job._score_shards(planned, scoring, resources, parse(ScoreConfig, None, flags), tally)
+        return tally, capsys.readouterr().out, given
+
+    return run
+
+
+def test_a_run_in_which_one_shard_after_the_other_fails_is_stopped(follow: Follow) -> None:
+    tally, printed, given = follow([GOOD] + [BAD] * 40, shards=41)
+    assert len(tally.shards) == 1 + job.FAILED_SHARDS_IN_A_ROW == 17
+    assert "shard 016 failed: OSError: No space left on device" in printed
+    assert "stopped: the last 16 shards failed, see above" in printed
+    assert given == [41]  # what is left is not tried once more
+
+
+def test_failed_shards_among_good_ones_do_not_stop_a_run(follow: Follow) -> None:
+    rows = [GOOD, *[BAD] * 15] * 3
+    tally, printed, given = follow(rows, shards=48)
+    assert (len(tally.shards), tally.failed_shards, tally.scored) == (48, 45, 30)
+    assert "stopped" not in printed
+    assert given == [48]
+
+
+@pytest.mark.parametrize(("shards", "seen"), [(41, 4), (4, 4), (3, 3), (1, 1)])
+def test_a_run_whose_first_shards_all_fail_is_failed(follow: Follow, shards: int, seen: int) -> None:
+    said = f"the first {seen} shards failed, nothing of them was written; the last: OSError: No space"
+    with pytest.raises(Failed, match=said):
+        follow([BAD] * shards, shards=shards)
+
+
+def test_a_run_is_stopped_when_too_large_a_share_of_enough_images_fails(follow: Follow) -> None:
+    tally, printed, _ = follow([CORRUPT] * 40, shards=40, max_error_rate=0.5)
+    assert tally.images == 100
+    assert "stopped: 60 of 100 images failed: {'corrupt': 60}" in printed
+    tally, printed, _ = follow([CORRUPT] * 40, shards=40, max_error_rate=0.6)
+    assert tally.images == 400
+    assert "stopped" not in printed
+
+
+def test_shards_that_took_their_workers_down_are_tried_once_more(follow: Follow) -> None:
+    tally, printed, given = follow([GOOD] * 3, [GOOD] * 2, shards=5)
+    assert given == [5, 2]
+    assert "2 shards took their workers down; their images are now tried one by one" in printed
+    assert len(tally.shards) == 5
+
+
+def test_a_run_that_waits_in_vain_ends(follow: Follow) -> None:
+    def rows() -> Iterator[dict[str, Any]]:
+        yield GOOD
+        time.sleep(5)
+
+    tally, printed, given = follow(rows(), shards=3, stall_timeout=0.2)
+    assert "stalled: no shard finished for 0 s, 2 are still waited for" in printed
+    assert (len(tally.shards), given) == (1, [3])

@@ -1,0 +1,320 @@
+"""Planning under random nights, against a model of it in sets and dictionaries.
+
+Every limit is tiny, so that a few images spill to disk, fill several parts of a listing and many shards.
+Nights list parts of one folder, of which some images change, some fail for good and some for a while. Runs
+end before their shards are scored, meet rivals, and are overtaken by actors that were given up on.
+"""
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from csflow.errors import WrongUse
+from csflow.inputs.listing import LISTING
+from csflow.scores import ERRORS, SCORES
+from csflow.scoring import keys as key_sets
+from csflow.scoring import listing as frozen_listing
+from csflow.scoring import plan
+from csflow.scoring.listing import Listing
+from csflow.scoring.output import Output
+from csflow.scoring.plan import Account, PlannedShard, account, make_plan, read_log
+from csflow.storage import Location, to_parquet
+
+BUFFER_ROWS = 7
+NIGHTS, IMAGES = 6, 36
+Image = tuple[str, str]
+"""URI and version."""
+
+
+class Calendar:
+    """Stands for `datetime` where a plan gets its day."""
+
+    def __init__(self) -> None:
+        self.today = datetime(2026, 11, 2, 2, tzinfo=UTC)
+
+    def now(self, timezone: object) -> datetime:
+        assert timezone is UTC  # a day of the place where the driver runs would differ from other drivers'
+        return self.today
+
+
+@pytest.fixture
+def calendar(monkeypatch: pytest.MonkeyPatch) -> Calendar:
+    calendar = Calendar()
+    monkeypatch.setattr(plan, "datetime", calendar)
+    return calendar
+
+
+@pytest.fixture(autouse=True)
+def tiny_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_sets, "BUFFER_ROWS", BUFFER_ROWS)
+    monkeypatch.setattr(frozen_listing, "PART_ROWS", 5)
+    monkeypatch.setattr(plan, "SHARDS_PER_PART", 2)
+
+
+@dataclass
+class World:
+    """An output, and what ought to be in it."""
+
+    output: Output
+    runs: int = 0
+    shards: dict[str, tuple[PlannedShard, list[Image]]] = field(default_factory=dict)
+    """All that were ever planned, by name."""
+    unfinished: set[str] = field(default_factory=set)
+    scored: Counter[Image] = field(default_factory=Counter)
+    failed: set[Image] = field(default_factory=set)
+    """For good."""
+
+    def freeze(self, images: Iterable[Image]) -> Listing:
+        self.runs += 1
+        folder = self.output.location / "_runs" / str(self.runs) / "listing"
+        return Listing.freeze(folder, batches_of(list(images)), None)
+
+    def plan(self, images: list[Image], retry_errors: bool) -> list[str]:
+        """Names of the shards that a run over these images is given, which are those it ought to be given."""
+        listing = self.freeze(images)
+        shards = make_plan(listing, self.output, f"run-{self.runs}", retry_errors)
+        # After planning: a rival may have planned meanwhile.
+        adopted = {name for name in self.unfinished if set(self.shards[name][1]) & set(images)}
+        waiting = {image for name in self.unfinished for image in self.shards[name][1]}
+        settled = set(self.scored) | waiting | (set() if retry_errors else self.failed)
+        new = [shard for shard in shards if shard.name not in self.shards]
+        assert {shard.name for shard in shards} - {shard.name for shard in new} == adopted
+        content = {shard.name: images_of(shard) for shard in new}
+        planned = [image for some in content.values() for image in some]
+        assert Counter(planned) == Counter(set(images) - settled)
+        # In the order of the listing, in shards of one size; only the last may be smaller.
+        assert planned == [image for image in dict.fromkeys(images) if image not in settled]
+        sizes = [len(some) for some in content.values()]
+        assert set(sizes[:-1]) <= {plan.SHARD_STEP}
+        assert all(size <= plan.SHARD_STEP for size in sizes)
+        self.shards |= {shard.name: (shard, content[shard.name]) for shard in new}
+        self.unfinished |= content.keys()
+        return [shard.name for shard in shards]
+
+    def finish(self, name: str, chance: random.Random, failures: float) -> None:
+        """What an actor does with a shard, this share of whose images fails; nothing if it is finished."""
+        if name not in self.unfinished:
+            return
+        self.unfinished.remove(name)
+        shard, images = self.shards[name]
+        outcomes = dict.fromkeys(images, "scored")
+        for image in images:
+            if chance.random() < failures:
+                outcomes[image] = chance.choice(["for good", "for a while"])
+        errors = [error_row(image, o == "for a while") for image, o in outcomes.items() if o != "scored"]
+        good = [image for image, outcome in outcomes.items() if outcome == "scored"]
+        if errors:
+            table = pa.Table.from_pylist(errors, ERRORS)
+            self.output.errors_file(name, shard.date, table).write(to_parquet(table))
+        rows = pa.Table.from_pylist([score_row(image) for image in good], SCORES)
+        self.output.scores_file(name, shard.date).create(to_parquet(rows))
+        self.scored.update(good)
+        self.failed |= {image for image, outcome in outcomes.items() if outcome == "for good"}
+
+    def account(self, images: list[Image]) -> None:
+        """The job's own account of a listing is the model's, and no image has two rows."""
+        assert max(self.scored.values(), default=1) == 1
+        listed = set(images)
+        failed = listed & self.failed - set(self.scored)
+        missing = listed - set(self.scored) - self.failed
+        expected = Account(len(listed), len(listed & set(self.scored)), len(failed), len(missing))
+        assert account(self.freeze(images), self.output) == expected
+
+
+def batches_of(images: list[Image]) -> Iterable[pa.RecordBatch]:
+    """A listing in batches of 1, 2, 3, … images."""
+    rows = [{"size_bytes": 1, "image_uri": u, "image_version": v} for u, v in images]
+    start, size = 0, 1
+    while start < len(rows):
+        yield pa.RecordBatch.from_pylist(rows[start : start + size], LISTING)
+        start, size = start + size, size + 1
+
+
+def images_of(shard: PlannedShard) -> list[Image]:
+    """Read as an actor reads them, to which the shard travels as a row."""
+    table = PlannedShard.from_row(shard.to_row(), {}).images()
+    return list(zip(table["image_uri"].to_pylist(), table["image_version"].to_pylist(), strict=True))
+
+
+def score_row(image: Image) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(SCORES.names, 0) | dict(zip(SCORES.names, image, strict=False))
+    lists = {"scale_scores": [], "anomaly_map": None, "map_box": None}
+    return row | lists | {"run_id": "run", "is_anomalous": False}
+
+
+def error_row(image: Image, is_transient: bool) -> dict[str, Any]:
+    row: dict[str, Any] = dict(zip(ERRORS.names, image, strict=False)) | {"is_transient": is_transient}
+    code = "timeout" if is_transient else "corrupt"
+    return row | {"error_code": code, "error_message": "", "run_id": "run", "failed_at": 0}
+
+
+def nightly(chance: random.Random, versions: dict[str, int]) -> list[Image]:
+    """The images of a range of the folder, often not all of them; a few are of a new version.
+
+    Ranges of one or two images are frequent, since these often begin where that of an earlier night ended.
+    """
+    uris = sorted(versions)
+    first = chance.randrange(len(uris))
+    some = uris[first : first + chance.choice([1, 2, 5, len(uris)])]
+    some = chance.sample(some, chance.choice([len(some), len(some), (len(some) + 1) // 2]))
+    for uri in chance.sample(some, len(some) // 6):
+        versions[uri] += 1
+    return [(uri, f"version {versions[uri]}") for uri in some]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_nights_of_any_kind_plan_every_image_version_once_and_forget_none(
+    seed: int, tmp_path: Path, calendar: Calendar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "SHARD_STEP", 2 + seed % 3)
+    chance = random.Random(seed)
+    world = World(Output(Location(str(tmp_path)), "0" * 16))
+    versions = {f"/plant/{n:02}.png": 1 for n in range(IMAGES)}
+    append = plan._append
+
+    def append_after_a_rival(*arguments: Any) -> plan.Plan:
+        if chance.random() < 0.3:
+            with monkeypatch.context() as patch:
+                patch.setattr(plan, "_append", append)
+                world.plan(nightly(chance, dict(versions)), chance.random() < 0.2)
+        return append(*arguments)
+
+    monkeypatch.setattr(plan, "_append", append_after_a_rival)
+    for _ in range(NIGHTS):
+        calendar.today += timedelta(hours=chance.choice([1, 20]))
+        images = nightly(chance, versions)
+        shards = world.plan(images, retry_errors=chance.random() < 0.2)
+        # Some nights are cut short, and an actor of any earlier night may still come to an end.
+        ended = shards[: chance.choice([0, len(shards) // 2, len(shards)])]
+        ended += chance.sample(sorted(world.shards), min(2, len(world.shards)))
+        for name in ended:
+            world.finish(name, chance, failures=0.2)
+        world.account(images)
+
+    monkeypatch.setattr(plan, "_append", append)
+    everything = [(uri, f"version {version}") for uri, version in versions.items()]
+    for name in world.plan(everything, retry_errors=True):
+        world.finish(name, chance, failures=0)
+    world.account(everything)
+    assert set(everything) <= set(world.scored) | world.failed
+    for name in world.plan(everything, retry_errors=True):
+        world.finish(name, chance, failures=0)
+    assert set(everything) <= set(world.scored)
+    entries = len(read_log(world.output.folder("_plans")))
+    assert world.plan(everything, retry_errors=True) == []
+    assert len(read_log(world.output.folder("_plans"))) == entries
+
+
+def numbered(count: int, first: int = 0) -> list[Image]:
+    return [(f"/plant/{n:04}.png", "1") for n in range(first, first + count)]
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setattr(plan, "SHARD_STEP", 2)
+    return World(Output(Location(str(tmp_path)), "0" * 16))
+
+
+@pytest.mark.parametrize(("images", "size"), [(1, 2), (191, 2), (193, 4), (321, 6), (600, 8)])
+def test_shards_grow_with_a_plan_in_steps_and_up_to_a_limit(
+    world: World, monkeypatch: pytest.MonkeyPatch, images: int, size: int
+) -> None:
+    # About 64 shards; whole steps keep the last batches full.
+    monkeypatch.setattr(frozen_listing, "PART_ROWS", 250)
+    monkeypatch.setattr(plan, "MAX_SHARD_SIZE", 8)
+    monkeypatch.setattr(plan, "SHARDS_PER_PART", 64)
+    shards = make_plan(world.freeze(numbered(images)), world.output, "run", retry_errors=False)
+    assert [len(images_of(shard)) for shard in shards[:-1]] == [size] * (len(shards) - 1)
+    assert 1 <= len(images_of(shards[-1])) <= size
+    assert len(shards) == -(-images // size)
+
+
+def test_runs_over_one_output_begin_at_different_ends(world: World) -> None:
+    listing = world.freeze(numbered(20))
+    make_plan(listing, world.output, "crashed", retry_errors=False)
+    orders = [
+        [shard.name for shard in make_plan(listing, world.output, run, retry_errors=False)]
+        for run in ("one", "other", "one")
+    ]
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
+
+
+def test_an_entry_of_the_log_says_what_it_is(world: World, calendar: Calendar, tmp_path: Path) -> None:
+    world.plan(numbered(5, first=3), retry_errors=False)
+    calendar.today += timedelta(days=1)
+    world.plan(numbered(4, first=6), retry_errors=False)
+    folder = tmp_path / "_plans" / f"model_id={'0' * 16}"
+    entries = [json.loads((folder / f"00000{number}.json").read_text()) for number in (1, 2)]
+    first, second = entries
+    folders = [first.pop("folder"), second.pop("folder")]
+    assert first == {
+        "number": 1,
+        "run_id": "run-1",
+        "date": "2026-11-02",
+        "shards": 3,
+        "first_uri": "/plant/0003.png",
+        "last_uri": "/plant/0007.png",
+    }
+    assert second == {
+        "number": 2,
+        "run_id": "run-2",
+        "date": "2026-11-03",
+        "shards": 1,
+        "first_uri": "/plant/0008.png",
+        "last_uri": "/plant/0009.png",
+    }
+    assert [re.fullmatch(r"00000\d-[0-9a-f]{8}", name) is not None for name in folders] == [True, True]
+    assert sorted(path.name for path in (folder / folders[0]).iterdir()) == [
+        "part-000000.parquet",
+        "part-000001.parquet",
+    ]
+    part = pq.ParquetFile(folder / folders[0] / "part-000000.parquet")
+    assert (part.num_row_groups, part.metadata.row_group(0).column(0).compression) == (2, "ZSTD")
+    names = [name for name, (shard, _) in world.shards.items() if shard.date == "2026-11-02"]
+    assert names == [f"{folders[0]}-{n:06}" for n in range(3)]
+
+
+def test_an_entry_that_does_not_say_its_range_may_hold_any_image(world: World, tmp_path: Path) -> None:
+    world.plan(numbered(4), retry_errors=False)
+    (file,) = (tmp_path / "_plans").rglob("*.json")
+    entry = json.loads(file.read_text())
+    file.write_text(json.dumps({name: entry[name] for name in entry if not name.endswith("_uri")}))
+    world.plan(numbered(8), retry_errors=False)
+    assert [(entry.first_uri, entry.last_uri) for entry in read_log(world.output.folder("_plans"))] == [
+        ("", plan.LAST),
+        ("/plant/0004.png", "/plant/0007.png"),
+    ]
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_log_with_a_gap_is_refused_by_the_name_of_what_is_lost(
+    world: World, tmp_path: Path, lost: int
+) -> None:
+    for first in (0, 10, 20):
+        world.plan(numbered(3, first), retry_errors=False)
+    (tmp_path / "_plans" / f"model_id={'0' * 16}" / f"00000{lost}.json").unlink()
+    with pytest.raises(WrongUse, match=rf"has lost entry 00000{lost}\.json; restore it, or choose another"):
+        make_plan(world.freeze(numbered(40)), world.output, "run", retry_errors=False)
+
+
+def test_an_image_in_two_files_of_scores_is_found_by_the_account(world: World) -> None:
+    images = numbered(3)
+    first, second = world.plan(images, retry_errors=False)
+    for name in (first, second):
+        world.finish(name, random.Random(0), failures=0)
+    world.account(images)
+    date = world.shards[first][0].date
+    world.output.scores_file("twice", date).write(world.output.scores_file(first, date).read())
+    with pytest.raises(RuntimeError, match=r"^2 image versions are in .*/scores/model_id=0+ more than once$"):
+        account(world.freeze(images), world.output)
