@@ -41,7 +41,7 @@ from csflow.inputs.loading import LoadedImage
 from csflow.model import Scores
 from csflow.preprocessing import whole
 from csflow.scoring.config import ScoreConfig
-from csflow.scoring.shard import ShardScorer
+from csflow.scoring.scorer import ShardScorer
 from csflow.stages import Stages
 
 NODES = (1, 2, 4)

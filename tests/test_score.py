@@ -44,13 +44,14 @@ from csflow.images import decode
 from csflow.inputs.listing import list_images
 from csflow.model import InferenceDetector
 from csflow.model_directory import load_model
-from csflow.scores import ERRORS, SCORES
+from csflow.output.layout import Output
+from csflow.output.schemas import ERRORS, SCORES
 from csflow.scoring import plan
-from csflow.scoring.keys import keys
-from csflow.scoring.listing import Listing
-from csflow.scoring.output import Output
+from csflow.scoring.config import ScoringSettings
+from csflow.scoring.frozen_listing import Listing
+from csflow.scoring.key_sets import keys
 from csflow.scoring.plan import Account, account, make_plan, read_log
-from csflow.scoring.shard import ScoringSettings, ShardScorer, peak
+from csflow.scoring.scorer import ShardScorer, peak
 from csflow.scoring.tally import Tally
 from csflow.storage import Location, to_parquet
 

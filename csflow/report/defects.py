@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from csflow.calibration import choose_defects, heldout_needed
 from csflow.errors import WrongUse
+from csflow.output.reading import latest_per_image
 from csflow.report.archive import Archive
-from csflow.scores import latest_per_image
 from csflow.storage import Location, to_parquet
 
 COLUMNS = [

@@ -18,8 +18,8 @@ from PIL import Image
 from csflow import maps
 from csflow.inputs.reading import ImageReader
 from csflow.maps import READ_DEADLINE_S, READ_THREADS, ColourRange, colour_range, map_of
+from csflow.output.reading import latest_per_image
 from csflow.report.archive import Archive
-from csflow.scores import latest_per_image
 from csflow.storage import to_parquet
 
 LARGEST_SIDE, SMALLEST_SIDE = 384, 96

@@ -1,10 +1,13 @@
-"""Settings of the scoring job."""
+"""Settings of the scoring job, and what its actors are told of them."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
 
 from csflow.config import JobConfig, Locations, Moment, Patterns, Precision
+from csflow.output.layout import Output
+from csflow.storage import Location
 
 
 class ScoreConfig(JobConfig):
@@ -44,3 +47,18 @@ class ScoreConfig(JobConfig):
     """Seconds without a finished shard after which the run ends with exit status 3 instead of hanging."""
     exit_on_drift: bool = False
     """End with exit status 4, in place of 0, when the scores have drifted from calibration."""
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """What every scoring actor is told."""
+
+    model: Location
+    output: Output
+    run_id: str
+    keep_maps: bool
+    false_positive_rate: float
+    batch_size: int | None
+    precision: Precision = "auto"
+    is_isolated: bool = False
+    """Read and decode each image in a child process, since the shards' workers died before."""

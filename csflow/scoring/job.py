@@ -1,6 +1,5 @@
 """The scoring job: freezes a listing, plans what is left of it, scores it, and accounts for every image."""
 
-import json
 import secrets
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,10 +12,10 @@ from csflow.errors import ExitStatus, Failed
 from csflow.inputs.listing import list_images
 from csflow.inputs.selection import Selection
 from csflow.model_directory import ModelFiles, read_model
-from csflow.scoring.actor import CALLS_PER_SCORER, ScoringActor, ScoringSettings
-from csflow.scoring.config import ScoreConfig
-from csflow.scoring.listing import Listing
-from csflow.scoring.output import Output
+from csflow.output.layout import Output
+from csflow.scoring.actor import CALLS_PER_SCORER, ScoringActor
+from csflow.scoring.config import ScoreConfig, ScoringSettings
+from csflow.scoring.frozen_listing import Listing
 from csflow.scoring.plan import PlannedShard, account, make_plan
 from csflow.scoring.record import Clock, exit_status, run_record, summary
 from csflow.scoring.tally import LiveMetrics, Tally
@@ -35,11 +34,10 @@ def score(config: ScoreConfig) -> ExitStatus:
     model = read_model(Location(config.model, config.storage_options))
     output = Output(Location(config.output, config.storage_options), model.model_id)
     output.location.check_writable(exclusively=True)
-    run_folder = output.location / "_runs" / run_id
     clock.lap("start")
     selection = Selection(config.include, config.exclude, config.since)
     found = list_images(config.input, config.storage_options, selection)
-    listing = Listing.freeze(run_folder / "listing", found, config.limit)
+    listing = Listing.freeze(output.listing_folder(run_id), found, config.limit)
     clock.lap("list")
     shards = make_plan(listing, output, run_id, config.retry_errors)
     clock.lap("plan")
@@ -58,7 +56,7 @@ def score(config: ScoreConfig) -> ExitStatus:
     drifted = drift(tally.sample, low_share, model.calibration.anomaly_score)
     status = exit_status(accounted, drifted, config)
     record = run_record(run_id, status, config, output, accounted, tally, drifted, clock)
-    (run_folder / "run.json").write((json.dumps(record, indent=2) + "\n").encode())
+    record.write(output.location)
     print(summary(record, output))
     return status
 

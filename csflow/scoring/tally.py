@@ -16,7 +16,7 @@ ERROR_RATE_MINIMUM_IMAGES = 100
 
 @dataclass
 class Tally:
-    """Adds up the result rows of shards (`csflow.scoring.shard.RESULT`)."""
+    """Adds up the result rows of shards (`csflow.scoring.scorer.RESULT`)."""
 
     shards: set[str] = field(default_factory=set)
     """Names of the shards that came back."""

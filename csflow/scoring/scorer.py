@@ -23,11 +23,11 @@ from csflow.inputs.loading import ImageLoader, LoadedImage, batches
 from csflow.inputs.reading import ImageReader
 from csflow.model import InferenceDetector, Scores
 from csflow.model_directory import load_model
+from csflow.output.schemas import ERRORS, FLOATS, SCORES
 from csflow.preprocessing import whole
 from csflow.process import peak_memory_bytes
 from csflow.redaction import redact
-from csflow.scores import ERRORS, FLOATS, SCORES
-from csflow.scoring.actor import ScoringSettings
+from csflow.scoring.config import ScoringSettings
 from csflow.scoring.plan import PlannedShard
 from csflow.stages import ProcessCpu, Stages
 from csflow.storage import Location, to_parquet
