@@ -413,11 +413,11 @@ def test_the_time_line_goes_by_day_or_by_run_if_there_is_one_day() -> None:
     line = time_line(image_table([*rows, scored("c", "v", 1.0, date=second)]))
     assert line is not None
     assert line.by == "day"
-    assert [(moment.images, moment.flagged) for moment in line.moments] == [(1, 0), (2, 1)]
+    assert [(period.images, period.flagged) for period in line.periods] == [(1, 0), (2, 1)]
     assert line.highest_share >= 0.5
     by_run = time_line(image_table([scored("a", "v", 1.0), scored("b", "v", 3.0, run_id="r2")]))
     assert by_run is not None
-    assert (by_run.by, [moment.name for moment in by_run.moments]) == ("run", ["r1", "r2"])
+    assert (by_run.by, [period.name for period in by_run.periods]) == ("run", ["r1", "r2"])
     assert time_line(image_table([scored("a", "v", 1.0)])) is None
     assert time_line(image_table([])) is None
 

@@ -361,7 +361,7 @@ def planned_images(shards) -> list[str]:
     return [uri for shard in shards for uri in shard.images()["image_uri"].to_pylist()]
 
 
-def test_two_runs_that_plan_at_once_give_every_image_one_place(archive, empty_output, tmp_path, monkeypatch):
+def test_two_runs_that_plan_at_once_give_every_image_one_shard(archive, empty_output, tmp_path, monkeypatch):
     few = listing_of(archive / "functional", tmp_path / "few")
     all_images = listing_of(archive, tmp_path / "all")
     append = plan._append

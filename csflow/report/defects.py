@@ -69,7 +69,7 @@ def make_list(archive: Archive, false_discovery_rate: float) -> DefectList:
     """Decides on all images of the archive together."""
     p = archive.images["p_value"].to_numpy()
     heldout = None if archive.calibration_scores is None else len(archive.calibration_scores)
-    # Rows may be older than the model directory's place: their p-values alone decide.
+    # Rows may be older than the model directory: their p-values alone decide.
     smallest = p.min(initial=1.0) if heldout is None else 1 / (heldout + 1)
     above_all = int((p <= smallest * (1 + 1e-9)).sum())
     return DefectList(false_discovery_rate, choose_defects(p, false_discovery_rate), above_all, heldout)

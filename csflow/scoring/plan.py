@@ -1,6 +1,6 @@
-"""The log of plans, which gives every image version at most one place in the output.
+"""The log of plans, by which every image version comes into the output at most once.
 
-A plan assigns images to shards; the file name of a shard follows from its place in the plan, so that
+A plan assigns images to shards; the file name of a shard follows from its number in the plan, so that
 whoever scores it, how often and whenever, one file comes of it. `_plans/model_id=<id>/<number>.json` are
 the entries of the log: created, never changed, numbered without gaps. A run plans only images that are
 not scored, have no permanent error, and are in no unfinished shard of an earlier plan. Should another run
@@ -95,7 +95,7 @@ def make_plan(listing: Listing, output: Output, run_id: str, retry_errors: bool)
     """The shards that are left until every listed image is scored or has a permanent error.
 
     Unfinished shards of earlier plans with listed images among theirs come first, then those of a new
-    plan for the images that have no place yet, if there are any.
+    plan for the images that are in none yet, if there are any.
     """
     while True:
         log = read_log(output.folder("_plans"))
@@ -167,7 +167,7 @@ def read_log(plans: Location) -> list[Plan]:
     """The entries of the log in order.
 
     Raises:
-        WrongUse: an entry is missing, so that images may have a place that nobody knows of.
+        WrongUse: an entry is missing, so that images may be planned that nobody knows of.
     """
     log = [Plan(**json.loads(file.read())) for file in plans.find(".json")]
     missing = set(range(1, len(log) + 1)) - {plan.number for plan in log}

@@ -73,8 +73,8 @@ class Tally:
         for seen, value in enumerate(scores, start=self.scored + 1):
             if len(self.sample) < SAMPLE_SIZE:
                 self.sample.append(value)
-            elif (place := self.generator.randrange(seen)) < SAMPLE_SIZE:
-                self.sample[place] = value
+            elif (position := self.generator.randrange(seen)) < SAMPLE_SIZE:
+                self.sample[position] = value
 
 
 class LiveMetrics:
