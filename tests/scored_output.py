@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from csflow.calibration import Drift
-from csflow.output.runs import Counts, PeakMemory, RunRecord, ScoredWith
+from csflow.output.runs import Counts, RunRecord, ScoredWith
 from csflow.output.schemas import ERRORS, SCORES
 from csflow.storage import Location, to_parquet
 
@@ -148,7 +148,7 @@ def write_record(output: Path, run_id: str, **changes: Any) -> None:
         "configuration": {"false_positive_rate": 0.05},
         "counts": Counts(**counts | changes.pop("counts", {})),
         "drift": Drift(ks_statistic=0.25, ks_p_value=1e-5, share_below_5_percent=0.125, sample=3),
-        "peak_memory_bytes": PeakMemory(driver=300_000_000, worker=2_000_000_000),
+        "peak_memory_bytes": {"driver": 300_000_000, "worker": 2_000_000_000},
         "images_per_second": 12.5,
         "seconds": {"start": 1.5, "score": 0.25},
         "seconds_in_workers": {"read": 0.5, "score": 0.125},

@@ -40,12 +40,6 @@ class Counts(Record):
     failed_shards_in_this_run: int = 0
 
 
-class PeakMemory(Record):
-    driver: int
-    worker: int
-    """Of the largest one."""
-
-
 class RunRecord(Record):
     """The content of `run.json`. What the first version of csflow did not write has a default."""
 
@@ -63,7 +57,8 @@ class RunRecord(Record):
     precisions: list[str] = []
     """What workers computed in."""
     drift: Drift | None
-    peak_memory_bytes: PeakMemory
+    peak_memory_bytes: dict[str, int]
+    """Of the `driver`, and of the largest `worker`."""
     images_per_second: float
     """While scoring."""
     seconds: dict[str, float]

@@ -11,7 +11,7 @@ import csflow
 from csflow.calibration import Drift
 from csflow.errors import ExitStatus
 from csflow.output.layout import Output
-from csflow.output.runs import Counts, PeakMemory, RunRecord, ScoredWith
+from csflow.output.runs import Counts, RunRecord, ScoredWith
 from csflow.process import peak_memory_bytes, process_started_at
 from csflow.scoring.config import ScoreConfig
 from csflow.scoring.plan import Account
@@ -75,7 +75,7 @@ def run_record(
         ),
         precisions=sorted(tally.precisions),
         drift=drift,
-        peak_memory_bytes=PeakMemory(driver=peak_memory_bytes(), worker=tally.peak_worker_bytes),
+        peak_memory_bytes={"driver": peak_memory_bytes(), "worker": tally.peak_worker_bytes},
         images_per_second=round(tally.images / clock.seconds["score"], 3),
         seconds=_rounded(clock.seconds),
         seconds_to_first_image=_seconds_to_first_image(tally),

@@ -83,17 +83,14 @@ class LiveMetrics:
     def __init__(self, model_id: str) -> None:
         tags = {"model_id": model_id}
 
-        def counter(name: str, description: str, tag: str) -> metrics.Counter:
-            new = metrics.Counter(f"csflow_{name}", description, tag_keys=("model_id", tag))
+        def counter(name: str, description: str, *tag: str) -> metrics.Counter:
+            new = metrics.Counter(f"csflow_{name}", description, tag_keys=("model_id", *tag))
             new.set_default_tags(tags)
             return new
 
         self._images = counter("images", "Images by outcome: scored, or the error code.", "outcome")
         self._seconds = counter("stage_seconds", "Seconds of workers by stage.", "stage")
-        self._low = metrics.Counter(
-            "csflow_low_p_values", "Images with a p-value below 0.05.", tag_keys=("model_id",)
-        )
-        self._low.set_default_tags(tags)
+        self._low = counter("low_p_values", "Images with a p-value below 0.05.")
 
     def add(self, row: Mapping[str, Any]) -> None:
         if not row["is_published"]:
