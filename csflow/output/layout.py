@@ -13,7 +13,7 @@ from csflow.storage import Location
 
 SCORES_FILES = "scores/model_id=<id>/date=<date>/*.parquet"
 """What error messages say of the layout."""
-_PARTITION = re.compile(r"/model_id=([^/]+)/date=(\d{4}-\d{2}-\d{2})/([^/]+)\.parquet$")
+_PARTITION = re.compile(r"/model_id=([^/]+)/date=(\d{4}-\d{2}-\d{2})/[^/]+$")
 
 Kind = Literal["scores", "errors"]
 
@@ -44,8 +44,7 @@ class Output:
 
     def finished_shards(self, dates: Iterable[str]) -> dict[str, Location]:
         """Scores files of these dates by the name of their shard."""
-        files = self.files("scores", dates)
-        return {file.name.removeprefix("part-").removesuffix(".parquet"): file for file in files}
+        return {_shard(file, "scores"): file for file in self.files("scores", dates)}
 
     def listing_folder(self, run_id: str) -> Location:
         """Where a run freezes what it found in its input."""
@@ -79,7 +78,7 @@ def output_files(output: Location, kind: Kind) -> list[OutputFile]:
     """All files of `scores` or `errors`, by path; none if there is no such folder."""
     matches = ((file, _PARTITION.search(file.path)) for file in (output / kind).find(".parquet"))
     return [
-        OutputFile(file, match[1], date.fromisoformat(match[2]), _shard(match[3], kind))
+        OutputFile(file, match[1], date.fromisoformat(match[2]), _shard(file, kind))
         for file, match in matches
         if match
     ]
@@ -99,7 +98,7 @@ def run_ids(output: Location) -> list[str]:
         return []
 
 
-def _shard(stem: str, kind: Kind) -> str:
-    """The name of an errors file goes on with a digest."""
-    name = stem.removeprefix("part-")
+def _shard(file: Location, kind: Kind) -> str:
+    """Whose file it is. The name of an errors file goes on with a digest."""
+    name = file.name.removeprefix("part-").removesuffix(".parquet")
     return name if kind == "scores" else name.rsplit("-", 1)[0]

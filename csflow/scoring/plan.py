@@ -87,7 +87,8 @@ class Plan:
     def planned_shards(self, output: Output) -> Iterator[PlannedShard]:
         for i in range(self.shards):
             part, row_group = divmod(i, SHARDS_PER_PART)
-            file = output.plan_part(self.folder, part)
+            if row_group == 0:
+                file = output.plan_part(self.folder, part)
             yield PlannedShard(f"{self.folder}-{i:06d}", self.date, file, row_group)
 
 
