@@ -28,7 +28,7 @@ from quality_figures import image_figures, pixel_figures
 from torch import Tensor
 from torch.nn import functional as F
 
-from csflow import device
+from csflow import process
 from csflow.training.config import TrainConfig
 
 # N images, C channels, H, W rows and columns of a level, P = H · W positions, M patches of a memory bank.
@@ -393,7 +393,7 @@ def _load(folder: Path, seed: int, stages: Sequence[str], scales: int, features:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    device.set_up(arguments.threads, gpus=0)
+    process.set_up(arguments.threads, gpus=0)
     results: Path = arguments.work / "baselines.jsonl"
     results.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []

@@ -40,9 +40,9 @@ from csflow.images import DecodedImage
 from csflow.inputs.loading import LoadedImage
 from csflow.model import Scores
 from csflow.preprocessing import whole
+from csflow.process import Stages
 from csflow.scoring.config import ScoreConfig
-from csflow.scoring.shard import ShardScorer
-from csflow.stages import Stages
+from csflow.scoring.scorer import ShardScorer
 
 NODES = (1, 2, 4)
 SECONDS_PER_IMAGE = 0.01

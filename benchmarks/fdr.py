@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from csflow.calibration import choose_defects, p_values
-from csflow.evaluate import read_labels
-from csflow.scores import latest_per_image, open_scores
+from csflow.evaluate.labels import read_labels
+from csflow.output.reading import latest_per_image, open_scores
 from csflow.storage import Location
 
 Scores = NDArray[np.float64]

@@ -111,10 +111,10 @@ def _detector(image_size: int) -> Any:
 def _inference(precision: str, image_size: int, batch: int) -> dict[str, Any]:
     import torch
 
-    from csflow import device
+    from csflow import process
     from csflow.model import InferenceDetector
 
-    device.set_up(torch.get_num_threads(), gpus=0)
+    process.set_up(torch.get_num_threads(), gpus=0)
     return _parts(InferenceDetector(_detector(image_size), precision, batch), image_size, batch)
 
 

@@ -28,10 +28,11 @@ from csflow.inputs.listing import list_images
 from csflow.inputs.loading import ImageLoader
 from csflow.inputs.reading import ImageReader
 from csflow.model_directory import load_model
-from csflow.scoring.listing import Listing
-from csflow.scoring.output import Output
+from csflow.output.layout import Output
+from csflow.scoring.config import ScoringSettings
+from csflow.scoring.frozen_listing import Listing
 from csflow.scoring.plan import SHARD_STEP, make_plan
-from csflow.scoring.shard import READ_THREADS, ScoringSettings, ShardScorer
+from csflow.scoring.scorer import READ_THREADS, ShardScorer
 from csflow.storage import Location
 
 SHARDS = 6

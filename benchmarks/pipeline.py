@@ -29,8 +29,9 @@ import torch
 
 from csflow.cluster import WorkerResources
 from csflow.model_directory import load_model
-from csflow.scoring.output import Output
-from csflow.scoring.shard import ScoringSettings, ShardScorer
+from csflow.output.layout import Output
+from csflow.scoring.config import ScoringSettings
+from csflow.scoring.scorer import ShardScorer
 from csflow.storage import Location
 
 

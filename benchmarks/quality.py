@@ -24,7 +24,7 @@ from quality_features import CPU, IN_MEMORY, CachedImages, cached_images
 from quality_figures import image_figures, pixel_figures, validity
 from quality_table import tables
 
-from csflow import device
+from csflow import process
 from csflow.model import Gaussians, PlainStatistic, Scores, fitted_statistic
 from csflow.training.config import TrainConfig
 from csflow.training.gaussians import fit_gaussians, gaussian_losses
@@ -138,7 +138,7 @@ def as_float64(values_N: torch.Tensor) -> NDArray[np.float64]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    device.set_up(arguments.threads, gpus=0)
+    process.set_up(arguments.threads, gpus=0)
     results: Path = arguments.work / "flows.jsonl"
     results.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []

@@ -13,11 +13,11 @@ from csflow.inputs.listing import list_table
 from csflow.storage import Location
 from csflow.training.cache import BACKBONE_FILE, FeatureCache, backbone_bytes, find_images
 from csflow.training.config import TrainConfig
-from csflow.training.data import TrainingData
 from csflow.training.features import SHARD_SIZE, FeatureExtractor
 from csflow.training.job import build_detector
 from csflow.training.shards import cut
 from csflow.training.sources import open_features
+from csflow.training.split import TrainingData
 
 CPU = torch.device("cpu")
 IN_MEMORY = 1 << 40

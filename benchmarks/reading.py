@@ -19,7 +19,8 @@ from botocore.config import Config
 from fsspec.asyn import sync
 
 from csflow.inputs.listing import list_images
-from csflow.inputs.objects import ObjectStore, split_s3
+from csflow.inputs.objects import ObjectStore
+from csflow.inputs.uris import split_s3
 
 THREADS = 8
 PHOTOGRAPHS, ROUNDS = 1000, 5

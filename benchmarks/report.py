@@ -23,7 +23,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from csflow.scores import SCORES, open_scores
+from csflow.output.layout import Output
+from csflow.output.reading import open_scores
+from csflow.output.schemas import SCORES
 from csflow.storage import Location
 
 ROOT = Path(__file__).parent.parent
@@ -47,9 +49,9 @@ def repeat_scores(scores: str, work: Path, images: int) -> Path:
         changed = part["anomaly_score"].to_numpy() * random.normal(1, 0.02, len(part))
         part = part.set_column(0, SCORES.field("image_uri"), pa.array(uris))
         part = part.set_column(4, SCORES.field("anomaly_score"), pa.array(changed))
-        folder = work / "out" / "scores" / f"model_id={output.model_id}" / f"date={day}"
-        folder.mkdir(parents=True, exist_ok=True)
-        pq.write_table(part, folder / "part-0.parquet", compression="zstd", row_group_size=256)
+        target = Path(Output(Location(str(work / "out")), output.model_id).scores_file("0", str(day)).path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(part, target, compression="zstd", row_group_size=256)
     shutil.copytree(Path(scores) / "_runs", work / "out" / "_runs", dirs_exist_ok=True)
     return work / "out"
 

@@ -33,10 +33,10 @@ from results import record
 
 from csflow.inputs.listing import list_images
 from csflow.model_directory import read_model
+from csflow.output.layout import Output
+from csflow.output.schemas import SCORES
 from csflow.process import peak_memory_bytes
-from csflow.scores import SCORES
-from csflow.scoring.listing import Listing
-from csflow.scoring.output import Output
+from csflow.scoring.frozen_listing import Listing
 from csflow.scoring.plan import make_plan
 from csflow.storage import Location, to_parquet
 
@@ -156,8 +156,7 @@ def plan(model: str, archive: str, output_folder: str) -> dict[str, float]:
     """Lists and plans as the job does, then fills the shards; seconds by step and peak memory before that."""
     output = Output(Location(output_folder), read_model(Location(model)).model_id)
     started = time.perf_counter()
-    frozen = output.location / "_runs" / "first" / "listing"
-    listing = Listing.freeze(frozen, list_images([archive], {}), None)
+    listing = Listing.freeze(output.listing_folder("first"), list_images([archive], {}), None)
     listed = time.perf_counter()
     shards = make_plan(listing, output, "first", retry_errors=False)
     planned = time.perf_counter()

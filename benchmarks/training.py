@@ -66,14 +66,14 @@ def plain(arguments: argparse.Namespace) -> Callable[[], None]:
 
 def csflow(arguments: argparse.Namespace, rank: int = 0, workers: int = 1) -> Callable[[], None]:
     """The parts of the job: its trainer, resident features, and set-up of a worker."""
-    from csflow import device
+    from csflow import process
     from csflow.model import Architecture
     from csflow.storage import Location
     from csflow.training.cache import FeatureCache
     from csflow.training.loop import LoopSettings, Trainer, Worker
     from csflow.training.sources import ResidentFeatures
 
-    device.set_up(arguments.threads // workers, gpus=0)
+    process.set_up(arguments.threads // workers, gpus=0)
     cache = FeatureCache(Location("/nowhere"), feature_shapes(arguments))
     features_ND = torch.randn(arguments.images, sum(cache.sizes)).half()
     architecture = Architecture(

@@ -31,14 +31,14 @@ def measure(model: str, threads: int, batch_size: int, keeps_memory: bool, image
     """Prints the images per second of one worker."""
     import torch
 
-    from csflow import device
+    from csflow import process
     from csflow.model import InferenceDetector
     from csflow.model_directory import load_model
     from csflow.storage import Location
 
     def forward() -> None:
         if keeps_memory:
-            device.set_up(threads, gpus=0)
+            process.set_up(threads, gpus=0)
         torch.set_num_threads(threads)
         detector = InferenceDetector(load_model(Location(model)).detector, "auto", batch_size)
         shape = (batch_size, *detector.features.image_shape)

@@ -64,8 +64,8 @@ COMMANDS = {
     ),
     "import": Command(
         "Turn a model that other software trained into a model directory",
-        "csflow.import_model:ImportConfig",
-        "csflow.import_model:import_model",
+        "csflow.importing.job:ImportConfig",
+        "csflow.importing.job:import_model",
         ("import --checkpoint flow.pth --output s3://plant/models/cells --calibrate s3://plant/good",),
     ),
     "inspect": Command(

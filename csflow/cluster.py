@@ -101,8 +101,8 @@ def _fit(nodes: Sequence[Mapping[str, float]], workers: int, gpus: int) -> Worke
     """As many CPUs for each worker as still lets all of them find room on the nodes."""
 
     def room(cpus: int) -> int:
-        places = (int(node.get("CPU", 0)) // cpus for node in nodes)
-        return sum(min(p, int(node["GPU"])) if gpus else p for p, node in zip(places, nodes, strict=True))
+        rooms = (int(node.get("CPU", 0)) // cpus for node in nodes)
+        return sum(min(p, int(node["GPU"])) if gpus else p for p, node in zip(rooms, nodes, strict=True))
 
     largest = max((int(node.get("CPU", 0)) for node in nodes), default=1)
     cpus = next((cpus for cpus in range(largest, 1, -1) if room(cpus) >= workers), 1)

@@ -48,9 +48,6 @@ Moment = Annotated[datetime, BeforeValidator(_moment), AfterValidator(_in_utc)]
 StorageOptions = Annotated[dict[str, Any], BeforeValidator(_json_object)]
 
 
-Precision = Literal["auto", "float32", "mixed", "bfloat16"]
-
-
 class JobConfig(BaseModel):
     """Base of every job's settings. The docstring under a field is its `--help` text."""
 

@@ -39,16 +39,16 @@ def write_cells(folder: Path) -> None:
     labels, trained_on = [], 0
     for source, probability, kind in cells:
         if 0 < probability < 1:
-            place, label = "uncertain", None
+            subfolder, label = "uncertain", None
         elif probability == 1:
-            place, label = "defective", 1
+            subfolder, label = "defective", 1
         elif trained_on < TRAINING_CELLS:
             trained_on += 1
-            place, label = "functional/train", None
+            subfolder, label = "functional/train", None
         else:
-            place, label = "functional/test", 0
-        name = f"{place}/{source.stem}-{kind}{source.suffix}"
-        (folder / place).mkdir(parents=True, exist_ok=True)
+            subfolder, label = "functional/test", 0
+        name = f"{subfolder}/{source.stem}-{kind}{source.suffix}"
+        (folder / subfolder).mkdir(parents=True, exist_ok=True)
         # copy2 keeps the time of change, and so the image version: a second demo scores nothing anew.
         shutil.copy2(source, folder / name)
         if label is not None:

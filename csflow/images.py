@@ -16,9 +16,8 @@ process. What it decides:
 
 import io
 import re
-import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -33,14 +32,11 @@ from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
     PHOTOMETRIC_INTERPRETATION,
     SAMPLEFORMAT,
-    STRIPBYTECOUNTS,
-    STRIPOFFSETS,
-    TILEBYTECOUNTS,
-    TILEOFFSETS,
     TiffImageFile,
 )
 from PIL.WebPImagePlugin import WebPImageFile
 
+from csflow.damage import diagnosis
 from csflow.errors import ErrorCode, ImageError
 from csflow.preprocessing import Box, Interpolation, Placement, Preprocessing, whole
 
@@ -159,7 +155,7 @@ def _opening(data: bytes) -> Iterator[type[ImageFile]]:
         raise ImageError(ErrorCode.TOO_LARGE, "more memory than can be allocated") from error
     except Exception as error:
         # Pillow reports damage as OSError, SyntaxError, ValueError, KeyError, AssertionError and more.
-        raise ImageError(_code(error, image_file, data), f"{type(error).__name__}: {error}") from error
+        raise ImageError(diagnosis(error, image_file, data), f"{type(error).__name__}: {error}") from error
 
 
 def _read(
@@ -372,103 +368,6 @@ def _wide_grey(image: ImageFile) -> Image.Image:
         grey_bytes_HW = 255 - grey_bytes_HW
     return Image.fromarray(grey_bytes_HW)
 
-
-# --- What went wrong -------------------------------------------------------------------------------------
-
-
-_UNSUPPORTED = re.compile(
-    "unknown pixel mode|unknown data organization|cannot handle|unsupported|not yet supported", re.I
-)
-_ENDS_EARLY = re.compile("truncated|not enough image data", re.I)
-
-
-def _code(error: Exception, image_file: type[ImageFile], data: bytes) -> ErrorCode:
-    """Why Pillow failed. The file's structure is asked first: Pillow's words vary with where a file ends."""
-    if _CUT_SHORT[image_file](data) or _ENDS_EARLY.search(str(error)):
-        return ErrorCode.TRUNCATED
-    if _UNSUPPORTED.search(str(error)):
-        return ErrorCode.UNSUPPORTED_FORMAT
-    return ErrorCode.CORRUPT
-
-
-def _jpeg_cut_short(data: bytes) -> bool:
-    """No start-of-scan segment, or no end marker after it (one inside EXIF belongs to the thumbnail)."""
-    position = 2
-    while position + 4 <= len(data):
-        marker, length = struct.unpack_from(">HH", data, position)
-        if marker == 0xFFDA:
-            return b"\xff\xd9" not in data[position:]
-        if marker < 0xFFC0:
-            return False  # no segment: damaged
-        position += 2 + length
-    return True
-
-
-def _png_cut_short(data: bytes) -> bool:
-    """The chunks stop before IEND."""
-    position = 8
-    while position + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, position)
-        if kind == b"IEND" or not kind.isalpha():
-            return False  # whole, or no chunk here: damaged
-        position += 12 + length
-    return True
-
-
-def _webp_cut_short(data: bytes) -> bool:
-    """The RIFF container claims more bytes than there are."""
-    riff_bytes = int.from_bytes(data[4:8], "little")
-    return riff_bytes + 8 > len(data)
-
-
-def _bmp_cut_short(data: bytes) -> bool:
-    """The header claims more bytes than there are."""
-    file_bytes = int.from_bytes(data[2:6], "little")
-    return file_bytes > len(data)
-
-
-def _tiff_cut_short(data: bytes) -> bool:
-    """The first directory, a value it points to, or a strip or tile lies beyond the end (TIFF 6.0)."""
-    order = "<" if data.startswith(b"II") else ">"
-    is_big = 43 in data[2:4]
-    word, entry_count = ("Q", "Q") if is_big else ("I", "H")
-    blocks: dict[int, tuple[int, ...]] = {}
-    try:
-        (position,) = struct.unpack_from(order + word, data, 8 if is_big else 4)
-        (entries,) = struct.unpack_from(order + entry_count, data, position)
-        position += struct.calcsize(order + entry_count)
-        for _ in range(entries):
-            tag, kind, n_values = struct.unpack_from(order + "HH" + word, data, position)
-            value = position + 4 + struct.calcsize(order + word)
-            position = value + struct.calcsize(order + word)
-            n_bytes = n_values * _TIFF_VALUE_BYTES.get(kind, 1)
-            if n_bytes > struct.calcsize(order + word):
-                (value,) = struct.unpack_from(order + word, data, value)
-            if value + n_bytes > len(data):
-                return True
-            if tag in {*_TIFF_BLOCK_TAGS, *_TIFF_BLOCK_TAGS.values()} and kind in _TIFF_INTEGERS:
-                blocks[tag] = struct.unpack_from(f"{order}{n_values}{_TIFF_INTEGERS[kind]}", data, value)
-    except (struct.error, OverflowError):
-        return True
-    return any(
-        start + length > len(data)
-        for starts, lengths in _TIFF_BLOCK_TAGS.items()
-        for start, length in zip(blocks.get(starts, ()), blocks.get(lengths, ()), strict=False)
-    )
-
-
-_TIFF_VALUE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-"""Bytes of one value by its type; the rest have one."""
-_TIFF_INTEGERS = {3: "H", 4: "I", 16: "Q"}
-_TIFF_BLOCK_TAGS = {STRIPOFFSETS: STRIPBYTECOUNTS, TILEOFFSETS: TILEBYTECOUNTS}
-
-_CUT_SHORT: dict[type[ImageFile], Callable[[bytes], bool]] = {
-    JpegImageFile: _jpeg_cut_short,
-    PngImageFile: _png_cut_short,
-    WebPImageFile: _webp_cut_short,
-    BmpImageFile: _bmp_cut_short,
-    TiffImageFile: _tiff_cut_short,
-}
 
 DECODING_VERSION = 1
 """Changes whenever the same bytes give other pixels; a model scores with the version it was trained with."""

@@ -1,18 +1,17 @@
 """A model directory or an output of scoring at a glance: from file names, JSON and Parquet footers alone."""
 
-import io
-import json
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pyarrow as pa
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
-from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from csflow.config import JobConfig
 from csflow.errors import ExitStatus, WrongUse
-from csflow.scores import ERRORS, SCORES, OutputFile, output_files
+from csflow.model_directory import heldout_scores, holds_model, read_config
+from csflow.output.layout import SCORES_FILES, OutputFile, output_files, run_ids
+from csflow.output.reading import dataset
+from csflow.output.runs import read_record
+from csflow.output.schemas import ERRORS, SCORES
 from csflow.storage import Location
 
 
@@ -33,16 +32,14 @@ def inspect(config: InspectConfig) -> ExitStatus:
     """
     location = Location(config.location, config.storage_options)
     try:
-        lines = list(_model(location) if (location / "config.json").exists() else _output(location))
+        lines = list(_model(location) if holds_model(location) else _output(location))
     except WrongUse:
         raise
     except Exception as error:  # object stores' errors have no common base
         reason = f"{type(error).__name__}: {error}"
         raise WrongUse(f"{location} cannot be read ({reason}); check address and access") from None
     if not lines:
-        raise WrongUse(
-            f"{location} holds neither a model (config.json) nor scores (scores/model_id=<id>/date=<date>/)"
-        )
+        raise WrongUse(f"{location} holds neither a model (config.json) nor scores ({SCORES_FILES})")
     print("\n".join(f"{name:<13}{value}".rstrip() for name, value in lines))
     return ExitStatus.DONE
 
@@ -51,9 +48,9 @@ Line = tuple[str, str]
 
 
 def _model(location: Location) -> Iterator[Line]:
-    config = json.loads((location / "config.json").read())
+    config = read_config(location)
     architecture, training = config["architecture"], config["training"]
-    held_out = pq.read_metadata(io.BytesIO((location / "calibration.parquet").read())).num_rows
+    held_out = len(heldout_scores(location))
     height, width = architecture["image_size"]
     kernels = architecture["kernel_sizes"]
     yield "model", str(location)
@@ -76,7 +73,7 @@ def _model(location: Location) -> Iterator[Line]:
 
 
 def _output(location: Location) -> Iterator[Line]:
-    scores, errors = output_files(location / "scores"), output_files(location / "errors")
+    scores, errors = output_files(location, "scores"), output_files(location, "errors")
     models = sorted({file.model_id for file in [*scores, *errors]})
     if not models:
         return
@@ -95,41 +92,31 @@ def _output(location: Location) -> Iterator[Line]:
 def _rows(files: Sequence[OutputFile], schema: pa.Schema, unit: str) -> str:
     if not files:
         return f"no {unit}s"
-    fs = PyFileSystem(FSSpecHandler(files[0].location.fs))
-    paths = [file.location.path for file in files]
     # Counting reads nothing but footers, several at a time.
-    rows = ds.dataset(paths, schema, format="parquet", filesystem=fs).count_rows()
+    rows = dataset([file.location for file in files], schema).count_rows()
     dates = sorted({file.date for file in files})
     when = str(dates[0]) if len(dates) == 1 else f"{len(dates)} dates, {dates[0]} to {dates[-1]}"
     return f"{_count(rows, unit)} in {_count(len(files), 'file')}; {when}"
 
 
 def _last_run(location: Location) -> Iterator[Line]:
-    folder = location / "_runs"
-    if not folder.exists():
+    runs = run_ids(location)
+    if not runs:
         return
-    # Run ids begin with the time.
-    run = folder / max(
-        path.rstrip("/").rsplit("/", 1)[-1] for path in folder.fs.ls(folder.path, detail=False)
-    )
-    yield "last run", run.name
-    record = run / "run.json"
-    if not record.exists():
+    yield "last run", runs[-1]
+    record = read_record(location, runs[-1])
+    if record is None:
         yield "", "has no record: it is at work or was cut off; the same command continues"
         return
-    content: dict[str, Any] = json.loads(record.read())
-    counts = content["counts"]
-    yield (
-        "status",
-        f"{content['status']} (exit status {content['exit_status']}), ended {content['ended_at'][:19]}Z",
-    )
+    counts, ended_at = record.counts, record.ended_at.isoformat()
+    yield "status", f"{record.status} (exit status {record.exit_status}), ended {ended_at[:19]}Z"
     yield (
         "counts",
-        f"{counts['listed']:,} listed, {counts['scored_in_this_run']:,} scored by this run, "
-        f"{counts['permanent_errors']:,} permanent errors, {counts['missing']:,} missing",
+        f"{counts.listed:,} listed, {counts.scored_in_this_run:,} scored by this run, "
+        f"{counts.permanent_errors:,} permanent errors, {counts.missing:,} missing",
     )
-    if drift := content["drift"]:
-        yield "drift", f"{drift['share_below_5_percent']:.1%} of p-values below 0.05"
+    if record.drift:
+        yield "drift", f"{record.drift.share_below_5_percent:.1%} of p-values below 0.05"
 
 
 def _count(number: int, unit: str) -> str:

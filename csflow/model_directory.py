@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 import csflow
 from csflow.errors import WrongUse
 from csflow.images import DECODING_VERSION
-from csflow.storage import Location, to_parquet
+from csflow.storage import Location, read_parquet, to_parquet
 
 if TYPE_CHECKING:  # the driver of a scoring run needs no torch, which takes seconds and 500 MB
     from csflow.model import Detector
@@ -166,7 +166,7 @@ def read_model(location: Location) -> ModelFiles:
     Raises:
         WrongUse: there is no model, its format is of another version, or its files are damaged.
     """
-    config = _read_config(location)
+    config = read_config(location)
     try:
         architecture, feature_shapes = config["architecture"], config["feature_shapes"]
         state = safetensors.numpy.load(_read(location / "model.safetensors"))
@@ -214,7 +214,26 @@ def holds_model(location: Location) -> bool:
     return (location / "config.json").exists()
 
 
-def _read_config(location: Location) -> dict[str, Any]:
+def heldout_scores(location: Location) -> NDArray[np.float64]:
+    """The anomaly scores of a model's held-out images; reads no weights."""
+    table = read_parquet(location / "calibration.parquet")
+    return np.asarray(table["anomaly_score"].to_numpy(), dtype=np.float64)
+
+
+def find_heldout_scores(location: Location, model_id: str) -> NDArray[np.float64] | None:
+    """The same of this model; None if the directory cannot be read or holds another one."""
+    try:
+        return heldout_scores(location) if read_config(location)["model_id"] == model_id else None
+    except (WrongUse, OSError, ValueError, KeyError):
+        return None
+
+
+def read_config(location: Location) -> dict[str, Any]:
+    """The content of `config.json`.
+
+    Raises:
+        WrongUse: there is no model, it is damaged, or its format is of another version.
+    """
     try:
         config = json.loads(_read(location / "config.json"))
         format_version = config["format_version"]

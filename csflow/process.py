@@ -1,9 +1,50 @@
-"""What this process has used: memory and time."""
+"""A worker process: its threads and its device, the memory it has used, and where its time goes."""
 
+import ctypes
 import os
 import re
+import sys
+import threading
 import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import fsspec.asyn
+
+if TYPE_CHECKING:
+    import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+"""Parameters of glibc's mallopt(3)."""
+
+
+def set_up(cpus: int, gpus: int) -> "torch.device":
+    """Gives this process its share of a machine; returns the device to compute on."""
+    import torch  # a process that only asks for its memory or time needs none
+
+    torch.set_num_threads(cpus)
+    _keep_freed_memory()
+    # Else "float32" is 10 bits of mantissa in cuDNN's convolutions, which moves scores by over a percent.
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda" if gpus else "cpu")
+
+
+def _keep_freed_memory() -> None:
+    """Has malloc keep large freed blocks for the next forward pass.
+
+    By default each activation of a megabyte is returned to the kernel when freed, and faulted in page by
+    page when allocated again: three or four percent of a training epoch (docs/performance.md).
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # glibc; musl has none
+            # Ray calls actors outside the main thread, where an arena of its own would map blocks singly.
+            libc.mallopt(M_ARENA_MAX, 1)
+            libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+            libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def peak_memory_bytes() -> int:
@@ -19,3 +60,58 @@ def process_started_at() -> float:
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return time.time() - age
+
+
+class Stages:
+    """Adds up what stages took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        """On the clock."""
+        self.cpu_seconds: dict[str, float] = defaultdict(float)
+        """Of the calling threads."""
+
+    @contextmanager
+    def measured(self, stage: str) -> Iterator[None]:
+        """Adds what happens inside."""
+        started, cpu_started = time.perf_counter(), time.thread_time()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - started
+            self.cpu_seconds[stage] += time.thread_time() - cpu_started
+
+    def add(self, other: "Stages") -> None:
+        for stage in other.seconds:
+            self.seconds[stage] += other.seconds[stage]
+            self.cpu_seconds[stage] += other.cpu_seconds[stage]
+
+
+class ProcessCpu:
+    """CPU seconds of this process, handed out so that the parts add up to all. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken = self._client_taken = 0.0
+
+    def take(self) -> tuple[float, float]:
+        """CPU seconds since the last call, or since the process began: of all threads, and of those in which
+        clients of object stores run, on behalf of the threads that wait for them."""
+        with self._lock:
+            total, client = time.process_time(), _client_seconds()
+            new = total - self._taken, max(0.0, client - self._client_taken)
+            self._taken, self._client_taken = total, client
+        return new
+
+
+def _client_seconds() -> float:
+    """Of the thread of fsspec's clients, and of those of obstore's."""
+    seconds = 0.0
+    thread = fsspec.asyn.iothread[0]
+    if thread is not None and hasattr(time, "pthread_getcpuclockid"):
+        seconds = time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+    for task in Path("/proc/self/task").glob("*"):
+        with suppress(OSError):  # it has just ended
+            if task.joinpath("comm").read_bytes().startswith(b"tokio-rt"):
+                seconds += int(task.joinpath("schedstat").read_text().split()[0]) / 1e9
+    return seconds

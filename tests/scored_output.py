@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from csflow.scores import ERRORS, SCORES
-from csflow.storage import to_parquet
+from csflow.calibration import Drift
+from csflow.output.runs import Counts, RunRecord, ScoredWith
+from csflow.output.schemas import ERRORS, SCORES
+from csflow.storage import Location, to_parquet
 
 OLD_MODEL, NEW_MODEL = "1234567890123456", "8c1f09e2a7b3d456"
 """An id of digits only is what readers that guess types take for a number."""
@@ -130,3 +132,26 @@ def write_rows(output: Path, kind: str, model_id: str, night: int, rows: list[di
         table = pa.Table.from_pylist(rows, schema)
         name = f"part-{night:06}-000" if kind == "scores" else f"part-{night:06}-000-0badc0de"
         (folder / f"{name}.parquet").write_bytes(to_parquet(table))
+
+
+def write_record(output: Path, run_id: str, **changes: Any) -> None:
+    """Leaves the record of a run that scored 3 images, one of them anomalous, but for these changes."""
+    counts = {"listed": 3, "scored": 3, "permanent_errors": 0, "missing": 0}
+    counts |= {"scored_in_this_run": 3, "anomalous_in_this_run": 1, "errors_in_this_run": {}}
+    record = {
+        "run_id": run_id,
+        "status": "done",
+        "exit_status": 0,
+        "started_at": datetime(2026, 11, 2, 2, tzinfo=UTC),
+        "ended_at": datetime(2026, 11, 2, 2, 10, 0, 123456, tzinfo=UTC),
+        "model": ScoredWith(location="/models/cells", model_id=OLD_MODEL),
+        "configuration": {"false_positive_rate": 0.05},
+        "counts": Counts(**counts | changes.pop("counts", {})),
+        "drift": Drift(ks_statistic=0.25, ks_p_value=1e-5, share_below_5_percent=0.125, sample=3),
+        "peak_memory_bytes": {"driver": 300_000_000, "worker": 2_000_000_000},
+        "images_per_second": 12.5,
+        "seconds": {"start": 1.5, "score": 0.25},
+        "seconds_in_workers": {"read": 0.5, "score": 0.125},
+        "libraries": {"csflow": "0.1.0"},
+    }
+    RunRecord(**record | changes).write(Location(str(output)))

@@ -1,7 +1,6 @@
 """The `csflow` command: the jobs' functions under one name, with help, completion and `inspect`."""
 
 import importlib.util
-import json
 import re
 import runpy
 import subprocess
@@ -13,7 +12,7 @@ import fsspec
 import pyarrow as pa
 import pytest
 from conftest import ROOT
-from scored_output import NEW_MODEL, OLD_MODEL, write_output
+from scored_output import NEW_MODEL, OLD_MODEL, write_output, write_record
 
 from csflow import __version__, cli
 from csflow.config import JobConfig
@@ -148,7 +147,7 @@ def test_hyphens_and_underscores_are_the_same_without_a_command(flag, csflow):
     assert "invalid choice: 'no-shell'" in csflow(flag, "no-shell")[2]
 
 
-@pytest.mark.skipif("import" not in VERBS, reason="csflow.import_model is missing")
+@pytest.mark.skipif("import" not in VERBS, reason="csflow.importing.job is missing")
 def test_bash_completes_commands_settings_and_choices(csflow, tmp_path):
     status, script, _ = csflow("--print_completion", "bash")
     assert status == 0
@@ -184,16 +183,9 @@ def test_inspect_shows_models_rows_dates_and_errors_of_an_output(csflow, tmp_pat
 
 def test_inspect_tells_of_the_last_run_and_whether_it_ended(csflow, tmp_path):
     output = write_output(tmp_path / "out", range(1))
-    run = output / "_runs" / "20261102T020000000000Z-aaaaaaaa"
-    run.mkdir(parents=True)
-    record = {
-        "status": "incomplete",
-        "exit_status": 3,
-        "ended_at": "2026-11-02T02:10:00.123456+00:00",
-        "counts": {"listed": 1300, "scored_in_this_run": 1290, "permanent_errors": 6, "missing": 4},
-        "drift": {"share_below_5_percent": 0.125},
-    }
-    (run / "run.json").write_text(json.dumps(record))
+    counts = {"listed": 1300, "scored_in_this_run": 1290, "permanent_errors": 6, "missing": 4}
+    run_id = "20261102T020000000000Z-aaaaaaaa"
+    write_record(output, run_id, status="incomplete", exit_status=3, counts=counts)
     _, out, _ = csflow("inspect", output)
     assert "incomplete (exit status 3), ended 2026-11-02T02:10:00Z" in out
     assert "1,300 listed, 1,290 scored by this run, 6 permanent errors, 4 missing" in out

@@ -18,7 +18,7 @@ from scored_output import write_output
 from csflow import cli
 from csflow.config import build_parser
 from csflow.errors import TRANSIENT, ErrorCode
-from csflow.scores import ERRORS, SCORES
+from csflow.output.schemas import ERRORS, SCORES
 from csflow.tables.job import RegisterConfig, register
 
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"])

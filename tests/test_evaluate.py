@@ -28,7 +28,7 @@ from csflow.evaluate.labels import Label, mvtec_labels, read_labels
 from csflow.evaluate.masks import decode_mask
 from csflow.evaluate.pixel_metrics import FPR_LIMIT, PixelHistograms, upsample
 from csflow.evaluate.ranking import Ranking, bootstrap_intervals, share
-from csflow.scores import SCORES
+from csflow.output.schemas import SCORES
 from csflow.storage import Location
 
 NIGHT = datetime(2026, 9, 28, 2, tzinfo=UTC)

@@ -10,11 +10,11 @@ import pytest
 from csflow.cluster import WorkerResources
 from csflow.config import parse
 from csflow.errors import Failed
+from csflow.output.layout import Output
 from csflow.scoring import job
-from csflow.scoring.actor import ScoringSettings
-from csflow.scoring.config import ScoreConfig
-from csflow.scoring.output import Output
+from csflow.scoring.config import ScoreConfig, ScoringSettings
 from csflow.scoring.plan import PlannedShard
+from csflow.scoring.stopping import FAILED_SHARDS_IN_A_ROW
 from csflow.scoring.tally import Tally
 from csflow.storage import Location
 
@@ -69,7 +69,7 @@ def follow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Captu
 
 def test_a_run_in_which_one_shard_after_the_other_fails_is_stopped(follow: Follow) -> None:
     tally, printed, given = follow([GOOD] + [BAD] * 40, shards=41)
-    assert len(tally.shards) == 1 + job.FAILED_SHARDS_IN_A_ROW == 17
+    assert len(tally.shards) == 1 + FAILED_SHARDS_IN_A_ROW == 17
     assert "shard 016 failed: OSError: No space left on device" in printed
     assert "stopped: the last 16 shards failed, see above" in printed
     assert given == [41]  # what is left is not tried once more

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
-from csflow.foreign_models import ForeignModelError, load_extractor, permutations, read_foreign
-from csflow.import_model import ImportConfig, import_model
+from csflow.importing.checkpoints import ForeignModelError, load_extractor, permutations, read_foreign
+from csflow.importing.job import ImportConfig, import_model
 from csflow.model import Architecture, Backbone, CrossScaleFlow, Detector
 from csflow.model_directory import load_model
 from csflow.storage import Location

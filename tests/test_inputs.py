@@ -29,7 +29,7 @@ from csflow.inputs.exclusion import read_exclusion
 from csflow.inputs.listing import LISTING, list_images, list_table
 from csflow.inputs.reading import ImageReader
 from csflow.inputs.selection import EVERYTHING, Selection
-from csflow.scoring.listing import Listing
+from csflow.scoring.frozen_listing import Listing
 from csflow.storage import Location
 
 

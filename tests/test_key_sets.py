@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from csflow.scoring import keys as key_sets
-from csflow.scoring.keys import KEY_PARTS, KEYED, KeySet, Omitted, Partitioned, keys, repeated
+from csflow.scoring.key_sets import KEY_PARTS, KEYED, KeySet, Omitted, Partitioned, keys, repeated
 
 
 @pytest.fixture(autouse=True)

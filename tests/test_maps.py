@@ -12,7 +12,8 @@ from conftest import ROOT
 from PIL import Image
 
 from csflow.inputs.listing import list_images
-from csflow.maps import ANCHORS, COLOUR_TABLE, colour_range, overlay, overlay_row, resample, write_overlays
+from csflow.maps import ANCHORS, COLOUR_TABLE, colour_range, overlay, resample
+from csflow.overlays import overlay_row, write_overlays
 from csflow.preprocessing import Fit, Preprocessing
 
 GREY = Image.new("RGB", (90, 60), (120, 120, 120))

@@ -6,8 +6,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from csflow.scores import ERRORS, SCORES
-from csflow.scoring.output import Output, scored_images
+from csflow.output.layout import Output
+from csflow.output.reading import permanent_errors, scored_images
+from csflow.output.schemas import ERRORS, SCORES
 from csflow.storage import Location, to_parquet
 
 MODEL, OTHER = "0123456789abcdef", "fedcba9876543210"
@@ -77,7 +78,7 @@ def test_a_shard_is_finished_by_its_file_of_the_day_and_model(output: Output) ->
 
 
 def test_errors_that_stay_are_those_of_these_days_that_are_not_transient(output: Output) -> None:
-    assert list(output.permanent_errors(["2026-11-02"])) == []
+    assert list(permanent_errors(output.files("errors", ["2026-11-02"]))) == []
     nights = {
         "2026-11-02": errors(failed("a.png"), failed("b.png", "timeout", is_transient=True)),
         "2026-11-03": errors(failed("c.png", "timeout", is_transient=True), failed("d.png", "empty")),
@@ -86,5 +87,5 @@ def test_errors_that_stay_are_those_of_these_days_that_are_not_transient(output:
     for night, table in nights.items():
         output.errors_file("1", night, table).write(to_parquet(table))
         Output(output.location, OTHER).errors_file("2", night, table).write(to_parquet(table))
-    batches = list(output.permanent_errors(["2026-11-02", "2026-11-03", "2026-11-05"]))
+    batches = list(permanent_errors(output.files("errors", ["2026-11-02", "2026-11-03", "2026-11-05"])))
     assert sorted(uri for batch in batches for uri in batch["image_uri"].to_pylist()) == ["a.png", "d.png"]

@@ -22,15 +22,15 @@ from csflow.inputs.reading import ImageReader
 from csflow.maps import box_of, map_of, resample
 from csflow.model import Architecture, Detector, Scores
 from csflow.model_directory import CALIBRATION, load_model, read_model, save_model
+from csflow.output.layout import Output
+from csflow.output.schemas import SCORES
 from csflow.preprocessing import Fit, Preprocessing
-from csflow.process import peak_memory_bytes
-from csflow.scores import SCORES
+from csflow.process import ProcessCpu, Stages, peak_memory_bytes
 from csflow.scoring import plan
-from csflow.scoring.listing import Listing
-from csflow.scoring.output import Output
+from csflow.scoring.config import ScoringSettings
+from csflow.scoring.frozen_listing import Listing
 from csflow.scoring.plan import PlannedShard, make_plan
-from csflow.scoring.shard import READ_THREADS, ScoringSettings, ShardScorer, peak
-from csflow.stages import ProcessCpu, Stages
+from csflow.scoring.scorer import READ_THREADS, ShardScorer, peak
 from csflow.storage import Location, read_parquet
 
 PATIENCE_S = 120

@@ -15,7 +15,7 @@ import sqlglot
 from pages import DOCS, Block, blocks, run_python, statements
 from scored_output import NEW_MODEL, OLD_MODEL, day_of, photographs, write_output
 
-from csflow.scores import ERRORS, SCORES
+from csflow.output.schemas import ERRORS, SCORES
 
 PAGE = list(blocks(DOCS / "queries.md"))
 ABOUT_ERRORS = {"Error rates by code and day", "Open errors"}

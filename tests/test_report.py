@@ -17,15 +17,18 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from scored_output import write_record
 
 from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
 from csflow.inputs.listing import list_images
 from csflow.maps import colour_range
+from csflow.output.reading import open_scores
+from csflow.output.runs import ScoredWith
+from csflow.output.schemas import ERRORS, SCORES
 from csflow.report import ReportConfig, gallery, report
 from csflow.report.charts import folders, heat_map, histogram, time_line
 from csflow.report.gallery import LARGEST_SIDE, PictureMaker, picture_side
-from csflow.scores import ERRORS, SCORES, open_scores
 from csflow.storage import Location, read_parquet, to_parquet
 
 NIGHT = datetime(2026, 9, 28, 2, tzinfo=UTC)
@@ -313,23 +316,13 @@ def write_model(tmp_path: Path, heldout_scores: list[float], model_id: str = "m1
     """The two files of a model directory that a report reads."""
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps({"model_id": model_id}))
+    (model / "config.json").write_text(json.dumps({"format_version": 3, "model_id": model_id}))
     pq.write_table(pa.table({"anomaly_score": heldout_scores}), model / "calibration.parquet")
     return model
 
 
-def write_record(output: Path, run_id: str, model: Path, **counts: Any) -> None:
-    record = {
-        "run_id": run_id,
-        "status": "done",
-        "model": {"location": str(model), "model_id": "m1"},
-        "configuration": {"false_positive_rate": 0.05},
-        "counts": {"scored_in_this_run": 3, "anomalous_in_this_run": 1, "errors_in_this_run": {}} | counts,
-        "drift": {"ks_statistic": 0.25, "ks_p_value": 1e-5, "share_below_5_percent": 0.125, "sample": 3},
-        "images_per_second": 12.5,
-    }
-    (output / "_runs" / run_id).mkdir(parents=True)
-    (output / "_runs" / run_id / "run.json").write_text(json.dumps(record))
+def scored_with(model: Path) -> ScoredWith:
+    return ScoredWith(location=str(model), model_id="m1")
 
 
 def rows_of(count: int, p_value: float, score: float, **other: Any) -> list[dict[str, Any]]:
@@ -381,8 +374,9 @@ def test_a_report_of_one_run_decides_on_its_images_alone(tmp_path: Path) -> None
 def test_the_model_is_found_where_the_last_run_had_it(tmp_path: Path) -> None:
     write_rows(tmp_path / "out", rows_of(3, 0.5, 1.0))
     model = write_model(tmp_path, [0.9, 1.0, 1.1])
-    write_record(tmp_path / "out", "20260927T0000Z-a", model)
-    write_record(tmp_path / "out", "20260928T0000Z-b", model, errors_in_this_run={"corrupt": 4})
+    write_record(tmp_path / "out", "20260927T0000Z-a", model=scored_with(model))
+    counts = {"errors_in_this_run": {"corrupt": 4}}
+    write_record(tmp_path / "out", "20260928T0000Z-b", model=scored_with(model), counts=counts)
     (tmp_path / "out" / "_runs" / "20260929T0000Z-cut-off").mkdir()
     _, page = make_report(tmp_path)
     assert "beside what 3 held-out normal images let expect" in page.text
@@ -394,7 +388,7 @@ def test_the_model_is_found_where_the_last_run_had_it(tmp_path: Path) -> None:
 def test_another_model_s_held_out_scores_are_not_taken(tmp_path: Path) -> None:
     write_rows(tmp_path / "out", rows_of(3, 0.5, 1.0))
     model = write_model(tmp_path, [1.0], model_id="m2")
-    write_record(tmp_path / "out", "20260928T0000Z-b", model)
+    write_record(tmp_path / "out", "20260928T0000Z-b", model=scored_with(model))
     _, page = make_report(tmp_path)
     assert "held-out normal images let expect" not in page.text
     with pytest.raises(WrongUse, match="does not hold model m1"):
@@ -419,11 +413,11 @@ def test_the_time_line_goes_by_day_or_by_run_if_there_is_one_day() -> None:
     line = time_line(image_table([*rows, scored("c", "v", 1.0, date=second)]))
     assert line is not None
     assert line.by == "day"
-    assert [(moment.images, moment.flagged) for moment in line.moments] == [(1, 0), (2, 1)]
+    assert [(period.images, period.flagged) for period in line.periods] == [(1, 0), (2, 1)]
     assert line.highest_share >= 0.5
     by_run = time_line(image_table([scored("a", "v", 1.0), scored("b", "v", 3.0, run_id="r2")]))
     assert by_run is not None
-    assert (by_run.by, [moment.name for moment in by_run.moments]) == ("run", ["r1", "r2"])
+    assert (by_run.by, [period.name for period in by_run.periods]) == ("run", ["r1", "r2"])
     assert time_line(image_table([scored("a", "v", 1.0)])) is None
     assert time_line(image_table([])) is None
 
@@ -506,7 +500,8 @@ def test_of_very_many_images_the_cluster_makes_the_pictures(
 
 def test_scores_images_and_results_may_all_be_in_an_object_store(s3_bucket: str, tmp_path: Path) -> None:
     write_image(tmp_path / "a.png")
-    write_record(tmp_path / "out", "20260928T0000Z-b", write_model(tmp_path, [0.9, 1.0]))
+    model = write_model(tmp_path, [0.9, 1.0])
+    write_record(tmp_path / "out", "20260928T0000Z-b", model=scored_with(model))
     (Location(s3_bucket) / "images" / "a.png").write((tmp_path / "a.png").read_bytes())
     (image,) = pa.Table.from_batches(list_images([f"{s3_bucket}/images"], {})).to_pylist()
     row = scored(image["image_uri"], image["image_version"], 3.0, p_value=0.01)

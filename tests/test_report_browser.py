@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from test_report import failed, make_report, rows_of, write_rows, write_scored_images
 
-from csflow.scores import ERRORS
+from csflow.output.schemas import ERRORS
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -45,13 +45,14 @@ from csflow.images import decode
 from csflow.inputs.listing import list_images
 from csflow.model import InferenceDetector
 from csflow.model_directory import load_model
-from csflow.scores import ERRORS, SCORES
+from csflow.output.layout import Output
+from csflow.output.schemas import ERRORS, SCORES
 from csflow.scoring import plan
-from csflow.scoring.keys import keys
-from csflow.scoring.listing import Listing
-from csflow.scoring.output import Output
+from csflow.scoring.config import ScoringSettings
+from csflow.scoring.frozen_listing import Listing
+from csflow.scoring.key_sets import keys
 from csflow.scoring.plan import Account, account, make_plan, read_log
-from csflow.scoring.shard import ScoringSettings, ShardScorer, peak
+from csflow.scoring.scorer import ShardScorer, peak
 from csflow.scoring.tally import Tally
 from csflow.storage import Location, to_parquet
 
@@ -361,7 +362,7 @@ def planned_images(shards) -> list[str]:
     return [uri for shard in shards for uri in shard.images()["image_uri"].to_pylist()]
 
 
-def test_two_runs_that_plan_at_once_give_every_image_one_place(archive, empty_output, tmp_path, monkeypatch):
+def test_two_runs_that_plan_at_once_give_every_image_one_shard(archive, empty_output, tmp_path, monkeypatch):
     few = listing_of(archive / "functional", tmp_path / "few")
     all_images = listing_of(archive, tmp_path / "all")
     append = plan._append

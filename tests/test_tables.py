@@ -16,7 +16,7 @@ from scored_output import NEW_MODEL, write_output
 
 from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
-from csflow.scores import SCORES
+from csflow.output.schemas import SCORES
 from csflow.tables import job
 from csflow.tables.job import RegisterConfig, register
 

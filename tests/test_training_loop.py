@@ -33,6 +33,7 @@ from csflow.model import (
 from csflow.preprocessing import Preprocessing
 from csflow.storage import Location
 from csflow.training import cache as cache_module
+from csflow.training.advice import stretch_warning
 from csflow.training.augmentation import AugmentedFeatures, augment
 from csflow.training.cache import (
     BACKBONE_FILE,
@@ -45,12 +46,11 @@ from csflow.training.cache import (
 from csflow.training.checkpoint import restore, written_checkpoint
 from csflow.training.closing import calibration_columns, closing_tensors
 from csflow.training.config import TrainConfig
-from csflow.training.data import TrainingData, stretch_warning
 from csflow.training.features import FeatureExtractor
 from csflow.training.gaussians import fit_gaussians, gaussian_losses, read_gaussians, write_gaussians
 from csflow.training.loop import Evaluation, LoopSettings, Trainer, Worker, epoch_batches
 from csflow.training.sources import ResidentFeatures, StreamedFeatures, open_features
-from csflow.training.split import split_images, split_sizes
+from csflow.training.split import TrainingData, split_images, split_sizes
 from csflow.weights import find_weights
 
 ARCHITECTURE = Architecture("tf_efficientnet_lite0", (64, 64), None, 2, hidden_channels=16, kernel_sizes=(3,))

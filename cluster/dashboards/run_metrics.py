@@ -8,11 +8,10 @@ cluster, and a run that never began has none.
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping
-from datetime import datetime
-from typing import Any
 
+from csflow.output.layout import run_ids
+from csflow.output.runs import RunRecord, read_record
 from csflow.storage import Location
 
 Sample = tuple[str, Mapping[str, str], float]
@@ -29,35 +28,37 @@ HELP = {
 }
 
 
-def latest_run(output: Location) -> dict[str, Any] | None:
-    """The newest run.json of an output; run ids sort by time."""
-    records = (output / "_runs").find("/run.json")
-    return json.loads(records[-1].read()) if records else None
+def latest_record(output: Location) -> RunRecord | None:
+    """That of the newest run that has ended."""
+    records = (read_record(output, run_id) for run_id in reversed(run_ids(output)))
+    return next((record for record in records if record), None)
 
 
-def samples(run: Mapping[str, Any]) -> Iterator[Sample]:
+def samples(record: RunRecord) -> Iterator[Sample]:
     """The metrics of a run's record."""
-    started, ended = (datetime.fromisoformat(run[name]) for name in ("started_at", "ended_at"))
-    yield "csflow_run_ended_timestamp_seconds", {}, ended.timestamp()
-    yield "csflow_run_duration_seconds", {}, (ended - started).total_seconds()
-    yield "csflow_run_exit_status", {}, run["exit_status"]
-    for state in ("listed", "scored", "permanent_errors", "missing"):
-        yield "csflow_run_images", {"state": state}, run["counts"][state]
-    for code, images in run["counts"]["errors_in_this_run"].items():
+    yield "csflow_run_ended_timestamp_seconds", {}, record.ended_at.timestamp()
+    yield "csflow_run_duration_seconds", {}, (record.ended_at - record.started_at).total_seconds()
+    yield "csflow_run_exit_status", {}, record.exit_status
+    counts = record.counts
+    yield "csflow_run_images", {"state": "listed"}, counts.listed
+    yield "csflow_run_images", {"state": "scored"}, counts.scored
+    yield "csflow_run_images", {"state": "permanent_errors"}, counts.permanent_errors
+    yield "csflow_run_images", {"state": "missing"}, counts.missing
+    for code, images in counts.errors_in_this_run.items():
         yield "csflow_run_errors", {"code": code}, images
-    yield "csflow_run_images_per_second", {}, run["images_per_second"]
-    for stage, seconds in run["seconds_in_workers"].items():
+    yield "csflow_run_images_per_second", {}, record.images_per_second
+    for stage, seconds in record.seconds_in_workers.items():
         yield "csflow_run_stage_seconds", {"stage": stage}, seconds
-    if drift := run["drift"]:
-        yield "csflow_run_low_p_value_share", {}, drift["share_below_5_percent"]
-        yield "csflow_run_drift_distance", {}, drift["ks_statistic"]
+    if record.drift:
+        yield "csflow_run_low_p_value_share", {}, record.drift.share_below_5_percent
+        yield "csflow_run_drift_distance", {}, record.drift.ks_statistic
 
 
-def exposition(name: str, run: Mapping[str, Any]) -> str:
+def exposition(name: str, record: RunRecord) -> str:
     """Prometheus' text format. The labels are the name of the input and the model."""
-    labels = {"name": name, "model_id": run["model"]["model_id"]}
+    labels = {"name": name, "model_id": record.model.model_id}
     lines: list[str] = []
-    for metric, own_labels, value in samples(run):
+    for metric, own_labels, value in samples(record):
         if f"# TYPE {metric} gauge" not in lines:
             lines += [f"# HELP {metric} {HELP[metric]}", f"# TYPE {metric} gauge"]
         shown = ",".join(f'{label}="{text}"' for label, text in (labels | dict(own_labels)).items())
@@ -72,7 +73,7 @@ if __name__ == "__main__":
     parser.add_argument("output", help="the --output of jobs/score.py")
     parser.add_argument("--name", required=True, help="what the alerts call it, such as nightly")
     arguments = parser.parse_args()
-    run = latest_run(Location(arguments.output))
-    if run is None:
+    record = latest_record(Location(arguments.output))
+    if record is None:
         raise SystemExit(f"error: no run has ended in {arguments.output}")
-    print(exposition(arguments.name, run), end="")
+    print(exposition(arguments.name, record), end="")

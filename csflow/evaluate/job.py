@@ -14,7 +14,7 @@ from csflow.evaluate.pixel_metrics import PixelHistograms
 from csflow.evaluate.pixel_pass import Masks, pixel_metrics
 from csflow.evaluate.ranking import Ranking, bootstrap_intervals, share
 from csflow.evaluate.summary import plots, print_evaluation
-from csflow.scores import latest_per_image, open_scores
+from csflow.output.reading import latest_per_image, open_scores
 from csflow.storage import Location
 
 

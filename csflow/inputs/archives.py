@@ -18,7 +18,9 @@ from itertools import pairwise
 from typing import BinaryIO
 
 from csflow.errors import ErrorCode, ImageError
-from csflow.inputs.objects import ObjectStore, StoredObject, as_text, check_size, parsing
+from csflow.inputs.objects import ObjectStore, StoredObject
+from csflow.inputs.store_errors import check_size, parsing
+from csflow.inputs.uris import as_text
 
 SUFFIXES = (".tar", ".zip")
 SEPARATOR = "!/"
@@ -57,8 +59,8 @@ def list_members(
     index = _index_tar if is_tar else _index_zip
     with parsing("archive"), store.open(archive, READ_AHEAD) as file:
         members = {
-            name: StoredObject(f"{archive.uri}{SEPARATOR}{name}", f"{archive.version}:{place}", size)
-            for name, place, size in index(file, archive.size)
+            name: StoredObject(f"{archive.uri}{SEPARATOR}{name}", f"{archive.version}:{position}", size)
+            for name, position, size in index(file, archive.size)
             if is_wanted(name)
         }
     return list(members.values())
@@ -75,11 +77,11 @@ def read_member(store: ObjectStore, uri: str, version: str, max_bytes: int) -> b
     if member is None:
         return None
     archive = member[0]
-    place = ZIP_VERSION.fullmatch(version)
-    if place:
-        return _read_zip_member(store, archive, place, max_bytes)
-    place = TAR_VERSION.fullmatch(version)
-    return _read_tar_member(store, archive, place, max_bytes) if place else None
+    position = ZIP_VERSION.fullmatch(version)
+    if position:
+        return _read_zip_member(store, archive, position, max_bytes)
+    position = TAR_VERSION.fullmatch(version)
+    return _read_tar_member(store, archive, position, max_bytes) if position else None
 
 
 def _index_tar(file: BinaryIO, size: int) -> Iterator[tuple[str, str, int]]:
@@ -102,12 +104,12 @@ def _index_tar(file: BinaryIO, size: int) -> Iterator[tuple[str, str, int]]:
             raise tarfile.ReadError(f"no valid header at byte {tar.offset}")
 
 
-def _read_tar_member(store: ObjectStore, archive: str, place: re.Match[str], max_bytes: int) -> bytes:
-    if place["size"] == "sparse":
+def _read_tar_member(store: ObjectStore, archive: str, position: re.Match[str], max_bytes: int) -> bytes:
+    if position["size"] == "sparse":
         raise ImageError(ErrorCode.UNSUPPORTED_FORMAT, "a sparse tar member; pack it without --sparse")
-    start, size = int(place["offset"]), int(place["size"])
+    start, size = int(position["offset"]), int(position["size"])
     check_size(size, max_bytes)
-    return store.fetch(archive, place["archive"], start, start + size, max_bytes) if size else b""
+    return store.fetch(archive, position["archive"], start, start + size, max_bytes) if size else b""
 
 
 def _index_zip(file: BinaryIO, size: int) -> Iterator[tuple[str, str, int]]:
@@ -124,17 +126,17 @@ def _index_zip(file: BinaryIO, size: int) -> Iterator[tuple[str, str, int]]:
             raise zipfile.BadZipFile("a member lies outside of the archive")
         span = ends.get(member.header_offset, size) - member.header_offset
         span = min(span, LONGEST_HEADER + member.compress_size)
-        place = f"{member.header_offset}+{span}+{member.file_size}+{member.CRC:08x}"
-        yield as_text(member.filename), place, member.file_size
+        position = f"{member.header_offset}+{span}+{member.file_size}+{member.CRC:08x}"
+        yield as_text(member.filename), position, member.file_size
 
 
-def _read_zip_member(store: ObjectStore, archive: str, place: re.Match[str], max_bytes: int) -> bytes:
-    start, span, size = int(place["offset"]), int(place["span"]), int(place["size"])
+def _read_zip_member(store: ObjectStore, archive: str, position: re.Match[str], max_bytes: int) -> bytes:
+    start, span, size = int(position["offset"]), int(position["span"]), int(position["size"])
     check_size(size, max_bytes)
     # Deflate adds less than a thousandth to what it cannot compress.
     limit = LONGEST_HEADER + max_bytes + max_bytes // 1000
-    data = _unpack(store.fetch(archive, place["archive"], start, start + span, limit), size)
-    if len(data) != size or zlib.crc32(data) != int(place["crc"], 16):
+    data = _unpack(store.fetch(archive, position["archive"], start, start + span, limit), size)
+    if len(data) != size or zlib.crc32(data) != int(position["crc"], 16):
         raise ImageError(ErrorCode.CORRUPT, "the zip member does not have the size and checksum of its entry")
     return data
 

@@ -14,19 +14,17 @@ from csflow.inputs.objects import (
     UNKNOWN_VERSION,
     ObjectStore,
     StoredObject,
-    as_text,
-    is_s3,
-    local_path,
     local_version,
     modified_at,
-    split_s3,
     version_of,
 )
+from csflow.inputs.uris import as_text, is_s3, local_path, split_s3
 
 LISTINGS_AT_ONCE = 16
 PATTERN_MARKS = "*?["
 
-Page = dict[str, Any]
+Description = dict[str, Any]
+"""Of files, as fsspec or S3 gives it: one file, or a page of a listing."""
 Wanted = Callable[[str], bool]
 
 
@@ -149,12 +147,12 @@ def _walk_s3(
                 yield StoredObject(f"s3://{bucket}/{key}", etag, entry["Size"], modified_at)
 
 
-def _split_up(store: ObjectStore, bucket: str, root: str) -> tuple[list[Page], list[str]]:
+def _split_up(store: ObjectStore, bucket: str, root: str) -> tuple[list[Description], list[str]]:
     """Goes down until there are enough folders to list at once: what lay above them, and the folders.
 
     A folder with more entries than a page holds is not gone through, but listed as a whole.
     """
-    pages: list[Page] = []
+    pages: list[Description] = []
     waiting = deque([root])
     whole: list[str] = []
     while waiting and len(waiting) + len(whole) < LISTINGS_AT_ONCE:
@@ -171,10 +169,10 @@ def _split_up(store: ObjectStore, bucket: str, root: str) -> tuple[list[Page], l
 
 def _list_at_once(
     store: ObjectStore, pool: ThreadPoolExecutor, bucket: str, folders: Iterable[str]
-) -> Iterator[Page]:
+) -> Iterator[Description]:
     """Pages of the folders by turns: the next page of each is fetched while those of others are used."""
 
-    def fetch(folder: str, **after: str) -> Future[Page]:
+    def fetch(folder: str, **after: str) -> Future[Description]:
         return pool.submit(store.call_s3, "list_objects_v2", Bucket=bucket, Prefix=folder, **after)
 
     unlisted = iter(folders)
@@ -189,7 +187,7 @@ def _list_at_once(
         yield page
 
 
-def _matches(store: ObjectStore, pattern: str) -> dict[str, Page]:
+def _matches(store: ObjectStore, pattern: str) -> dict[str, Description]:
     path = local_path(pattern)
     if path is not None:
         found = LocalFileSystem().glob(path, detail=True)
@@ -203,7 +201,7 @@ def _local_type(path: str) -> str:
     return "directory" if Path(path).is_dir() else "file"  # also through symbolic links
 
 
-def _described(uri: str, info: Page) -> StoredObject:
+def _described(uri: str, info: Description) -> StoredObject:
     return StoredObject(uri, version_of(info), info["size"] or 0, modified_at(info))
 
 

@@ -11,7 +11,7 @@ from csflow.errors import ErrorCode, ImageError
 from csflow.inputs.loading import LoadedImage, load_one
 from csflow.inputs.reading import ImageReader
 from csflow.preprocessing import Preprocessing
-from csflow.stages import Stages
+from csflow.process import Stages
 
 ATTEMPTS = 2
 """A child may die for a reason that is not the image's: what takes two of them is."""

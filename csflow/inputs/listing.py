@@ -13,8 +13,10 @@ import pyarrow as pa
 from csflow.errors import ErrorCode, ImageError, WrongUse
 from csflow.inputs import archives, folders, inventories, manifests, rows
 from csflow.inputs.folders import is_hidden
-from csflow.inputs.objects import UNKNOWN_VERSION, ObjectStore, StoredObject, image_error, is_s3, split_s3
+from csflow.inputs.objects import UNKNOWN_VERSION, ObjectStore, StoredObject
 from csflow.inputs.selection import EVERYTHING, Selection
+from csflow.inputs.store_errors import image_error
+from csflow.inputs.uris import is_s3, split_s3
 
 LISTING = pa.schema(
     [

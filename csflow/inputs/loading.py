@@ -12,7 +12,7 @@ from csflow.errors import ErrorCode, ImageError
 from csflow.images import DecodedImage, decode
 from csflow.inputs.reading import ImageReader
 from csflow.preprocessing import Preprocessing
-from csflow.stages import Stages
+from csflow.process import Stages
 
 T = TypeVar("T")
 

@@ -11,7 +11,8 @@ from pyarrow import csv
 
 from csflow.errors import WrongUse
 from csflow.inputs import archives
-from csflow.inputs.objects import UNKNOWN_VERSION, ObjectStore, StoredObject, local_path
+from csflow.inputs.objects import UNKNOWN_VERSION, ObjectStore, StoredObject
+from csflow.inputs.uris import local_path
 from csflow.redaction import holds_credentials
 
 SUFFIX = ".csv"

@@ -1,36 +1,29 @@
 """Bytes and versions of stored objects, local or remote, with one policy for retries and errors."""
 
-import errno
 import io
 import itertools
-import logging
 import math
 import os
 import random
-import re
 import stat
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
-import aiohttp
-import botocore.exceptions as boto
 import fsspec
-from botocore.parsers import ResponseParserError
 from botocore.utils import parse_timestamp
 from fsspec.asyn import sync
 
 from csflow.errors import ErrorCode, ImageError, WrongUse
 from csflow.inputs.native_s3 import NativeS3
-from csflow.redaction import redact
+from csflow.inputs.store_errors import NO_CREDENTIALS, check_size, image_error
+from csflow.inputs.uris import is_s3, local_path, split_s3
 from csflow.storage import filesystem
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 UNKNOWN_VERSION = "unknown"
@@ -47,10 +40,6 @@ MAX_RANGE_BYTES = 1 << 30
 # Retries are ours alone: nested ones multiply the load on a store that asked to slow down, and hide why it
 # failed. botocore's 10 connections would leave most of a reader's threads waiting.
 S3_CLIENT = {"retries": {"total_max_attempts": 1}, "max_pool_connections": 64}
-S3_THROTTLES = frozenset({"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded"})
-NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound)
-UNUSABLE_NAME = frozenset({errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTDIR, errno.EISDIR})
-
 
 MODIFIED = ("LastModified", "mtime", "updated", "created")
 """Names under which fsspec's drivers give a time of change."""
@@ -252,24 +241,6 @@ class _RangeFile(io.RawIOBase):
         return self.read()
 
 
-def local_path(uri: str) -> str | None:
-    """The path of a local URI (`/data/a.jpg` or `file:///data/a.jpg`), None for a remote one."""
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
-    if match is None:
-        return uri
-    return uri[match.end() :] if match[1] in ("file", "local") else None
-
-
-def is_s3(uri: str) -> bool:
-    return uri.startswith("s3://")
-
-
-def split_s3(uri: str) -> tuple[str, str]:
-    """Bucket and key; plain text after `s3://`, since keys may hold `#`, `?`, `::` and glob characters."""
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    return bucket, key
-
-
 def version_of(info: Mapping[str, Any]) -> str:
     """Version of a remote object from the description that fsspec gives of it."""
     etag = info.get("ETag") or info.get("etag")
@@ -295,101 +266,6 @@ def modified_at(info: Mapping[str, Any]) -> float:
 
 def local_version(status: os.stat_result) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}"
-
-
-def as_text(name: str) -> str:
-    """A name that Arrow can hold: bytes that are not UTF-8 arrive as lone surrogates, and become escapes."""
-    return name.encode(errors="backslashreplace").decode()
-
-
-def check_size(size: int, limit: int) -> None:
-    """Raises ImageError TOO_LARGE above `limit` bytes."""
-    if size > limit:
-        raise ImageError(ErrorCode.TOO_LARGE, f"{size} bytes; at most {limit} are read")
-
-
-@contextmanager
-def parsing(what: str) -> Iterator[None]:
-    """Turns whatever a parser raises on damaged or hostile bytes into ImageError CORRUPT."""
-    try:
-        yield
-    except (ImageError, WrongUse, MemoryError):
-        raise
-    except Exception as error:
-        detail = " ".join(f"{type(error).__name__}: {as_text(str(error))}".split())
-        raise ImageError(ErrorCode.CORRUPT, f"the {what} is damaged ({detail[:200]})") from error
-
-
-def image_error(error: BaseException) -> ImageError:
-    """What an exception of a store means for the image; INTERNAL for one that is not understood."""
-    if isinstance(error, ImageError):
-        return error
-    if isinstance(error, WrongUse):
-        return ImageError(ErrorCode.PERMISSION_DENIED, str(error))
-    return _of_response(error) or _of_type(error) or _unexpected(error)
-
-
-def _of_response(error: BaseException) -> ImageError | None:
-    """From the HTTP answer behind an exception: s3fs keeps botocore's as the cause."""
-    for source in (error, error.__cause__):
-        response = getattr(source, "response", None)
-        if isinstance(response, dict) and "Error" in response:
-            name = str(response["Error"].get("Code", ""))
-            status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-            text = f"{name}: {response['Error'].get('Message', '')}"[:300]
-            code = _code_of_status(name, status)
-            if code is None and isinstance(error, PermissionError):
-                code = ErrorCode.PERMISSION_DENIED  # ExpiredToken and its like come with status 400
-            return ImageError(code or ErrorCode.INTERNAL, f"the store answered {text}")
-    if isinstance(error, aiohttp.ClientResponseError):
-        code = _code_of_status("", error.status)
-        return ImageError(code or ErrorCode.INTERNAL, f"the store answered with status {error.status}")
-    return None
-
-
-def _code_of_status(name: str, status: int) -> ErrorCode | None:
-    if name in S3_THROTTLES or status in (429, 503):
-        return ErrorCode.THROTTLED
-    if name == "RequestTimeout":
-        return ErrorCode.TIMEOUT
-    if status >= 500:
-        return ErrorCode.SERVER_ERROR
-    return {
-        401: ErrorCode.PERMISSION_DENIED,
-        403: ErrorCode.PERMISSION_DENIED,
-        404: ErrorCode.NOT_FOUND,
-        412: ErrorCode.CHANGED,
-    }.get(status)
-
-
-def _of_type(error: BaseException) -> ImageError | None:
-    detail = type(error).__name__
-    if isinstance(error, boto.ParamValidationError):
-        return ImageError(ErrorCode.NOT_FOUND, "S3 allows no such bucket or key name")
-    if isinstance(error, FileNotFoundError):
-        return ImageError(ErrorCode.NOT_FOUND, "there is no such file")
-    if isinstance(error, PermissionError):
-        return ImageError(ErrorCode.PERMISSION_DENIED, "reading is not permitted")
-    if isinstance(error, TimeoutError | boto.ReadTimeoutError | boto.ConnectTimeoutError):
-        return ImageError(ErrorCode.TIMEOUT, f"no answer in time ({detail})")
-    if isinstance(error, boto.HTTPClientError | boto.IncompleteReadError | aiohttp.ClientError):
-        return ImageError(ErrorCode.CONNECTION, f"the connection failed ({detail})")
-    if isinstance(error, boto.ConnectionError):
-        return ImageError(ErrorCode.CONNECTION, f"the connection failed ({detail}); check AWS_ENDPOINT_URL")
-    if isinstance(error, ResponseParserError):
-        return ImageError(ErrorCode.SERVER_ERROR, "the store's answer cannot be parsed")
-    if isinstance(error, OSError):
-        if error.errno in UNUSABLE_NAME:
-            return ImageError(ErrorCode.NOT_FOUND, f"no file can be read there ({error.strerror})")
-        # Disks and mounts fail for a while too (EIO, ESTALE, EMFILE); none of it says that the image is bad.
-        return ImageError(ErrorCode.CONNECTION, f"reading failed ({detail}: {error.strerror})")
-    return None
-
-
-def _unexpected(error: BaseException) -> ImageError:
-    # The text of an unknown exception may hold anything, secrets included: it goes to the log alone.
-    logger.error("unexpected error while reading\n%s", redact("".join(traceback.format_exception(error))))
-    return ImageError(ErrorCode.INTERNAL, f"unexpected {type(error).__name__}; the log has its traceback")
 
 
 def _pauses() -> Iterator[float]:

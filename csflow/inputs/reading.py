@@ -5,7 +5,8 @@ from typing import Any
 
 from csflow.errors import ErrorCode, ImageError
 from csflow.inputs import archives, rows
-from csflow.inputs.objects import ObjectStore, StoredObject, image_error
+from csflow.inputs.objects import ObjectStore, StoredObject
+from csflow.inputs.store_errors import image_error
 
 MAX_BYTES = 512 << 20
 

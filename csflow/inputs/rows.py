@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from csflow.errors import ErrorCode, ImageError
-from csflow.inputs.objects import ObjectStore, StoredObject, parsing
+from csflow.inputs.objects import ObjectStore, StoredObject
+from csflow.inputs.store_errors import parsing
 
 SUFFIX = ".parquet"
 ROW_URI = re.compile(r"(?s)(?P<file>.*\.parquet)#(?P<row>\d{1,18})", re.IGNORECASE)

@@ -5,7 +5,6 @@ from csflow.model.detector import Architecture, Detector, energies, new_flow
 from csflow.model.flow import CrossScaleFlow, FlowOutput, negative_log_likelihood
 from csflow.model.inference import InferenceDetector
 from csflow.model.inference_backbone import InferenceBackbone
-from csflow.model.precision import PrecisionSetting, multiplies_bfloat16
 from csflow.model.statistic import PlainStatistic, Scores, StandardisedStatistic, fitted_statistic
 from csflow.model.whitening import Gaussians, Moments, Whitening, fit_latents, gaussians_of
 
@@ -22,7 +21,6 @@ __all__ = [
     "InferenceDetector",
     "Moments",
     "PlainStatistic",
-    "PrecisionSetting",
     "Scores",
     "StandardisedStatistic",
     "Whitening",
@@ -32,7 +30,6 @@ __all__ = [
     "fitted_statistic",
     "gaussians_of",
     "load_weights",
-    "multiplies_bfloat16",
     "negative_log_likelihood",
     "new_flow",
 ]

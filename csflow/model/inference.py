@@ -11,8 +11,8 @@ from csflow.model.compilation import Recorded, compiled
 from csflow.model.detector import Detector, energies
 from csflow.model.inference_backbone import InferenceBackbone
 from csflow.model.interleaved_flow import InterleavedFlow
-from csflow.model.precision import Precision, PrecisionSetting, multiplies_bfloat16
 from csflow.model.statistic import Scores
+from csflow.precision import Precision, PrecisionSetting, multiplies_bfloat16
 
 
 class InferenceDetector:

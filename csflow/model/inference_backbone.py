@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from csflow.model.backbone import Backbone, IntermediateMaps, stage_maps
 from csflow.model.compilation import compiled
 from csflow.model.detector import Detector
-from csflow.model.precision import Precision
 from csflow.model.rounding import Layers, without_shifts
+from csflow.precision import Precision
 
 SMALL_MAPS_STRIDE = 16
 """Maps are small from this reduction of the image on: two thirds of an EfficientNet's products make them."""

@@ -1,6 +1,6 @@
 """From columns of scores to what the page draws: histogram, time line, folders, and where anomalies occur.
 
-A place is a fraction of the plot's width or height.
+A position is a fraction of the plot's width or height.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,10 +46,10 @@ class Histogram:
     tallest: float
     """Height of the plot, in images."""
     score_ticks: list[tuple[float, float]]
-    """(score, place) each."""
+    """(score, position) each."""
     count_ticks: list[float]
     threshold: tuple[float, float] | None
-    """Lowest score that was flagged, and its place; None if no image was flagged."""
+    """Lowest score that was flagged, and its position; None if no image was flagged."""
     is_calibrated: bool
     """Whether the bars say what to expect."""
 
@@ -61,7 +61,7 @@ def histogram(
 ) -> Histogram | None:
     """Counts images by score; a logarithmic scale, as defects score many times what normal images do.
 
-    None if there is nothing to show: only positive, finite scores have a place on the scale.
+    None if there is nothing to show: only positive, finite scores have a position on the scale.
     """
     scores, flagged = _positive(anomaly_scores), is_anomalous[_is_positive(anomaly_scores)]
     if not len(scores):
@@ -116,7 +116,7 @@ def _round_numbers(low: float, high: float, at_most: int) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Moment:
+class Period:
     """The images of one day or one run."""
 
     name: str
@@ -138,7 +138,7 @@ class TimeLine:
 
     by: str
     """`day` or `run`."""
-    moments: list[Moment]
+    periods: list[Period]
     share_ticks: list[float]
     score_ticks: list[float]
     score_range: tuple[float, float]
@@ -149,7 +149,7 @@ class TimeLine:
         """Upper end of the scale of shares."""
         return self.share_ticks[-1]
 
-    def score_place(self, score: float) -> float:
+    def score_position(self, score: float) -> float:
         """0 at the bottom, 1 at the top."""
         low, high = self.score_range
         return float(np.log(score / low) / np.log(high / low))
@@ -159,18 +159,18 @@ def time_line(images: pa.Table) -> TimeLine | None:
     """None if there is only one run, or no image."""
     by = "day" if pc.count_distinct(images["date"]).as_py() > 1 else "run"
     column = images["date"].cast(pa.string()) if by == "day" else images["run_id"]
-    moments = list(_moments(images, column))
-    if len(moments) < 2:
+    periods = list(_periods(images, column))
+    if len(periods) < 2:
         return None
-    low, high = min(m.low for m in moments) * 0.95, max(m.high for m in moments) * 1.05
-    highest = max(moment.flagged_share for moment in moments) or 0.01
+    low, high = min(m.low for m in periods) * 0.95, max(m.high for m in periods) * 1.05
+    highest = max(period.flagged_share for period in periods) or 0.01
     ticks = _round_numbers(0, highest, at_most=3)
     if ticks[-1] < highest:
         ticks.append(2 * ticks[-1] - ticks[-2])
-    return TimeLine(by, moments, ticks, _score_ticks(low, high), (low, high))
+    return TimeLine(by, periods, ticks, _score_ticks(low, high), (low, high))
 
 
-def _moments(images: pa.Table, column: pa.ChunkedArray) -> Iterator[Moment]:
+def _periods(images: pa.Table, column: pa.ChunkedArray) -> Iterator[Period]:
     scores, flagged = images["anomaly_score"].to_numpy(), images["is_anomalous"].to_numpy()
     coded = column.combine_chunks().dictionary_encode()
     names, codes = coded.dictionary.to_pylist(), coded.indices.to_numpy()
@@ -179,7 +179,7 @@ def _moments(images: pa.Table, column: pa.ChunkedArray) -> Iterator[Moment]:
         shown = _positive(scores[here])
         if len(shown):
             low, median, high = np.percentile(shown, [5, 50, 95]).tolist()
-            yield Moment(name, int(here.sum()), int(flagged[here].sum()), low, median, high)
+            yield Period(name, int(here.sum()), int(flagged[here].sum()), low, median, high)
 
 
 @dataclass(frozen=True)
@@ -295,8 +295,8 @@ def _maps(rows: pa.RecordBatch) -> list[NDArray[np.float32]]:
 
 def _boxes(rows: pa.RecordBatch) -> list[Box | None]:
     """What each map covers of its image, in units of the map's cells were they laid over the whole image."""
-    places = rows.select(["image_height", "image_width", "map_box", "map_height", "map_width"]).to_pylist()
-    return [box_of(row, row["map_height"], row["map_width"]) for row in places]
+    columns = ["image_height", "image_width", "map_box", "map_height", "map_width"]
+    return [box_of(row, row["map_height"], row["map_width"]) for row in rows.select(columns).to_pylist()]
 
 
 def _on_image(hot_HW: NDArray[np.bool_], box: Box | None) -> NDArray[np.bool_]:

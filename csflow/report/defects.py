@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from csflow.calibration import choose_defects, heldout_needed
 from csflow.errors import WrongUse
+from csflow.output.reading import latest_per_image
 from csflow.report.archive import Archive
-from csflow.scores import latest_per_image
 from csflow.storage import Location, to_parquet
 
 COLUMNS = [
@@ -69,7 +69,7 @@ def make_list(archive: Archive, false_discovery_rate: float) -> DefectList:
     """Decides on all images of the archive together."""
     p = archive.images["p_value"].to_numpy()
     heldout = None if archive.calibration_scores is None else len(archive.calibration_scores)
-    # Rows may be older than the model directory's place: their p-values alone decide.
+    # Rows may be older than the model directory: their p-values alone decide.
     smallest = p.min(initial=1.0) if heldout is None else 1 / (heldout + 1)
     above_all = int((p <= smallest * (1 + 1e-9)).sum())
     return DefectList(false_discovery_rate, choose_defects(p, false_discovery_rate), above_all, heldout)

@@ -17,9 +17,10 @@ from PIL import Image
 
 from csflow import maps
 from csflow.inputs.reading import ImageReader
-from csflow.maps import READ_DEADLINE_S, READ_THREADS, ColourRange, colour_range, map_of
+from csflow.maps import ColourRange, colour_range, map_of
+from csflow.output.reading import latest_per_image
+from csflow.overlays import READ_DEADLINE_S, READ_THREADS, read_image
 from csflow.report.archive import Archive
-from csflow.scores import latest_per_image
 from csflow.storage import to_parquet
 
 LARGEST_SIDE, SMALLEST_SIDE = 384, 96
@@ -126,7 +127,7 @@ class PictureMaker:
 
     def _make_one(self, row: Mapping[str, Any]) -> Pictures:
         try:
-            image = maps.read_image(row, self._reader, self._side)
+            image = read_image(row, self._reader, self._side)
         except Exception as error:  # a page with a gap is better than none
             return Pictures(problem=str(error) or type(error).__name__)
         anomaly_map = map_of(row)

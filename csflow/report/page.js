@@ -74,14 +74,14 @@ function startGallery(cards) {
   }
 
   function view(card) {
-    const place = found.indexOf(card);
+    const position = found.indexOf(card);
     const copy = card.cloneNode(true);
     copy.querySelector("button.pictures")?.replaceWith(unwrapped(copy.querySelector("button.pictures")));
     dialog.querySelector(".detail").replaceChildren(...copy.childNodes);
-    byId("viewer-title").textContent = `Image ${place + 1} of ${found.length}`;
-    byId("viewer-previous").disabled = place <= 0;
-    byId("viewer-next").disabled = place >= found.length - 1;
-    dialog.dataset.place = place;
+    byId("viewer-title").textContent = `Image ${position + 1} of ${found.length}`;
+    byId("viewer-previous").disabled = position <= 0;
+    byId("viewer-next").disabled = position >= found.length - 1;
+    dialog.dataset.position = position;
     if (!dialog.open) dialog.showModal();
   }
 
@@ -96,7 +96,7 @@ function startGallery(cards) {
 
   function step(by) {
     if (!dialog.open) return turnTo(page + by);
-    const card = found[Number(dialog.dataset.place) + by];
+    const card = found[Number(dialog.dataset.position) + by];
     if (card) view(card);
   }
 
@@ -108,9 +108,9 @@ function startGallery(cards) {
   byId("viewer-next").addEventListener("click", () => step(1));
   byId("viewer-close").addEventListener("click", () => dialog.close());
   dialog.addEventListener("close", () => {
-    const place = Number(dialog.dataset.place);
-    turnTo(Math.floor(place / PAGE));
-    found[place]?.querySelector("button")?.focus();
+    const position = Number(dialog.dataset.position);
+    turnTo(Math.floor(position / PAGE));
+    found[position]?.querySelector("button")?.focus();
   });
   gallery.addEventListener("click", (event) => {
     const pictures = event.target.closest(".pictures");

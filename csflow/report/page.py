@@ -67,7 +67,7 @@ def render(page: Page) -> str:
 
 def _false_positive_rate(archive: Archive) -> float | None:
     """What the runs were given; None if they differ or have left no record."""
-    rates = {record["configuration"]["false_positive_rate"] for record in archive.runs}
+    rates = {record.configuration["false_positive_rate"] for record in archive.runs}
     return rates.pop() if len(rates) == 1 else None
 
 

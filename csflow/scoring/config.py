@@ -1,10 +1,14 @@
-"""Settings of the scoring job."""
+"""Settings of the scoring job, and what its actors are told of them."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
 
-from csflow.config import JobConfig, Locations, Moment, Patterns, Precision
+from csflow.config import JobConfig, Locations, Moment, Patterns
+from csflow.output.layout import Output
+from csflow.precision import PrecisionSetting
+from csflow.storage import Location
 
 
 class ScoreConfig(JobConfig):
@@ -34,7 +38,7 @@ class ScoreConfig(JobConfig):
     """Stop, or end, with exit status 3 when more than this share of the images fails."""
     batch_size: int | None = Field(None, ge=1)
     """Images per forward pass. [default: 8 on CPUs, 32 on GPUs]"""
-    precision: Precision = "auto"
+    precision: PrecisionSetting = "auto"
     """Of convolutions and matrix products; sums are float32. mixed is float32 where the backbone's maps are
     large and bfloat16 behind, which moves scores by a thousandth, at most a hundredth; auto is mixed where
     the processor multiplies bfloat16, else float32; bfloat16 throughout moves scores by several percent."""
@@ -44,3 +48,18 @@ class ScoreConfig(JobConfig):
     """Seconds without a finished shard after which the run ends with exit status 3 instead of hanging."""
     exit_on_drift: bool = False
     """End with exit status 4, in place of 0, when the scores have drifted from calibration."""
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """What every scoring actor is told."""
+
+    model: Location
+    output: Output
+    run_id: str
+    keep_maps: bool
+    false_positive_rate: float
+    batch_size: int | None
+    precision: PrecisionSetting = "auto"
+    is_isolated: bool = False
+    """Read and decode each image in a child process, since the shards' workers died before."""

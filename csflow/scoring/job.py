@@ -1,6 +1,5 @@
 """The scoring job: freezes a listing, plans what is left of it, scores it, and accounts for every image."""
 
-import json
 import secrets
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,23 +8,19 @@ from typing import Any
 from csflow.calibration import drift
 from csflow.cluster import WorkerResources, connect, map_shards, share_out, with_timeout
 from csflow.console import Progress, say, warn
-from csflow.errors import ExitStatus, Failed
+from csflow.errors import ExitStatus
 from csflow.inputs.listing import list_images
 from csflow.inputs.selection import Selection
 from csflow.model_directory import ModelFiles, read_model
-from csflow.scoring.actor import CALLS_PER_SCORER, ScoringActor, ScoringSettings
-from csflow.scoring.config import ScoreConfig
-from csflow.scoring.listing import Listing
-from csflow.scoring.output import Output
+from csflow.output.layout import Output
+from csflow.scoring.actor import CALLS_PER_SCORER, ScoringActor
+from csflow.scoring.config import ScoreConfig, ScoringSettings
+from csflow.scoring.frozen_listing import Listing
 from csflow.scoring.plan import PlannedShard, account, make_plan
 from csflow.scoring.record import Clock, exit_status, run_record, summary
+from csflow.scoring.stopping import StopRules
 from csflow.scoring.tally import LiveMetrics, Tally
 from csflow.storage import Location
-
-FAILED_SHARDS_TO_STOP = 4
-"""A run whose first shards all fail as a whole is stopped."""
-FAILED_SHARDS_IN_A_ROW = 16
-"""So is one in which so many come back that failed, and none in between that did not: the disk is full."""
 
 
 def score(config: ScoreConfig) -> ExitStatus:
@@ -35,11 +30,10 @@ def score(config: ScoreConfig) -> ExitStatus:
     model = read_model(Location(config.model, config.storage_options))
     output = Output(Location(config.output, config.storage_options), model.model_id)
     output.location.check_writable(exclusively=True)
-    run_folder = output.location / "_runs" / run_id
     clock.lap("start")
     selection = Selection(config.include, config.exclude, config.since)
     found = list_images(config.input, config.storage_options, selection)
-    listing = Listing.freeze(run_folder / "listing", found, config.limit)
+    listing = Listing.freeze(output.listing_folder(run_id), found, config.limit)
     clock.lap("list")
     shards = make_plan(listing, output, run_id, config.retry_errors)
     clock.lap("plan")
@@ -58,7 +52,7 @@ def score(config: ScoreConfig) -> ExitStatus:
     drifted = drift(tally.sample, low_share, model.calibration.anomaly_score)
     status = exit_status(accounted, drifted, config)
     record = run_record(run_id, status, config, output, accounted, tally, drifted, clock)
-    (run_folder / "run.json").write((json.dumps(record, indent=2) + "\n").encode())
+    record.write(output.location)
     print(summary(record, output))
     return status
 
@@ -110,31 +104,23 @@ def _follow(
     """Counts the results as they come, with a line of progress now and then; returns whether all came.
 
     Raises:
-        Failed: the first shards all failed as a whole; the rest would too.
+        Failed: see `StopRules`.
     """
-    metrics = LiveMetrics(model_id)
-    in_a_row = 0
+    metrics, rules = LiveMetrics(model_id), StopRules(shards, config.max_error_rate)
     progress = Progress(shards, "shards")
     try:
         for row in with_timeout(rows, config.stall_timeout):
             tally.add(row)
             metrics.add(row)
-            done = len(tally.shards)
-            in_a_row = in_a_row + 1 if row["failure"] else 0
             if row["failure"]:
                 warn(f"shard {row['shard']} failed: {row['failure']}")
-            if tally.failed_shards == done == min(shards, FAILED_SHARDS_TO_STOP):
-                raise Failed(
-                    f"the first {done} shards failed, nothing of them was written; the last: {row['failure']}"
-                )
-            if in_a_row == FAILED_SHARDS_IN_A_ROW:
-                warn(f"stopped: the last {in_a_row} shards failed, see above")
+            if reason := rules.reason(tally, row["failure"]):
+                warn(f"stopped: {reason}")
                 return False
             rate = tally.images / progress.seconds
-            progress.update(done, f"{tally.scored} scored  {tally.errors} errors  {rate:.1f} images/s")
-            if tally.fails_everywhere(config.max_error_rate):
-                warn(f"stopped: {tally.errors} of {tally.images} images failed: {dict(tally.error_codes)}")
-                return False
+            progress.update(
+                len(tally.shards), f"{tally.scored} scored  {tally.errors} errors  {rate:.1f} images/s"
+            )
     except TimeoutError:
         waiting = shards - len(tally.shards)
         warn(f"stalled: no shard finished for {config.stall_timeout:.0f} s, {waiting} are still waited for")

@@ -1,6 +1,6 @@
-"""The log of plans, which gives every image version at most one place in the output.
+"""The log of plans, by which every image version comes into the output at most once.
 
-A plan assigns images to shards; the file name of a shard follows from its place in the plan, so that
+A plan assigns images to shards; the file name of a shard follows from its number in the plan, so that
 whoever scores it, how often and whenever, one file comes of it. `_plans/model_id=<id>/<number>.json` are
 the entries of the log: created, never changed, numbered without gaps. A run plans only images that are
 not scored, have no permanent error, and are in no unfinished shard of an earlier plan. Should another run
@@ -23,9 +23,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from csflow.errors import WrongUse
-from csflow.scoring.keys import KEY_COLUMNS, KeySet, Omitted, keys
-from csflow.scoring.listing import Listing, rebatched
-from csflow.scoring.output import Output, scored_images
+from csflow.output.layout import Output
+from csflow.output.reading import permanent_errors, scored_images
+from csflow.output.schemas import KEY_COLUMNS
+from csflow.scoring.frozen_listing import Listing, rebatched
+from csflow.scoring.key_sets import KeySet, Omitted, keys
 from csflow.storage import Location
 
 SHARD_STEP, MAX_SHARD_SIZE = 32, 256
@@ -82,10 +84,11 @@ class Plan:
         """Whether it may hold a listed image."""
         return self.first_uri <= listing.last_uri and listing.first_uri <= self.last_uri
 
-    def planned_shards(self, plans: Location) -> Iterator[PlannedShard]:
+    def planned_shards(self, output: Output) -> Iterator[PlannedShard]:
         for i in range(self.shards):
             part, row_group = divmod(i, SHARDS_PER_PART)
-            file = plans / self.folder / f"part-{part:06d}.parquet"
+            if row_group == 0:
+                file = output.plan_part(self.folder, part)
             yield PlannedShard(f"{self.folder}-{i:06d}", self.date, file, row_group)
 
 
@@ -93,22 +96,21 @@ def make_plan(listing: Listing, output: Output, run_id: str, retry_errors: bool)
     """The shards that are left until every listed image is scored or has a permanent error.
 
     Unfinished shards of earlier plans with listed images among theirs come first, then those of a new
-    plan for the images that have no place yet, if there are any.
+    plan for the images that are in none yet, if there are any.
     """
-    plans = output.folder("_plans")
     while True:
-        log = read_log(plans)
+        log = read_log(output.folder("_plans"))
         concerned = [plan for plan in log if plan.concerns(listing)]
         dates = sorted({plan.date for plan in concerned})
         # The scored images are those in the very files that make shards finished: no shard can be finished
         # whose images are not seen, however late or incomplete a listing is.
         finished = output.finished_shards(dates)
-        unfinished = [s for plan in concerned for s in plan.planned_shards(plans) if s.name not in finished]
+        unfinished = [s for plan in concerned for s in plan.planned_shards(output) if s.name not in finished]
         settled = KeySet()
         adopted = _adopt(unfinished, listing.keys, settled)
         _add(scored_images(list(finished.values())), settled)
         if not retry_errors:
-            _add(output.permanent_errors(dates), settled)
+            _add(permanent_errors(output.files("errors", dates)), settled)
         # Two runs over one output then begin at different ends, in place of doing everything twice.
         random.Random(run_id).shuffle(adopted)
         settled_rows = Omitted(
@@ -121,10 +123,10 @@ def make_plan(listing: Listing, output: Output, run_id: str, retry_errors: bool)
         images = settled_rows.drop_from(batch.select(KEY_COLUMNS) for batch in listing.batches())
         number = log[-1].number + 1 if log else 1
         try:
-            plan = _append(plans, number, run_id, images, left)
+            plan = _append(output, number, run_id, images, left)
         except FileExistsError:
             continue
-        return adopted + list(plan.planned_shards(plans))
+        return adopted + list(plan.planned_shards(output))
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def account(listing: Listing, output: Output) -> Account:
     dates = sorted({plan.date for plan in read_log(output.folder("_plans")) if plan.concerns(listing)})
     scored, failed = KeySet(), KeySet()
     _add(scored_images(list(output.finished_shards(dates).values())), scored)
-    _add(output.permanent_errors(dates), failed)
+    _add(permanent_errors(output.files("errors", dates)), failed)
     scored_count = failed_count = duplicates = 0
     for listed_part, *others in zip(listing.keys.parts(), scored.parts(), failed.parts(), strict=True):
         scored_keys, failed_keys = (part["key"] for part in others)
@@ -166,7 +168,7 @@ def read_log(plans: Location) -> list[Plan]:
     """The entries of the log in order.
 
     Raises:
-        WrongUse: an entry is missing, so that images may have a place that nobody knows of.
+        WrongUse: an entry is missing, so that images may be planned that nobody knows of.
     """
     log = [Plan(**json.loads(file.read())) for file in plans.find(".json")]
     missing = set(range(1, len(log) + 1)) - {plan.number for plan in log}
@@ -199,7 +201,7 @@ def _adopt(unfinished: Sequence[PlannedShard], listed: KeySet, settled: KeySet) 
     return [unfinished[number] for number in sorted(adopted)]
 
 
-def _append(plans: Location, number: int, run_id: str, images: Iterable[pa.RecordBatch], count: int) -> Plan:
+def _append(output: Output, number: int, run_id: str, images: Iterable[pa.RecordBatch], count: int) -> Plan:
     """Writes a plan's images, `count` of them, then its entry.
 
     Raises:
@@ -212,11 +214,11 @@ def _append(plans: Location, number: int, run_id: str, images: Iterable[pa.Recor
     for part, table in enumerate(rebatched(images, shard_size * SHARDS_PER_PART)):
         buffer = io.BytesIO()
         pq.write_table(table, buffer, row_group_size=shard_size, compression="zstd")
-        (plans / folder / f"part-{part:06d}.parquet").write(buffer.getvalue())
+        output.plan_part(folder, part).write(buffer.getvalue())
         least, greatest = pc.min_max(table["image_uri"]).as_py().values()
         first_uri, last_uri = min(first_uri, least), max(last_uri, greatest)
     shards = -(-count // shard_size)
     date = datetime.now(UTC).date().isoformat()
     plan = Plan(number, run_id, date, shards, folder, first_uri, last_uri)
-    (plans / f"{number:06d}.json").create(json.dumps(asdict(plan)).encode())
+    output.plan_entry(number).create(json.dumps(asdict(plan)).encode())
     return plan

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
 
 import csflow
 from csflow.calibration import Drift
 from csflow.errors import ExitStatus
+from csflow.output.layout import Output
+from csflow.output.runs import Counts, RunRecord, ScoredWith
 from csflow.process import peak_memory_bytes, process_started_at
 from csflow.scoring.config import ScoreConfig
-from csflow.scoring.output import Output
 from csflow.scoring.plan import Account
 from csflow.scoring.tally import Tally
 
@@ -57,60 +57,58 @@ def run_record(
     tally: Tally,
     drift: Drift | None,
     clock: Clock,
-) -> dict[str, Any]:
-    """The content of `run.json`. Storage options are left out: they may hold secrets."""
-    return {
-        "run_id": run_id,
-        "status": status.name.lower(),
-        "exit_status": int(status),
-        "started_at": clock.started_at.isoformat(),
-        "ended_at": datetime.now(UTC).isoformat(),
-        "model": {"location": config.model, "model_id": output.model_id},
-        "configuration": config.model_dump(mode="json", exclude={"storage_options"}),
-        "counts": {
+) -> RunRecord:
+    return RunRecord(
+        run_id=run_id,
+        status=status.name.lower(),
+        exit_status=status,
+        started_at=clock.started_at,
+        ended_at=datetime.now(UTC),
+        model=ScoredWith(location=config.model, model_id=output.model_id),
+        configuration=config.model_dump(mode="json", exclude={"storage_options"}),
+        counts=Counts(
             **asdict(account),
-            "scored_in_this_run": tally.scored,
-            "anomalous_in_this_run": tally.anomalous,
-            "errors_in_this_run": dict(tally.error_codes),
-            "failed_shards_in_this_run": tally.failed_shards,
-        },
-        "precisions": sorted(tally.precisions),
-        "drift": asdict(drift) if drift else None,
-        "peak_memory_bytes": {"driver": peak_memory_bytes(), "worker": tally.peak_worker_bytes},
-        "images_per_second": round(tally.images / clock.seconds["score"], 3),
-        "seconds": _rounded(clock.seconds),
-        "seconds_to_first_image": _seconds_to_first_image(tally),
-        "seconds_in_workers": _rounded(tally.seconds),
-        "cpu_seconds_in_workers": _rounded(tally.cpu_seconds),
-        "libraries": {"csflow": csflow.__version__, "python": platform.python_version()}
+            scored_in_this_run=tally.scored,
+            anomalous_in_this_run=tally.anomalous,
+            errors_in_this_run=dict(tally.error_codes),
+            failed_shards_in_this_run=tally.failed_shards,
+        ),
+        precisions=sorted(tally.precisions),
+        drift=drift,
+        peak_memory_bytes={"driver": peak_memory_bytes(), "worker": tally.peak_worker_bytes},
+        images_per_second=round(tally.images / clock.seconds["score"], 3),
+        seconds=_rounded(clock.seconds),
+        seconds_to_first_image=_seconds_to_first_image(tally),
+        seconds_in_workers=_rounded(tally.seconds),
+        cpu_seconds_in_workers=_rounded(tally.cpu_seconds),
+        libraries={"csflow": csflow.__version__, "python": platform.python_version()}
         | {name: version(name) for name in LIBRARIES},
-    }
+    )
 
 
-def summary(record: Mapping[str, Any], output: Output) -> str:
+def summary(record: RunRecord, output: Output) -> str:
     """A few lines for the terminal."""
-    counts = record["counts"]
-    before = counts["scored"] - counts["scored_in_this_run"]
-    codes = ", ".join(f"{code} {n}" for code, n in sorted(counts["errors_in_this_run"].items()))
-    first = record["seconds_to_first_image"]
+    counts, first = record.counts, record.seconds_to_first_image
+    before = counts.scored - counts.scored_in_this_run
+    codes = ", ".join(f"{code} {n}" for code, n in sorted(counts.errors_in_this_run.items()))
     lines = [
-        f"scored    {counts['scored_in_this_run']} images, {counts['anomalous_in_this_run']} anomalous "
+        f"scored    {counts.scored_in_this_run} images, {counts.anomalous_in_this_run} anomalous "
         f"({before} were scored before)",
         f"errors    {codes or 'none'}",
-        f"rate      {record['images_per_second']:.1f} images/s"
+        f"rate      {record.images_per_second:.1f} images/s"
         + (f", the first {first:.0f} s after the start" if first is not None else ""),
     ]
-    if drift := record["drift"]:
+    if drift := record.drift:
         lines.append(
-            f"drift     {drift['share_below_5_percent']:.1%} of p-values below 0.05; distance from "
-            f"calibration {drift['ks_statistic']:.3f} (p = {drift['ks_p_value']:.2g})"
+            f"drift     {drift.share_below_5_percent:.1%} of p-values below 0.05; distance from "
+            f"calibration {drift.ks_statistic:.3f} (p = {drift.ks_p_value:.2g})"
         )
     lines.append(f"output    {output.folder('scores')}")
-    if counts["missing"]:
-        lines.append(f"INCOMPLETE: {counts['missing']} images are missing; the same command continues")
-    elif record["exit_status"] == ExitStatus.INCOMPLETE:
+    if counts.missing:
+        lines.append(f"INCOMPLETE: {counts.missing} images are missing; the same command continues")
+    elif record.exit_status == ExitStatus.INCOMPLETE:
         lines.append(
-            f"INCOMPLETE: {counts['permanent_errors']} of {counts['listed']} images have a permanent error"
+            f"INCOMPLETE: {counts.permanent_errors} of {counts.listed} images have a permanent error"
         )
     return "\n".join(lines)
 

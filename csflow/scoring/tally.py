@@ -16,7 +16,7 @@ ERROR_RATE_MINIMUM_IMAGES = 100
 
 @dataclass
 class Tally:
-    """Adds up the result rows of shards (`csflow.scoring.shard.RESULT`)."""
+    """Adds up the result rows of shards (`csflow.scoring.scorer.RESULT`)."""
 
     shards: set[str] = field(default_factory=set)
     """Names of the shards that came back."""
@@ -73,8 +73,8 @@ class Tally:
         for seen, value in enumerate(scores, start=self.scored + 1):
             if len(self.sample) < SAMPLE_SIZE:
                 self.sample.append(value)
-            elif (place := self.generator.randrange(seen)) < SAMPLE_SIZE:
-                self.sample[place] = value
+            elif (position := self.generator.randrange(seen)) < SAMPLE_SIZE:
+                self.sample[position] = value
 
 
 class LiveMetrics:
@@ -83,17 +83,14 @@ class LiveMetrics:
     def __init__(self, model_id: str) -> None:
         tags = {"model_id": model_id}
 
-        def counter(name: str, description: str, tag: str) -> metrics.Counter:
-            new = metrics.Counter(f"csflow_{name}", description, tag_keys=("model_id", tag))
+        def counter(name: str, description: str, *tag: str) -> metrics.Counter:
+            new = metrics.Counter(f"csflow_{name}", description, tag_keys=("model_id", *tag))
             new.set_default_tags(tags)
             return new
 
         self._images = counter("images", "Images by outcome: scored, or the error code.", "outcome")
         self._seconds = counter("stage_seconds", "Seconds of workers by stage.", "stage")
-        self._low = metrics.Counter(
-            "csflow_low_p_values", "Images with a p-value below 0.05.", tag_keys=("model_id",)
-        )
-        self._low.set_default_tags(tags)
+        self._low = counter("low_p_values", "Images with a p-value below 0.05.")
 
     def add(self, row: Mapping[str, Any]) -> None:
         if not row["is_published"]:

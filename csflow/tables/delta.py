@@ -9,7 +9,7 @@ import pyarrow as pa
 from deltalake import DeltaTable, PostCommitHookProperties, Schema
 from deltalake.transaction import AddAction
 
-from csflow.scores import OutputFile
+from csflow.output.layout import OutputFile
 from csflow.storage import Location
 from csflow.tables.files import Footer, not_among, read_footers, table_schema
 
@@ -26,7 +26,7 @@ def add_to_delta(folder: Location, files: Sequence[OutputFile], schema: pa.Schem
         folder.url, columns, mode="ignore", partition_by=PARTITION_COLUMNS, storage_options=_options(folder)
     )
     known = set(pa.table(table.get_add_actions())["path"].to_pylist())
-    new = not_among(files, known, _path)
+    new = not_among(files, known, lambda file: file.path)
     if new:
         _add_columns(table, columns)
         table.create_write_transaction(
@@ -48,14 +48,9 @@ def _add_columns(table: DeltaTable, columns: pa.Schema) -> None:
         table.alter.add_columns(missing)
 
 
-def _path(file: OutputFile) -> str:
-    """Relative to the table."""
-    return f"model_id={file.model_id}/date={file.date}/{file.location.name}"
-
-
 def _add(footer: Footer) -> AddAction:
     return AddAction(
-        path=_path(footer.file),
+        path=footer.file.path,
         size=footer.size,
         partition_values={"model_id": footer.file.model_id, "date": footer.file.date.isoformat()},
         modification_time=int(time.time() * 1000),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from csflow.scores import OutputFile, output_files
+from csflow.output.layout import Kind, OutputFile, output_files
 from csflow.storage import Location
 
 FOOTERS_AT_ONCE = 16
@@ -27,18 +27,14 @@ def table_schema(schema: pa.Schema) -> pa.Schema:
     return pa.schema([*schema, pa.field("model_id", pa.string()), pa.field("date", pa.date32())])
 
 
-def final_files(output: Location) -> dict[str, list[OutputFile]]:
+def final_files(output: Location) -> dict[Kind, list[OutputFile]]:
     """Files of `scores` and `errors` that no run will write again.
 
     A scores file is created once. The errors of a shard may be written again until its scores file is there.
     """
-    scores = output_files(output / "scores")
-    finished = {(file.model_id, _shard(file)) for file in scores}
-    errors = output_files(output / "errors")
-    return {
-        "scores": scores,
-        "errors": [e for e in errors if (e.model_id, _shard(e).rsplit("-", 1)[0]) in finished],
-    }
+    scores, errors = output_files(output, "scores"), output_files(output, "errors")
+    finished = {(file.model_id, file.shard) for file in scores}
+    return {"scores": scores, "errors": [file for file in errors if (file.model_id, file.shard) in finished]}
 
 
 def read_footers(files: Sequence[OutputFile]) -> list[Footer]:
@@ -58,7 +54,3 @@ def not_among(
 ) -> list[OutputFile]:
     """The files that a table does not hold yet, by the name under which it would."""
     return [file for file in files if name(file) not in known]
-
-
-def _shard(file: OutputFile) -> str:
-    return file.location.name.removesuffix(".parquet")

@@ -16,7 +16,7 @@ from pyiceberg.manifest import DataFile, DataFileContent, FileFormat
 from pyiceberg.table import Table, TableProperties
 from pyiceberg.typedef import Record
 
-from csflow.scores import OutputFile
+from csflow.output.layout import OutputFile
 from csflow.storage import Location
 from csflow.tables.files import Footer, not_among, read_footers, table_schema
 

@@ -7,11 +7,12 @@ import pyarrow as pa
 
 from csflow.config import JobConfig
 from csflow.errors import ExitStatus, WrongUse
-from csflow.scores import ERRORS, SCORES, OutputFile
+from csflow.output.layout import Kind, OutputFile
+from csflow.output.schemas import ERRORS, SCORES
 from csflow.storage import Location
 from csflow.tables.files import final_files
 
-SCHEMAS = {"scores": SCORES, "errors": ERRORS}
+SCHEMAS: dict[Kind, pa.Schema] = {"scores": SCORES, "errors": ERRORS}
 
 
 class RegisterConfig(JobConfig):
@@ -53,7 +54,7 @@ def register(config: RegisterConfig) -> ExitStatus:
     return ExitStatus.DONE
 
 
-def _adder(config: RegisterConfig, output: Location) -> Callable[[str, list[OutputFile], pa.Schema], int]:
+def _adder(config: RegisterConfig, output: Location) -> Callable[[Kind, list[OutputFile], pa.Schema], int]:
     """What adds files to the table of a kind. Only the library that is asked for is imported."""
     if config.catalog is None:
         from csflow.tables.delta import add_to_delta

@@ -1,8 +1,15 @@
-"""What a finished training has to say about itself: when it was too short, or no use."""
+"""What a training has to say: that it stretches images, that it was too short, or no use."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
+from csflow.preprocessing import Preprocessing, distortion
+
+MOST_DISTORTION = 1.5
+"""Up to which change of their aspect ratio images are stretched without a word."""
 STILL_FALLING = 0.005
 """Per dimension: a validation loss that falls by more in the last epoch has not settled."""
 
@@ -40,3 +47,24 @@ def advice(
             f"train for longer (--epochs {2 * epochs})"
         )
     return lines
+
+
+def stretch_warning(cached: pa.Table, preprocessing: Preprocessing) -> str | None:
+    """What to say of images that are stretched by more than `MOST_DISTORTION`; None if there are none.
+
+    Args:
+        cached: rows in the `INDEX` schema.
+    """
+    if preprocessing.fit != "stretch":
+        return None
+    size = preprocessing.image_size
+    sides = zip(cached["image_height"].to_pylist(), cached["image_width"].to_pylist(), strict=True)
+    found = np.array([distortion(size, *pair) for pair in sides if None not in pair])
+    strong = found[found > MOST_DISTORTION]
+    if not len(strong):
+        return None
+    return (
+        f"warning: {len(strong)} of {len(found)} images are stretched by more than {MOST_DISTORTION} to "
+        f"become {size[0]} x {size[1]} pixels (median {np.median(strong):.2f}); --fit letterbox pads them "
+        "instead, --fit crop takes their middle, --image_size can give height and width in their ratio"
+    )

@@ -157,17 +157,17 @@ class FeatureCache:
         images, tensor = json.loads(header["__metadata__"]["images"]), header["features"]
         dtype = tensor["dtype"]
         step = sum(self.sizes) * DTYPES[dtype].itemsize
-        place = {"file": name, "dtype": dtype}
+        stored = {"file": name, "dtype": dtype}
         columns = ("image_uris", "image_versions", "content_digests", "image_sizes")
         good = zip(*(images[column] for column in columns), strict=True)
         rows: list[dict[str, Any]] = [
             {"image_uri": uri, "image_version": version, "content_digest": digest}
             | {"image_height": height, "image_width": width, "offset": start + i * step}
-            | place
+            | stored
             for i, (uri, version, digest, (height, width)) in enumerate(good)
         ]
         return rows + [
-            {"image_uri": u, "image_version": v, "error_message": message, "offset": 0} | place
+            {"image_uri": u, "image_version": v, "error_message": message, "offset": 0} | stored
             for u, v, message in images["failed"]
         ]
 

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import csflow
+from csflow.charts import Curve, chart, steps
 from csflow.model_directory import Calibration
 from csflow.training.labelled import auroc_line
 
-WIDTH, HEIGHT, MARGIN = 640, 280, 48
 BINS = 40
 FALSE_POSITIVE_RATE = 0.01
 """For which the card names the map threshold."""
@@ -183,64 +183,17 @@ def _outlier_table(outliers: Sequence[Mapping[str, Any]]) -> str:
 
 def curves_svg(history: Sequence[Mapping[str, Any]], best_epoch: int) -> bytes:
     """Training and validation loss against epochs, the kept epoch marked."""
-    curves = {name: [line[name] for line in history] for name in ("loss", "validation_loss")}
-    curves = {name: values for name, values in curves.items() if None not in values}
-    low = min(min(values) for values in curves.values())
-    high = max(max(values) for values in curves.values())
-    step = (WIDTH - 2 * MARGIN) / max(len(history) - 1, 1)
-    scale = (HEIGHT - 2 * MARGIN) / ((high - low) or 1.0)
-
-    def polyline(values: Sequence[float], color: str) -> str:
-        points = (
-            f"{MARGIN + step * i:.1f},{HEIGHT - MARGIN - scale * (v - low):.1f}" for i, v in enumerate(values)
-        )
-        return f'<polyline points="{" ".join(points)}" fill="none" stroke="{color}" stroke-width="2"/>'
-
-    kept = MARGIN + step * (best_epoch - 1)
-    parts = [
-        f'<path d="M{kept:.1f},{MARGIN}V{HEIGHT - MARGIN}" stroke="#999" stroke-dasharray="3"/>',
-        polyline(curves["loss"], "#3366cc"),
-        _text(MARGIN, 24, "training loss", "#3366cc"),
-    ]
-    if "validation_loss" in curves:
-        parts += [
-            polyline(curves["validation_loss"], "#dd7711"),
-            _text(MARGIN + 110, 24, "validation loss", "#dd7711"),
-        ]
-    return _drawing(parts, high, low, "epoch 1", f"epoch {len(history)}")
+    named = {"training loss": "loss", "validation loss": "validation_loss"}
+    losses = {name: [line[key] for line in history] for name, key in named.items()}
+    losses = {name: values for name, values in losses.items() if None not in values}
+    curves = [Curve(name, range(1, len(history) + 1), values) for name, values in losses.items()]
+    span = [min(map(min, losses.values())), max(map(max, losses.values()))]
+    kept = Curve("epoch that is kept", [best_epoch, best_epoch], span)
+    return chart([*curves, kept], "epoch", "loss")
 
 
 def histogram_svg(scores: NDArray[np.float64]) -> bytes:
     """How many held-out images have which anomaly score."""
     counts, edges = np.histogram(scores, bins=BINS)
-    width = (WIDTH - 2 * MARGIN) / BINS
-    scale = (HEIGHT - 2 * MARGIN) / max(counts.max(), 1)
-    bars = [
-        f'<rect x="{MARGIN + width * i:.1f}" y="{HEIGHT - MARGIN - scale * count:.1f}" '
-        f'width="{width - 1:.1f}" height="{scale * count:.1f}" fill="#3366cc"/>'
-        for i, count in enumerate(counts.tolist())
-    ]
-    title = _text(MARGIN, 24, f"held-out images by anomaly score ({len(scores)})", "#3366cc")
-    return _drawing([title, *bars], counts.max(), 0, f"{edges[0]:.3f}", f"{edges[-1]:.3f}")
-
-
-def _drawing(parts: Sequence[str], high: float, low: float, first: str, last: str) -> bytes:
-    """Axes with their ends named, and what is between them."""
-    bottom = HEIGHT - MARGIN
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        f'<path d="M{MARGIN},{MARGIN}V{bottom}H{WIDTH - MARGIN}" fill="none" stroke="#999"/>',
-        *parts,
-        _text(MARGIN - 6, MARGIN + 4, f"{high:.4g}", anchor="end"),
-        _text(MARGIN - 6, bottom, f"{low:.4g}", anchor="end"),
-        _text(MARGIN, bottom + 18, first),
-        _text(WIDTH - MARGIN, bottom + 18, last, anchor="end"),
-        "</svg>\n",
-    ]
-    return "\n".join(lines).encode()
-
-
-def _text(x: float, y: float, content: str, color: str = "#555", anchor: str = "start") -> str:
-    return f'<text x="{x}" y="{y}" fill="{color}" text-anchor="{anchor}">{content}</text>'
+    outline = Curve(f"held-out images ({len(scores)})", *steps(counts, edges), is_filled=True)
+    return chart([outline], "anomaly score", "images", y_range=(0, max(counts.max(), 1)))

@@ -7,8 +7,8 @@ from pydantic import Field, model_validator
 from csflow.config import JobConfig, Locations, Patterns, Stages
 from csflow.errors import WrongUse
 from csflow.model import Architecture
+from csflow.precision import TrainingPrecision
 from csflow.preprocessing import Fit
-from csflow.training.precision import Precision
 from csflow.training.recipe import RECIPES, RecipeName
 
 
@@ -64,7 +64,7 @@ class TrainConfig(JobConfig):
     micro_batch_size: int | None = Field(None, ge=1)
     """Most images that a worker takes at once; gradients of the rest of its share of the batch are
     accumulated. [default: its whole share]"""
-    precision: Precision = "auto"
+    precision: TrainingPrecision = "auto"
     """Of the flow's convolutions in training: float32, bfloat16, or auto for bfloat16 where the hardware
     has it. Validation and calibration are float32."""
     learning_rate: float = Field(3e-3, gt=0)

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from csflow import device
+from csflow import process
 from csflow.cluster import WorkerResources, map_shards
 from csflow.errors import ImageError
 from csflow.inputs.loading import ImageLoader, batches
@@ -68,7 +68,7 @@ class FeatureExtractor:
     """Actor of the extraction pass."""
 
     def __init__(self, architecture: Architecture, cache: FeatureCache, resources: WorkerResources) -> None:
-        self._device = device.set_up(resources.cpus, resources.gpus)
+        self._device = process.set_up(resources.cpus, resources.gpus)
         detector = load_backbone(architecture, cache).to(self._device)
         self._backbone = InferenceBackbone(detector, "float32", BATCH_SIZE)
         self._cache = cache

@@ -20,17 +20,16 @@ from csflow.inputs.reading import ImageReader
 from csflow.model import BackboneError, Detector, load_weights
 from csflow.model_directory import Calibration, holds_model, save_model, worker_bytes
 from csflow.storage import Location
-from csflow.training.advice import advice
+from csflow.training.advice import advice, stretch_warning
 from csflow.training.cache import FeatureCache, find_images
 from csflow.training.card import model_card
 from csflow.training.config import TrainConfig
-from csflow.training.data import TRIMMED, TrainingData, stretch_warning
 from csflow.training.features import extract
 from csflow.training.labelled import LabelledImages
 from csflow.training.outliers import ClosedForm, outlier_files, trimmed_count
 from csflow.training.run import Run
 from csflow.training.shards import fingerprint
-from csflow.training.split import split_sizes
+from csflow.training.split import TRIMMED, TrainingData, split_sizes
 from csflow.weights import find_weights
 
 ROUNDING_IMAGES = 8

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from csflow import device
+from csflow import process
 from csflow.cluster import WorkerResources, run_task, share_out
 from csflow.errors import WrongUse
 from csflow.evaluate import image_metrics
@@ -20,9 +20,9 @@ from csflow.model import Detector
 from csflow.storage import Location
 from csflow.training.cache import FeatureCache, find_images
 from csflow.training.config import TrainConfig
-from csflow.training.data import TrainingData
 from csflow.training.gaussians import gaussian_energies, gaussian_scores, gaussian_statistic
 from csflow.training.sources import open_features
+from csflow.training.split import TrainingData
 
 BATCH_SIZE = 32
 
@@ -146,7 +146,7 @@ def _scores(
     detector: Detector, cache: FeatureCache, usual: pa.Table, images: pa.Table, resources: WorkerResources
 ) -> tuple[list[float], list[float]]:
     """Anomaly scores of each image: of the detector, and of its Gaussian alone (none without whitening)."""
-    where = device.set_up(resources.cpus, resources.gpus)
+    where = process.set_up(resources.cpus, resources.gpus)
     detector = detector.to(where)
     gaussians = detector.gaussians
 

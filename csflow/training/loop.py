@@ -23,8 +23,8 @@ from csflow.model import (
 )
 from csflow.model.statistic import energy_map
 from csflow.model.whitening import PositionGaussian
+from csflow.precision import TrainingPrecision, uses_bfloat16
 from csflow.training.config import TrainConfig
-from csflow.training.precision import Precision, uses_bfloat16
 from csflow.training.recipe import RECIPES
 from csflow.training.sources import FeatureSource
 from csflow.training.step import annealed, new_optimizer, optimizer_step
@@ -46,7 +46,7 @@ class LoopSettings:
     learning_rate: float
     is_annealed: bool
     adam_epsilon: float
-    precision: Precision
+    precision: TrainingPrecision
 
     @classmethod
     def of(cls, config: TrainConfig, training_images: int) -> "LoopSettings":

@@ -22,8 +22,8 @@ from torch import Tensor
 from csflow.cluster import run_task
 from csflow.errors import ImageError
 from csflow.inputs.reading import ImageReader
-from csflow.maps import READ_DEADLINE_S, read_image
 from csflow.model import Gaussians
+from csflow.overlays import READ_DEADLINE_S, read_image
 from csflow.storage import Location, read_parquet, to_parquet
 from csflow.training.cache import FeatureCache
 from csflow.training.gaussians import (

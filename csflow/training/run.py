@@ -20,10 +20,10 @@ from csflow.storage import Location, to_parquet
 from csflow.training.cache import FeatureCache
 from csflow.training.checkpoint import read_checkpoint, with_prefix
 from csflow.training.config import TrainConfig
-from csflow.training.data import TrainingData
 from csflow.training.live import LiveView
 from csflow.training.loop import LoopSettings
 from csflow.training.shards import fingerprint
+from csflow.training.split import TrainingData
 from csflow.training.worker import WorkerSettings, train_worker
 
 WORKER_RETRIES = 3

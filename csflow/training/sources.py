@@ -127,10 +127,10 @@ class StreamedFeatures:
         features_ND = torch.empty(len(share), sum(self._cache.sizes))
         dtypes = rows["dtype"].to_pylist()
         for dtype in set(dtypes):
-            places = [place for place, found in enumerate(dtypes) if found == dtype]
-            some = rows.take(pa.array(places))
+            positions = [position for position, found in enumerate(dtypes) if found == dtype]
+            some = rows.take(pa.array(positions))
             read_ND = self._cache.read_images(some["file"].to_pylist(), some["offset"].to_pylist(), dtype)
-            features_ND[places] = read_ND.float()
+            features_ND[positions] = read_ND.float()
         return features_ND
 
 
@@ -139,14 +139,14 @@ def _load(cache: FeatureCache, images: pa.Table) -> Tensor:
     dtypes = set(images["dtype"].to_pylist())
     dtype = torch.float16 if dtypes == {"F16"} else torch.float32
     features_ND = torch.empty(images.num_rows, sum(cache.sizes), dtype=dtype)
-    places: dict[str, list[int]] = {}
-    for place, name in enumerate(images["file"].to_pylist()):
-        places.setdefault(name, []).append(place)
+    positions: dict[str, list[int]] = {}
+    for position, name in enumerate(images["file"].to_pylist()):
+        positions.setdefault(name, []).append(position)
     offsets = images["offset"].to_pylist()
-    for (_, wanted), data in zip(places.items(), cache.read_files(places), strict=True):
+    for (_, wanted), data in zip(positions.items(), cache.read_files(positions), strict=True):
         stored_ND = safetensors.torch.load(data)["features"]
         step = stored_ND[0].nbytes
         start = 8 + int.from_bytes(data[:8], "little")
-        rows = [(offsets[place] - start) // step for place in wanted]
+        rows = [(offsets[position] - start) // step for position in wanted]
         features_ND[wanted] = stored_ND[rows].to(dtype)
     return features_ND

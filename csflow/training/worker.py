@@ -9,7 +9,7 @@ import ray.train.torch
 from ray.util.queue import Queue
 from torch import Tensor
 
-from csflow import device
+from csflow import process
 from csflow.cluster import WorkerResources
 from csflow.model import Gaussians
 from csflow.storage import Location, read_parquet
@@ -41,7 +41,7 @@ class WorkerSettings:
 
 def train_worker(settings: WorkerSettings, progress: Queue | None) -> None:
     """Trains the flow; reports checkpoints to Ray Train and an `Epoch` each to `progress`."""
-    device.set_up(settings.resources.cpus, settings.resources.gpus)
+    process.set_up(settings.resources.cpus, settings.resources.gpus)
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     split = read_parquet(settings.split)

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 
 from csflow.inputs.listing import LISTING
-from csflow.scoring.keys import KeySet, Omitted, keys, repeated
+from csflow.scoring.key_sets import KeySet, Omitted, keys, repeated
 from csflow.storage import Location, read_parquet, to_parquet
 
 PART_ROWS = 250_000

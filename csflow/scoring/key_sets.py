@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-KEY_COLUMNS = ["image_uri", "image_version"]
+from csflow.output.schemas import KEY_COLUMNS
+
 KEY_PARTS = 256
 BUFFER_ROWS = 1 << 18
 

@@ -1,18 +1,27 @@
 """The precision of convolutions and matrix products; sums and the flow's state are float32 in each."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:  # settings know the names of precisions without it
+    import torch
 
 Precision = Literal["float32", "mixed", "bfloat16"]
 """Of scoring. `mixed`: float32 where the backbone's maps are large, whose roundings the flow would take for
 anomalies, and bfloat16 behind."""
 PrecisionSetting = Literal["auto", "float32", "mixed", "bfloat16"]
+TrainingPrecision = Literal["auto", "float32", "bfloat16"]
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
+def multiplies_bfloat16(device: "torch.device") -> bool:
     """Whether its units multiply bfloat16; others do so by way of float32, which gains nothing."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def uses_bfloat16(precision: TrainingPrecision, device: "torch.device") -> bool:
+    """Whether convolutions of a training run in bfloat16; weights, sums and the loss stay in float32."""
+    return multiplies_bfloat16(device) if precision == "auto" else precision == "bfloat16"

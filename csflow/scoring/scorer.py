@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from csflow import device
+from csflow import process
 from csflow.calibration import p_values
 from csflow.cluster import WorkerResources
 from csflow.errors import ImageError
@@ -23,13 +23,12 @@ from csflow.inputs.loading import ImageLoader, LoadedImage, batches
 from csflow.inputs.reading import ImageReader
 from csflow.model import InferenceDetector, Scores
 from csflow.model_directory import load_model
+from csflow.output.schemas import ERRORS, FLOATS, SCORES
 from csflow.preprocessing import whole
-from csflow.process import peak_memory_bytes
+from csflow.process import ProcessCpu, Stages, peak_memory_bytes
 from csflow.redaction import redact
-from csflow.scores import ERRORS, FLOATS, SCORES
-from csflow.scoring.actor import ScoringSettings
+from csflow.scoring.config import ScoringSettings
 from csflow.scoring.plan import PlannedShard
-from csflow.stages import ProcessCpu, Stages
 from csflow.storage import Location, to_parquet
 
 READ_THREADS, READ_THREADS_PER_CPU = 8, 2
@@ -72,7 +71,7 @@ class ShardScorer:
 
     def __init__(self, settings: ScoringSettings, resources: WorkerResources) -> None:
         self._settings = settings
-        self._device = device.set_up(resources.cpus, resources.gpus)
+        self._device = process.set_up(resources.cpus, resources.gpus)
         model = load_model(settings.model)
         if model.model_id != settings.output.model_id:
             raise RuntimeError(

@@ -1,10 +1,6 @@
 """Makes a model directory of a CS-Flow model that was trained elsewhere (docs/import.md).
 
-A state dict of the official implementation, or a checkpoint of anomalib's Csflow:
-
-    python -m csflow.import_model --checkpoint flow.pth --weights efficientnet-b5.pth \\
-        --calibrate data/good --output models/cells
-    python -m csflow.import_model --checkpoint model.ckpt --calibrate s3://plant/good --output s3://plant/models/cells
+It takes a state dict of the official implementation, or a checkpoint of anomalib's Csflow.
 """
 
 import hashlib
@@ -20,11 +16,10 @@ import torch
 from pydantic import Field
 
 import csflow
-from csflow.cli import run
 from csflow.config import JobConfig, Locations
 from csflow.errors import ExitStatus, ImageError, WrongUse
-from csflow.foreign_models import SCALES, ForeignModel, ForeignModelError, load_extractor, read_foreign
 from csflow.images import DecodedImage
+from csflow.importing.checkpoints import SCALES, ForeignModel, ForeignModelError, load_extractor, read_foreign
 from csflow.inputs.listing import list_images
 from csflow.inputs.loading import ImageLoader, LoadedImage, batches
 from csflow.inputs.reading import ImageReader
@@ -282,7 +277,3 @@ def _card(detector: Detector, calibration: pa.Table, origin: Mapping[str, str]) 
         high=np.quantile(scores, 0.95),
         smallest=1 / (len(scores) + 1),
     )
-
-
-if __name__ == "__main__":
-    run("import", __doc__)

@@ -1,0 +1,169 @@
+"""Opening the output of scoring jobs for one model: its scores, its errors, and the runs that made them."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+from csflow.errors import WrongUse
+from csflow.output.layout import SCORES_FILES, Kind, output_files, run_ids
+from csflow.output.runs import RunRecord, read_record
+from csflow.output.schemas import ERRORS, KEY_COLUMNS, SCORES
+from csflow.storage import Location
+
+RUNS_LOOKED_AT = 50
+"""Records read at most: an output may have runs of other models, and runs that were cut off."""
+
+
+@dataclass(frozen=True)
+class ScoringOutput:
+    """What one model has written below the `--output` of scoring jobs, with a `date` column (date32) each."""
+
+    model_id: str
+    root: Location
+    """The `--output` itself."""
+    scores: ds.Dataset
+    errors: ds.Dataset | None
+    """None if no image ever failed."""
+
+
+def open_scores(location: Location, model_id: str | None = None) -> ScoringOutput:
+    """Opens the output of scoring jobs, or the `scores` folder in it, for one model.
+
+    Raises:
+        WrongUse: there are no scores, or of several models and `model_id` names none of them.
+    """
+    root, models = _find_models(location)
+    if model_id is None and len(models) == 1:
+        model_id = next(iter(models))
+    if model_id not in models:
+        what = "holds scores of several models" if model_id is None else f"has no scores of model {model_id}"
+        raise WrongUse(f"{location} {what}; choose with --model_id: {', '.join(models)}")
+    failed = _files_by_model(root, "errors").get(model_id)
+    return ScoringOutput(
+        model_id,
+        root,
+        scores=_open_dataset(root, models[model_id], SCORES),
+        errors=_open_dataset(root, failed, ERRORS) if failed else None,
+    )
+
+
+def latest_per_image(table: pa.Table, time: str) -> pa.Table:
+    """The rows with the latest `time` of each image URI, in order of time."""
+    table = table.sort_by(time)
+    rows = table.select(["image_uri"]).append_column("row", pa.array(np.arange(len(table))))
+    last = rows.group_by("image_uri").aggregate([("row", "max")])["row_max"]
+    return table.take(np.sort(last.to_numpy()))
+
+
+@dataclass(frozen=True)
+class ErrorGroup:
+    """Images that have no score for one reason."""
+
+    code: str
+    images: int
+    is_transient: bool
+    latest: dict[str, Any]
+    """The last row of `errors` among them."""
+
+
+def open_errors(output: ScoringOutput, run_id: str | None = None) -> list[ErrorGroup]:
+    """Images that have no score for an error, by code, the most frequent code first."""
+    if output.errors is None:
+        return []
+    of_run = pc.field("run_id") == run_id if run_id is not None else None
+    failed = latest_per_image(output.errors.to_table(filter=of_run), "failed_at")
+    scored = output.scores.to_table(
+        columns=["image_uri", "image_version", "scored_at"],
+        filter=pc.field("image_uri").isin(failed["image_uri"].combine_chunks()),
+    )
+    both = failed.join(scored, "image_uri", join_type="inner", right_suffix="_scored")
+    is_same = pc.equal(both["image_version"], both["image_version_scored"])
+    recovered = both.filter(pc.or_(is_same, pc.greater(both["scored_at"], both["failed_at"])))
+    is_open = pc.invert(pc.is_in(failed["image_uri"], recovered["image_uri"].combine_chunks()))
+    failed = failed.filter(is_open).sort_by([("failed_at", "descending")])
+    groups = []
+    for count in failed["error_code"].value_counts().to_pylist():
+        (latest,) = failed.filter(pc.equal(failed["error_code"], count["values"])).slice(0, 1).to_pylist()
+        groups.append(ErrorGroup(latest["error_code"], count["counts"], latest["is_transient"], latest))
+    return sorted(groups, key=lambda group: -group.images)
+
+
+def last_records(output: ScoringOutput) -> list[RunRecord]:
+    """Those of this model among the last `RUNS_LOOKED_AT` runs, the latest first; runs cut off have none."""
+    ids = reversed(run_ids(output.root)[-RUNS_LOOKED_AT:])
+    records = (read_record(output.root, run_id) for run_id in ids)
+    return [record for record in records if record and record.model.model_id == output.model_id]
+
+
+def scored_images(files: Sequence[Location]) -> Iterator[pa.RecordBatch]:
+    """The images in these scores files. Reads no maps."""
+    return _read(files, KEY_COLUMNS, SCORES)
+
+
+def permanent_errors(files: Sequence[Location]) -> Iterator[pa.RecordBatch]:
+    """The images in these errors files that failed for a reason that stays."""
+    for batch in _read(files, [*KEY_COLUMNS, "is_transient"], ERRORS):
+        yield batch.filter(pc.invert(batch["is_transient"]))
+
+
+def dataset(files: Sequence[Location], schema: pa.Schema) -> ds.Dataset:
+    """Files, one at least, as one dataset of this schema."""
+    fs = PyFileSystem(FSSpecHandler(files[0].fs))
+    return ds.dataset([file.path for file in files], schema, format="parquet", filesystem=fs)
+
+
+def _read(files: Sequence[Location], columns: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    if files:
+        # Read-ahead is bounded, so that memory does not grow with the number of files.
+        ahead = {"batch_readahead": 4, "fragment_readahead": 4}
+        yield from dataset(files, schema).to_batches(columns=list(columns), **ahead)
+
+
+def _find_models(location: Location) -> tuple[Location, dict[str, list[str]]]:
+    for root in _possible_roots(location):
+        try:
+            models = _files_by_model(root, "scores")
+        except Exception as error:  # object stores' errors have no common base
+            reason = f"{type(error).__name__}: {error}"
+            raise WrongUse(f"{location} cannot be listed ({reason}); check address and access") from None
+        if models:
+            return root, models
+    raise WrongUse(
+        f"{location} holds no scores ({SCORES_FILES}); --scores takes the --output of a scoring job"
+    )
+
+
+def _possible_roots(location: Location) -> Iterator[Location]:
+    url = location.fs.unstrip_protocol(location.path).rstrip("/")
+    yield Location(url, location.storage_options)
+    if url.endswith("/scores"):
+        yield Location(url.removesuffix("/scores"), location.storage_options)
+
+
+def _files_by_model(root: Location, kind: Kind) -> dict[str, list[str]]:
+    """Paths of the files of `scores` or `errors`, by model id."""
+    files = defaultdict(list)
+    for file in output_files(root, kind):
+        files[file.model_id].append(file.location.path)
+    return dict(sorted(files.items()))
+
+
+def _open_dataset(root: Location, paths: list[str], schema: pa.Schema) -> ds.Dataset:
+    partitioning = ds.partitioning(pa.schema([("date", pa.date32())]), flavor="hive")
+    try:
+        found = ds.dataset(paths, filesystem=root.fs, format="parquet", partitioning=partitioning)
+    except pa.ArrowInvalid as error:
+        raise WrongUse(f"{root} holds a file that is no Parquet: {error}") from None
+    required = [name for name in schema.names if not schema.field(name).nullable]
+    missing = [name for name in required if name not in found.schema.names]
+    if missing:
+        raise WrongUse(f"{paths[0]} lacks the columns {', '.join(missing)}; was it written by a scoring job?")
+    # A nullable column that an older csflow did not write reads as null.
+    return found.replace_schema(pa.unify_schemas([schema, found.schema]))

@@ -1,0 +1,37 @@
+"""When a scoring run stops early, since going on is useless."""
+
+from dataclasses import dataclass
+
+from csflow.errors import Failed
+from csflow.scoring.tally import Tally
+
+FAILED_SHARDS_TO_STOP = 4
+"""A run whose first shards all fail as a whole is stopped."""
+FAILED_SHARDS_IN_A_ROW = 16
+"""So is one in which so many come back that failed, and none in between that did not: the disk is full."""
+
+
+@dataclass
+class StopRules:
+    """Decides after each shard. That none comes back at all is seen by who waits for them."""
+
+    shards: int
+    """In the whole run."""
+    max_error_rate: float
+    failed_in_a_row: int = 0
+
+    def reason(self, tally: Tally, failure: str | None) -> str | None:
+        """Why to stop after this shard, which `failure` says of if it failed; None to go on.
+
+        Raises:
+            Failed: the first shards all failed as a whole; the rest would too.
+        """
+        done = len(tally.shards)
+        self.failed_in_a_row = self.failed_in_a_row + 1 if failure else 0
+        if tally.failed_shards == done == min(self.shards, FAILED_SHARDS_TO_STOP):
+            raise Failed(f"the first {done} shards failed, nothing of them was written; the last: {failure}")
+        if self.failed_in_a_row == FAILED_SHARDS_IN_A_ROW:
+            return f"the last {FAILED_SHARDS_IN_A_ROW} shards failed, see above"
+        if tally.fails_everywhere(self.max_error_rate):
+            return f"{tally.errors} of {tally.images} images failed: {dict(tally.error_codes)}"
+        return None
