@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from csflow.scoring import keys as key_sets
+from csflow.scoring import key_sets
 from csflow.scoring.key_sets import KEY_PARTS, KEYED, KeySet, Omitted, Partitioned, keys, repeated
 
 

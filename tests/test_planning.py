@@ -23,9 +23,7 @@ from csflow.errors import WrongUse
 from csflow.inputs.listing import LISTING
 from csflow.output.layout import Output
 from csflow.output.schemas import ERRORS, SCORES
-from csflow.scoring import keys as key_sets
-from csflow.scoring import listing as frozen_listing
-from csflow.scoring import plan
+from csflow.scoring import frozen_listing, key_sets, plan
 from csflow.scoring.frozen_listing import Listing
 from csflow.scoring.plan import Account, PlannedShard, account, make_plan, read_log
 from csflow.storage import Location, to_parquet
