@@ -19,9 +19,11 @@ from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
 from csflow.evaluate import EvaluateConfig, evaluate
 from csflow.model.whitening import Gaussians, Moments, gaussians_of
+from csflow.model_directory import Calibration
 from csflow.scoring.config import ScoreConfig
 from csflow.scoring.job import score
 from csflow.training.advice import advice
+from csflow.training.card import model_card
 from csflow.training.config import TrainConfig
 from csflow.training.gaussians import gaussian_energies
 from csflow.training.job import train
@@ -182,13 +184,15 @@ def test_planted_images_lead_the_list_and_have_pictures(odd_run):
 
 
 def test_the_gaussians_loss_and_all_warnings_stand_in_the_card(odd_model):
-    metrics = json.loads((odd_model / "metrics.json").read_text())
-    card = (odd_model / "README.md").read_text()
-    assert f"| validation loss of the Gaussian of each position | {metrics['gaussian_loss']:.4f} |" in card
-    # Two epochs of a small flow are too few, and that is said.
-    assert metrics["warnings"]
+    metrics, config = (json.loads((odd_model / f"{name}.json").read_text()) for name in ("metrics", "config"))
+    written = (odd_model / "README.md").read_text()
+    assert f"| validation loss of the Gaussian of each position | {metrics['gaussian_loss']:.4f} |" in written
+    assert f"| validation loss, latents whitened | {metrics['validation_loss']:.4f} |" in written
+    calibration = Calibration.of(pq.read_table(odd_model / "calibration.parquet"))
+    metrics |= {"warnings": ["warning: the loss was still falling", "warning: images are stretched"]}
+    card = model_card(config["training"], config["data"], metrics, calibration, [])["README.md"].decode()
     for line in metrics["warnings"]:
-        assert f"> {line}" in card
+        assert f"\n> {line}\n" in card
 
 
 def test_the_list_is_a_manifest_of_images_to_exclude(odd_model, contaminated, tmp_path, capfd):

@@ -22,6 +22,7 @@ from PIL import ExifTags, Image
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
+from csflow import __version__
 from csflow.errors import ExitStatus, WrongUse
 from csflow.evaluate import EvaluateConfig, evaluate, image_metrics
 from csflow.evaluate.labels import Label, mvtec_labels, read_labels
@@ -249,7 +250,8 @@ def test_the_job_leaves_with_status_2_and_one_line_on_wrong_use(tmp_path: Path) 
     job = Path(__file__).parents[1] / "jobs" / "evaluate.py"
     command = [sys.executable, str(job), "--scores", str(tmp_path), "--labels", "labels.csv"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (ExitStatus.WRONG_USE, "", 1)
+    assert (done.returncode, done.stderr.count("\n")) == (ExitStatus.WRONG_USE, 1)
+    assert done.stdout == f"csflow {__version__} evaluate: starting\n"
     assert done.stderr.startswith(f"error: {tmp_path} holds no scores")
 
 
