@@ -82,11 +82,13 @@ def ray_cluster(s3_endpoint: str) -> Iterator[dict[str, str]]:
 
     Yields the variables that name it to a client.
     """
-    port, dashboard_port = free_port(), free_port()
+    # The agent's own default would be that of another cluster on this machine, and no job could be submitted.
+    port, dashboard_port, agent_port = free_port(), free_port(), free_port()
     temporary = tempfile.mkdtemp(prefix="csflow-ray-", dir="/tmp")
     ray_cli = str(Path(sys.executable).with_name("ray"))
     command = [ray_cli, "start", "--head", "--num-cpus=2", f"--port={port}", f"--temp-dir={temporary}"]
-    command += [f"--dashboard-port={dashboard_port}", "--object-store-memory=500000000"]
+    command += [f"--dashboard-port={dashboard_port}", f"--dashboard-agent-listen-port={agent_port}"]
+    command += ["--object-store-memory=500000000"]
     command += ["--disable-usage-stats", "--block"]
     # Submitted jobs find `python` through the head's PATH.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -113,20 +113,18 @@ def test_two_workers_give_the_loss_curve_of_one_and_reuse_its_features(
         np.testing.assert_allclose(two[name], one[name], rtol=1e-3)
 
 
-def test_a_resumed_training_keeps_its_gaussians(model, good_cells, tmp_path):
+def test_a_resumed_training_has_the_same_gaussians(model, good_cells, tmp_path):
     work = tmp_path / "work"
     shutil.copytree(model / "_work" / "features", work / "features")
     arguments = ["--input", good_cells, "--work_dir", work, "--epochs", 1]
     assert train(configure(*arguments, "--output", tmp_path / "first")) == ExitStatus.DONE
     (file,) = (work / "splits").glob("*.gaussians.safetensors")
-    data, written = file.read_bytes(), file.stat().st_mtime_ns
+    data = file.read_bytes()
+    file.unlink()  # What is lost is fitted anew, to the same numbers.
     assert train(configure(*arguments, "--output", tmp_path / "second", "--resume")) == ExitStatus.DONE
-    assert file.stat().st_mtime_ns == written
+    assert file.read_bytes() == data
     ids = [load_model(Location(str(tmp_path / name))).model_id for name in ("first", "second")]
     assert ids[0] == ids[1]
-    file.unlink()  # What is lost is fitted anew, to the same numbers.
-    assert train(configure(*arguments, "--output", tmp_path / "third", "--resume")) == ExitStatus.DONE
-    assert file.read_bytes() == data
 
 
 def test_training_starts_with_the_workers_that_have_room(model, good_cells, tmp_path):
@@ -182,11 +180,8 @@ def test_images_that_are_stretched_are_told_of_until_they_are_letterboxed(
     warning = (
         "warning: 12 of 12 images are stretched by more than 1.5 to become 128 x 128 pixels (median 2.50)"
     )
-    for name, extracted in (("first", 12), ("again", 0)):  # the cache knows their sizes
-        assert train(configure(*arguments, "--output", tmp_path / name)) == ExitStatus.DONE
-        printed = capfd.readouterr().out
-        assert f"features: {extracted} images extracted" in printed
-        assert warning in printed
+    assert train(configure(*arguments, "--output", tmp_path / "stretched")) == ExitStatus.DONE
+    assert warning in capfd.readouterr().out
     assert (
         train(configure(*arguments, "--output", tmp_path / "boxed", "--fit", "letterbox")) == ExitStatus.DONE
     )
