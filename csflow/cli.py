@@ -118,7 +118,8 @@ def run(verb: str, doc: str | None, argv: Sequence[str] | None = None, prog: str
     try:
         from csflow.exit import run_job
 
-        run_job(load(command.config), load(command.main), doc, words, prog)
+        # What does the work is imported when the settings are known to be right: --help comes at once.
+        run_job(load(command.config), lambda config: load(command.main)(config), doc, words, prog)
     except KeyboardInterrupt:
         # A second Ctrl-C ends the process at once, even if Ray does not let go.
         signal.signal(signal.SIGINT, signal.SIG_DFL)

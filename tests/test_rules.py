@@ -89,7 +89,11 @@ def test_ray_is_imported_in_four_files() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["jobs.score", "csflow.scoring.job", "csflow.scoring.actor", "csflow.cli", "csflow.report.job"]
+    "module",
+    [
+        *("jobs.score", "csflow.scoring.job", "csflow.scoring.actor"),
+        *("csflow.cli", "csflow.report.job", "csflow.training.config"),
+    ],
 )
 def test_the_driver_imports_no_torch(module: str) -> None:
     assert "csflow.errors" in reached(module)

@@ -1,15 +1,17 @@
 """Settings of the training job."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
 from csflow.config import JobConfig, Locations, Patterns, Stages
 from csflow.errors import WrongUse
-from csflow.model import Architecture
 from csflow.precision import TrainingPrecision
 from csflow.preprocessing import Fit
 from csflow.training.recipe import RECIPES, RecipeName
+
+if TYPE_CHECKING:  # with torch --help and errors in settings would take seconds
+    from csflow.model import Architecture
 
 
 class TrainConfig(JobConfig):
@@ -99,8 +101,10 @@ class TrainConfig(JobConfig):
         recipe = RECIPES.get(values.get("recipe", "default"))
         return (recipe.settings if recipe else {}) | values
 
-    def architecture(self) -> Architecture:
+    def architecture(self) -> "Architecture":
         """Raises WrongUse if the kernel sizes do not fit the blocks."""
+        from csflow.model import Architecture
+
         kernel_sizes = self.kernel_sizes or [3] * (self.coupling_blocks - 1) + [
             5 if self.coupling_blocks > 1 else 3
         ]
