@@ -1,6 +1,6 @@
-"""Every verb of csflow with its settings and its function: the `csflow` command, and the scripts in `jobs/`.
+"""The `csflow` command, and what the scripts in `jobs/` call: every verb with its settings and its function.
 
-A verb's modules take seconds to import. They are imported when the verb is known and has said that it starts.
+A verb's modules take seconds to import, so `run` first prints that the verb starts, then imports them.
 """
 
 import argparse
@@ -19,16 +19,16 @@ from csflow.flags import VERSION_HELP, FlagParser
 
 @dataclass(frozen=True)
 class Command:
-    """A verb: where its settings and its function are, as `module:name`."""
+    """A verb, with its settings and its function as `module:name`."""
 
     summary: str
     config: str
     main: str
     examples: tuple[str, ...]
     after_stop: str = ""
-    """What continues the work after Ctrl-C, if anything does."""
+    """What to say after Ctrl-C about continuing the work."""
     is_job: bool = True
-    """Whether it works for some time, and so says that it has started."""
+    """Whether the verb runs for some time, so that it first prints that it has started."""
 
     def doc(self) -> str:
         """The text above the settings in `--help`."""
@@ -44,7 +44,7 @@ COMMANDS = {
         after_stop="; the same command with --resume continues",
     ),
     "score": Command(
-        "Score images with a trained model; the same line again completes the output",
+        "Score images with a trained model; repeat the command to complete the output",
         "csflow.scoring.config:ScoreConfig",
         "csflow.scoring.job:score",
         ("score --model s3://plant/models/cells --input s3://plant/images --output s3://plant/scores",),
@@ -109,7 +109,7 @@ def run(verb: str, doc: str | None, argv: Sequence[str] | None = None, prog: str
     Args:
         doc: the text above the settings in `--help`.
         argv: the command line; by default that of the process.
-        prog: what the user calls the verb; by default the name of the script.
+        prog: the command's name in messages; by default the name of the script.
     """
     command = COMMANDS[verb]
     words = list(sys.argv[1:] if argv is None else argv)

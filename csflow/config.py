@@ -31,7 +31,7 @@ def _json_object(value: object) -> object:
 
 
 def _moment(value: object) -> object:
-    """A time of day is one in UTC unless it says otherwise; `36h` is 36 hours before now."""
+    """The time that `36h` (36 hours before now) or `7d` means; other values as they are."""
     if isinstance(value, str) and (ago := re.fullmatch(r"(\d+)([hd])", value)):
         return datetime.now(UTC) - int(ago[1]) * {"h": timedelta(hours=1), "d": timedelta(days=1)}[ago[2]]
     return value
@@ -58,7 +58,7 @@ class JobConfig(BaseModel):
     """Name of the setting, if any, that is given without a flag."""
 
     storage_options: StorageOptions = {}
-    """Options of the object store client as JSON, for what the AWS_* variables do not say."""
+    """Options of the object store client, as JSON, that cannot be given by the AWS_* variables."""
 
 
 Config = TypeVar("Config", bound=JobConfig)
@@ -69,7 +69,7 @@ EPILOG = "Hyphens and underscores are the same in flags and in YAML: --image-siz
 def parse(
     config_type: type[Config], doc: str | None, argv: Sequence[str] | None = None, prog: str | None = None
 ) -> Config:
-    """Settings from `--config` (YAML) and flags; flags win. Decides how much this process says, too.
+    """Reads settings from `--config` (YAML) and flags, which override it; sets how much this process prints.
 
     Raises:
         WrongUse: a setting is unknown, missing or out of its range.
@@ -94,7 +94,7 @@ def parse(
 
 
 def _refuse_credentials(config: JobConfig) -> None:
-    """Locations are written down with every image, so none may hold a secret."""
+    """Raises WrongUse if a location holds a secret, because locations are stored with every image."""
     for name in type(config).model_fields:
         value = getattr(config, name)
         for url in value if isinstance(value, list) else [value]:
@@ -106,15 +106,15 @@ def _refuse_credentials(config: JobConfig) -> None:
 
 
 def build_parser(config_type: type[JobConfig], doc: str | None, prog: str | None = None) -> FlagParser:
-    """The command line of a job: a flag for every field, and what every job understands."""
+    """The command-line parser of a job: a flag for every field, and the flags that all jobs share."""
     prog = prog or Path(sys.argv[0]).name
     parser = FlagParser(prog=prog, description=doc, epilog=EPILOG, usage=_usage(config_type, prog))
     parser.add_argument("--version", action="version", version=f"csflow {__version__}", help=VERSION_HELP)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it.")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; a flag overrides its value.")
     parser.add_argument("--print_config", action="store_true", help="Print the settings and exit.")
     for flags, verbosity, text in (
         (("-q", "--quiet"), Verbosity.QUIET, "Print results, warnings and errors only."),
-        (("-v", "--verbose"), Verbosity.VERBOSE, "Print Ray's log, too, and the traceback behind an error."),
+        (("-v", "--verbose"), Verbosity.VERBOSE, "Also print Ray's log and the traceback of an error."),
     ):
         parser.add_argument(*flags, dest="verbosity", action="store_const", const=verbosity, help=text)
     settings = parser.add_argument_group("settings")
@@ -128,7 +128,7 @@ def build_parser(config_type: type[JobConfig], doc: str | None, prog: str | None
 
 
 def _usage(config_type: type[JobConfig], prog: str) -> str:
-    """The line above the help: what has to be given. All settings of a job would fill the screen."""
+    """The usage line, with required settings only: all settings of a job would fill the screen."""
     words = []
     for name in setting_names(config_type):
         field = config_type.model_fields[name]
@@ -140,12 +140,12 @@ def _usage(config_type: type[JobConfig], prog: str) -> str:
 
 
 def setting_names(config_type: type[JobConfig]) -> list[str]:
-    """The settings of a job, its own before those that all jobs have."""
+    """The names of a job's settings, its own before those that all jobs share."""
     return sorted(config_type.model_fields, key=lambda name: name in JobConfig.model_fields)
 
 
 def help_text(field: FieldInfo) -> str:
-    """What a setting means, with its default, in one line."""
+    """The help text of a setting with its default, in one line."""
     text = " ".join((field.description or "").split())
     if field.is_required():
         return f"{text} [required]"
@@ -153,7 +153,7 @@ def help_text(field: FieldInfo) -> str:
 
 
 def _argument(annotation: Any) -> dict[str, Any]:
-    """How argparse takes a field: pydantic converts and checks the value, so words stay words here."""
+    """The argparse options of a field. Values stay strings here: pydantic converts and checks them."""
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
         annotation = next(a for a in get_args(annotation) if a is not type(None))

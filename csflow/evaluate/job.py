@@ -25,21 +25,21 @@ class EvaluateConfig(JobConfig):
     """Location of the scores: the `--output` of scoring jobs."""
     labels: str | None = None
     """CSV or Parquet file with the columns image_uri and label (0 normal, 1 defective), and optionally
-    mask_uri (an image whose nonzero pixels are defective) and defect_class. Relative URIs start at the file's
-    own folder."""
+    mask_uri (an image whose nonzero pixels are defective) and defect_class. URIs may be relative to the
+    file's folder."""
     layout: Literal["mvtec"] | None = None
-    """Take the labels from the image URIs instead: in `mvtec`, `test/good/` holds the normal test images,
+    """Take the labels from the image URIs instead. In `mvtec`, `test/good/` holds the normal test images,
     every other `test/<class>/` defective ones, and `ground_truth/<class>/<image>_mask.png` their masks."""
     output: str | None = None
-    """Folder for metrics.json and the plots. A name that ends in .json gets the metrics alone."""
+    """Folder for metrics.json and the plots; or a .json file, for the metrics alone."""
     model_id: str | None = None
-    """Model whose scores count, where the location holds scores of several."""
+    """Model whose scores are measured, needed if --scores holds several models."""
     pixel_metrics: bool = True
-    """Pixel AUROC and AUPRO of the anomaly maps, where there are masks."""
+    """Compute pixel AUROC and AUPRO of the anomaly maps, if there are masks."""
     bootstrap: int = Field(1000, ge=100)
-    """Resamples behind the 95 % intervals."""
+    """Number of bootstrap resamples for the 95 % intervals."""
     seed: int = Field(0, ge=0)
-    """Of the resamples."""
+    """Seed of the bootstrap resamples."""
 
 
 def evaluate(config: EvaluateConfig) -> ExitStatus:

@@ -72,8 +72,8 @@ class ImportConfig(JobConfig):
     output: str
     """Model directory to write."""
     calibrate: Locations
-    """Normal images that took no part in training, for p-values; one or more folders, files, archives or
-    manifests."""
+    """Normal images that took no part in training, from which p-values are computed: one or more folders,
+    files, archives or manifests."""
     backbone: str | None = None
     """Feature extractor: name of a timm network. [default: the EfficientNet-B5 of the code that trained the
     flow]"""
@@ -81,10 +81,10 @@ class ImportConfig(JobConfig):
     """Module after which the backbone ends. [default: stage 6 of an EfficientNet]"""
     weights: str | None = None
     """Weights of the backbone that the flow was trained on: a file's path or URL, an installed package, or
-    `timm` (downloads). [default: those in the checkpoint, where it has them]"""
+    `timm` (downloads). [default: those in the checkpoint, if it has any]"""
     image_size: list[int] | None = Field(None, min_length=1, max_length=2)
-    """Side, or height and width, in pixels that the model was trained with. [default: what the checkpoint
-    says, else 768 for official and 256 for anomalib]"""
+    """Size of the images that the model was trained on, in pixels: one side, or height and width. [default:
+    what the checkpoint says, else 768 for official and 256 for anomalib]"""
     overwrite: bool = False
     """Replace a model that --output already holds."""
 

@@ -13,16 +13,16 @@ class ReportConfig(JobConfig):
     scores: str
     """Location of the scores: the `--output` of scoring jobs."""
     output: str = "report.html"
-    """HTML file that the report is written to."""
+    """HTML file to write the report to."""
     top: Annotated[int, Field(ge=1)] = 60
-    """Images shown, those with the highest anomaly scores."""
+    """Number of images to show: those with the highest anomaly scores."""
     false_discovery_rate: float = Field(0.1, gt=0, lt=1)
     """Share of normal images that the defect list may hold, on average (docs/calibration.md)."""
     defects: str | None = None
-    """CSV or Parquet file that the defect list is written to, the highest anomaly score first."""
+    """CSV or Parquet file to write the defect list to, highest anomaly score first."""
     run_id: str | None = None
-    """Report on the images that this run scored, `latest` for those of the last one. [default: on all]"""
+    """Report only on the images that this run scored; `latest` is the last run. [default: all images]"""
     model_id: str | None = None
-    """Model whose scores are shown, where the location holds scores of several."""
+    """Model whose scores are shown, needed if --scores holds several models."""
     model: str | None = None
-    """Its model directory, for the held-out scores. [default: where the last scoring run had it]"""
+    """Directory of that model, which holds the held-out scores. [default: where the last run found it]"""

@@ -1,4 +1,4 @@
-"""Settings of the scoring job, and what its actors are told of them."""
+"""Settings of the scoring job, and those of them that its actors receive."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,38 +21,38 @@ class ScoreConfig(JobConfig):
     output: str
     """Folder of the scores; many models, inputs and nights may share one."""
     maps: Literal["native", "none"] = "native"
-    """Keep anomaly maps in their native resolution, or not at all."""
+    """How anomaly maps are stored: `native` keeps their own resolution, `none` stores no maps."""
     false_positive_rate: float = Field(0.01, gt=0, lt=1)
-    """Share of normal images that may be flagged: an image is anomalous if its p-value is at most this."""
+    """Share of normal images that may be flagged. An image is flagged if its p-value is at most this."""
     include: Patterns = Field([])
-    """Take only images whose URI matches one of these patterns; `*` stands for any text, slashes too."""
+    """Take only images whose URI matches one of these patterns; `*` matches any text, including slashes."""
     exclude: Patterns = Field([])
     """Leave out images whose URI matches one of these patterns."""
     since: Moment | None = None
-    """Take only files changed since: a time such as 2026-11-22T18:00Z, or so long ago, such as 36h or 7d."""
+    """Take only files changed since this time, such as 2026-11-22T18:00Z, or within 36h or 7d before now."""
     limit: int | None = Field(None, ge=1)
-    """Take only the first so many images of the listing."""
+    """Take only this many images, the first of the listing."""
     retry_errors: bool = False
-    """Try images with a permanent error again."""
+    """Also retry images whose error is permanent."""
     max_error_rate: float = Field(0.5, gt=0, le=1)
-    """Stop, or end, with exit status 3 when more than this share of the images fails."""
+    """If more than this share of the images fails, the run stops early or ends, with exit status 3."""
     batch_size: int | None = Field(None, ge=1)
-    """Images per forward pass. [default: 8 on CPUs, 32 on GPUs]"""
+    """Number of images per forward pass. [default: 8 on CPUs, 32 on GPUs]"""
     precision: PrecisionSetting = "auto"
-    """Of convolutions and matrix products; sums are float32. mixed is float32 where the backbone's maps are
-    large and bfloat16 behind, which moves scores by a thousandth, at most a hundredth; auto is mixed where
-    the processor multiplies bfloat16, else float32; bfloat16 throughout moves scores by several percent."""
+    """Precision of convolutions and matrix products; sums are float32. `mixed` is float32 where the backbone's
+    maps are large and bfloat16 behind them: scores change by 0.1 %, at most 1 %. `bfloat16` changes scores by
+    several percent. `auto` is `mixed` if the processor multiplies bfloat16, else `float32`."""
     workers: int | None = Field(None, ge=1)
-    """Scoring actors. [default: one per GPU, or one per CPU]"""
+    """Number of scoring actors. [default: one per GPU, or one per CPU]"""
     stall_timeout: float = Field(1800.0, gt=0)
-    """Seconds without a finished shard after which the run ends with exit status 3 instead of hanging."""
+    """If no shard finishes for this many seconds, the run ends with exit status 3 instead of hanging."""
     exit_on_drift: bool = False
-    """End with exit status 4, in place of 0, when the scores have drifted from calibration."""
+    """End with exit status 4 instead of 0 if the scores have drifted from the calibration."""
 
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """What every scoring actor is told."""
+    """The settings that every scoring actor receives."""
 
     model: Location
     output: Output
@@ -62,4 +62,4 @@ class ScoringSettings:
     batch_size: int | None
     precision: PrecisionSetting = "auto"
     is_isolated: bool = False
-    """Read and decode each image in a child process, since the shards' workers died before."""
+    """Read and decode each image in a child process, because these shards' workers died before."""

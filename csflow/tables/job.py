@@ -23,12 +23,12 @@ class RegisterConfig(JobConfig):
     format: Literal["iceberg", "delta"]
     """Table format. Delta keeps its log in the folders `scores` and `errors` themselves."""
     catalog: str | None = None
-    """Iceberg: SQL database that is the catalogue, such as sqlite:///catalog.db, or the name of a catalogue
+    """Iceberg only: the catalogue, as the URL of an SQL database such as sqlite:///catalog.db, or by its name
     in PyIceberg's configuration."""
     warehouse: str | None = None
-    """Iceberg: folder for the tables' metadata, with an SQL catalogue. [default: <scores>/_iceberg]"""
+    """Iceberg with an SQL catalogue only: folder for the tables' metadata. [default: <scores>/_iceberg]"""
     namespace: str = "csflow"
-    """Iceberg: namespace of the tables `scores` and `errors`."""
+    """Iceberg only: namespace of the tables `scores` and `errors`."""
 
 
 def register(config: RegisterConfig) -> ExitStatus:
