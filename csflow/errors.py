@@ -4,7 +4,7 @@ from enum import IntEnum, StrEnum
 
 
 class ExitStatus(IntEnum):
-    """Exit statuses of every job (`docs/architecture.md`)."""
+    """Exit statuses of every job (docs/reference/output.md)."""
 
     DONE = 0
     """Every input image is accounted for."""

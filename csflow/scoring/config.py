@@ -39,8 +39,8 @@ class ScoreConfig(JobConfig):
     batch_size: int | None = Field(None, ge=1)
     """Number of images per forward pass. [default: 8 on CPUs, 32 on GPUs]"""
     precision: PrecisionSetting = "auto"
-    """Precision of convolutions and matrix products; sums are float32. `mixed` is float32 where the backbone's
-    maps are large and bfloat16 behind them: scores change by 0.1 %, at most 1 %. `bfloat16` changes scores by
+    """Precision of convolutions and matrix products; sums are float32. `mixed` is float32 where maps in the
+    backbone are large and bfloat16 behind: scores change by 0.1 %, at most 1 %. `bfloat16` changes scores by
     several percent. `auto` is `mixed` if the processor multiplies bfloat16, else `float32`."""
     workers: int | None = Field(None, ge=1)
     """Number of scoring actors. [default: one per GPU, or one per CPU]"""

@@ -76,7 +76,7 @@ class TrainConfig(JobConfig):
     holdout: float = Field(0.2, gt=0, lt=1)
     """Share of the images that training does not see, because calibration needs them."""
     validation: float = Field(0.1, ge=0, lt=1)
-    """Share of the images for validation. The epoch with the lowest loss on them is kept; with 0, the last."""
+    """Share of the images for validation. The epoch with their lowest loss is kept; with 0, the last one."""
     workers: int = Field(1, ge=1)
     """Number of data-parallel training workers."""
     min_workers: int | None = Field(None, ge=1)
