@@ -1,4 +1,4 @@
-"""Scores against those of held-out normal images: p-values, defect lists, the drift of a whole run."""
+"""Compares scores with those of held-out normal images: p-values, defect lists, the drift of a run."""
 
 import math
 from dataclasses import dataclass
@@ -58,17 +58,17 @@ class Drift:
     """How the scores of a run differ from those of the held-out images."""
 
     ks_statistic: float
-    """Largest distance between the two distribution functions, 0 to 1 (Kolmogorov-Smirnov)."""
+    """Largest distance between the two distribution functions, 0 to 1 (Kolmogorov-Smirnov statistic)."""
     ks_p_value: float
-    """Probability of a distance as large if both came from one distribution."""
+    """Probability of a distance at least as large if all scores came from one distribution."""
     share_below_5_percent: float
-    """Share of images with a p-value below 0.05: about 0.05 if nothing changed and all parts are good."""
+    """Share of images with a p-value below 0.05; about 0.05 if nothing changed and all parts are good."""
     sample: int
-    """Scores that the test saw."""
+    """Number of scores that the test compared."""
 
 
 def drift(scores: ArrayLike, share_below_5_percent: float, calibration_scores: ArrayLike) -> Drift | None:
-    """Compares a run's scores with the calibration; None if there are no scores."""
+    """The drift of a run's scores from the calibration; None if there are no scores."""
     from scipy.stats import ks_2samp  # takes a second to import, which no scoring actor is to wait for
 
     sample = np.asarray(scores, dtype=np.float64)

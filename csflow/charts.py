@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 COLOURS = ("#3366cc", "#dd7711", "#339966")
 WIDTH, HEIGHT, MARGIN = 640, 320, 56
 MAX_POINTS = 600
-"""Of a curve; more are finer than a pixel."""
+"""Largest number of points in a curve; more would be finer than a pixel."""
 
 Range = tuple[float, float]
 
@@ -20,7 +20,7 @@ class Curve(NamedTuple):
     x: ArrayLike
     y: ArrayLike
     is_filled: bool = False
-    """Down to the axis, as of a histogram."""
+    """Whether the area down to the axis is filled, as in a histogram."""
 
 
 def chart(
@@ -30,7 +30,7 @@ def chart(
     x_range: Range | None = None,
     y_range: Range | None = None,
 ) -> bytes:
-    """An SVG file of up to three curves; axes without a range span all of their points."""
+    """Draws up to three curves as SVG. An axis without a range spans all points."""
     xs = [np.asarray(curve.x, np.float64) for curve in curves]
     ys = [np.asarray(curve.y, np.float64) for curve in curves]
     x_range, y_range = x_range or _range(xs), y_range or _range(ys)
@@ -61,7 +61,7 @@ def chart(
 
 
 def steps(values: ArrayLike, edges: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The outline of a histogram with these values between these edges."""
+    """The outline of a histogram that has these values between these edges."""
     return np.repeat(np.asarray(edges, np.float64), 2)[1:-1], np.repeat(np.asarray(values, np.float64), 2)
 
 
@@ -74,7 +74,7 @@ def _range(arrays: Sequence[NDArray[np.float64]]) -> Range:
 def _thinned(
     x: NDArray[np.float64], y: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Points spread evenly along the curve, the ends among them."""
+    """Points spread evenly along the curve, including both ends."""
     if len(x) <= MAX_POINTS:
         return x, y
     spans = [max(float(np.ptp(values)), np.finfo(float).tiny) for values in (x, y)]

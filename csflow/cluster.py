@@ -1,4 +1,4 @@
-"""Ray for csflow's jobs: connecting, sizing the actor pool, and running shards of work through it."""
+"""What csflow's jobs need of Ray: connecting, sizing a pool of actors, and running shards through it."""
 
 import logging
 import os
@@ -20,11 +20,11 @@ from csflow.console import is_verbose
 T = TypeVar("T")
 
 MAX_BLOCKS = 4096
-"""Ray Data keeps some state per block on the driver; beyond this, a block holds several shards."""
+"""Largest number of blocks, each of which costs memory on the driver. More shards than this share blocks."""
 
 BACKEND_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 SHARD_RETRIES = 2
-"""How often a shard is tried again after its actor died. Ray's own default is for ever."""
+"""How often a shard is tried again after its actor died. Ray's own default has no limit."""
 
 
 def connect() -> None:
@@ -98,7 +98,7 @@ def share_out(workers: int | None, worker_bytes: int = 0) -> WorkerResources:
 
 
 def _fit(nodes: Sequence[Mapping[str, float]], workers: int, gpus: int) -> WorkerResources:
-    """As many CPUs for each worker as still lets all of them find room on the nodes."""
+    """The largest number of CPUs for each worker with which all workers fit on the nodes."""
 
     def room(cpus: int) -> int:
         rooms = (int(node.get("CPU", 0)) // cpus for node in nodes)
@@ -113,14 +113,14 @@ ONE_CPU = WorkerResources(workers=1, cpus=1, gpus=0)
 
 
 def run_task(function: Callable[..., T], *arguments: Any, resources: WorkerResources = ONE_CPU) -> T:
-    """What a function returns that runs once, on some node of the cluster."""
+    """Runs a function once, on some node of the cluster; returns its result."""
     remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=SHARD_RETRIES)
     result: T = ray.get(remote(function).remote(*arguments))
     return result
 
 
 def in_thread(function: Callable[[], T]) -> T:
-    """What a function returns that is called in a thread, so that Ctrl-C is this thread's."""
+    """Runs a function in a thread, so that Ctrl-C reaches the calling thread; returns its result."""
     return next(with_timeout((call() for call in [function]), None))
 
 

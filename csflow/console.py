@@ -17,26 +17,26 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 LINE_SECONDS = 10.0
-"""In a log, a line of progress is printed at most this often."""
+"""Seconds between two lines of progress in a log, at least."""
 
 
 class Verbosity(IntEnum):
-    """How much a job says."""
+    """How much a job prints."""
 
     QUIET = 0
-    """Results, warnings and errors."""
+    """Only results, warnings and errors."""
     NORMAL = 1
     VERBOSE = 2
-    """What Ray and its workers log, too, and the traceback behind an error of one line."""
+    """Also what Ray and its workers log, and the traceback of an error that is printed as one line."""
 
 
 _verbosity = Verbosity.NORMAL
 _bars: "list[tqdm[Any]]" = []
-"""The bar that is drawn at the moment, if any: lines are printed above it."""
+"""The bar that is now on the screen, if any. Lines are printed above it."""
 
 
 def set_verbosity(verbosity: Verbosity) -> None:
-    """Decides how much this process says from now on."""
+    """Sets how much this process prints from now on."""
     global _verbosity
     _verbosity = verbosity
 
@@ -55,13 +55,13 @@ def greet(verb: str, words: list[str]) -> None:
 
 
 def say(line: str) -> None:
-    """Prints a line about the work, unless the job is to be quiet."""
+    """Prints a line about the work, unless the job is quiet."""
     if _verbosity > Verbosity.QUIET:
         _print(line, sys.stdout)
 
 
 def warn(line: str) -> None:
-    """Prints a line that matters even when the job is to be quiet."""
+    """Prints a warning, even if the job is quiet."""
     _print(f"{_coloured('warning:', 33, sys.stdout)} {line}", sys.stdout)
 
 
@@ -82,12 +82,12 @@ def _is_terminal(stream: IO[str]) -> bool:
 
 
 def _has_room(stream: IO[str]) -> bool:
-    """Whether a bar can be drawn: some terminals of containers are no characters wide."""
+    """Whether the terminal is wide enough for a bar: in some containers it is 0 characters wide."""
     return _is_terminal(stream) and os.get_terminal_size(stream.fileno()).columns > 0
 
 
 def _coloured(word: str, code: int, stream: IO[str]) -> str:
-    """In a terminal whose user has not set NO_COLOR (https://no-color.org)."""
+    """Whether to use colour: in a terminal whose user has not set NO_COLOR (https://no-color.org)."""
     if _is_terminal(stream) and not os.environ.get("NO_COLOR"):
         return f"\x1b[1;{code}m{word}\x1b[0m"
     return word
@@ -114,7 +114,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the start, at least a microsecond, so that rates can be computed."""
+        """Seconds since the start; at least a microsecond, so that rates can be computed."""
         return max(1e-6, time.monotonic() - self._started)
 
     def update(self, done: int, figures: str, left: float | None = None) -> None:
@@ -137,7 +137,7 @@ class Progress:
             say(f"{done}/{self._total} {self._unit}  {figures}")
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         if self._bar is not None:
             _bars.remove(self._bar)
             self._bar.close()

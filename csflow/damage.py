@@ -1,4 +1,4 @@
-"""Why the bytes of an image cannot be decoded: they end early, are damaged, or of an unsupported kind."""
+"""Explains why image bytes cannot be decoded: they end early, are damaged or of an unsupported kind."""
 
 import re
 import struct
@@ -20,7 +20,7 @@ _ENDS_EARLY = re.compile("truncated|not enough image data", re.I)
 
 
 def diagnosis(error: Exception, image_file: type[ImageFile], data: bytes) -> ErrorCode:
-    """Why Pillow failed. The file's structure is asked first: Pillow's words vary with where a file ends."""
+    """Why Pillow failed. The structure decides first: Pillow's message varies with where a file ends."""
     if _CUT_SHORT[image_file](data) or _ENDS_EARLY.search(str(error)):
         return ErrorCode.TRUNCATED
     if _UNSUPPORTED.search(str(error)):
@@ -29,7 +29,7 @@ def diagnosis(error: Exception, image_file: type[ImageFile], data: bytes) -> Err
 
 
 def _jpeg_cut_short(data: bytes) -> bool:
-    """No start-of-scan segment, or no end marker after it (one inside EXIF belongs to the thumbnail)."""
+    """Whether start of scan or the end marker after it is missing. EXIF thumbnails have their own marker."""
     position = 2
     while position + 4 <= len(data):
         marker, length = struct.unpack_from(">HH", data, position)
@@ -42,7 +42,7 @@ def _jpeg_cut_short(data: bytes) -> bool:
 
 
 def _png_cut_short(data: bytes) -> bool:
-    """The chunks stop before IEND."""
+    """Whether the chunks stop before IEND."""
     position = 8
     while position + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
@@ -53,19 +53,19 @@ def _png_cut_short(data: bytes) -> bool:
 
 
 def _webp_cut_short(data: bytes) -> bool:
-    """The RIFF container claims more bytes than there are."""
+    """Whether the RIFF container claims more bytes than there are."""
     riff_bytes = int.from_bytes(data[4:8], "little")
     return riff_bytes + 8 > len(data)
 
 
 def _bmp_cut_short(data: bytes) -> bool:
-    """The header claims more bytes than there are."""
+    """Whether the header claims more bytes than there are."""
     file_bytes = int.from_bytes(data[2:6], "little")
     return file_bytes > len(data)
 
 
 def _tiff_cut_short(data: bytes) -> bool:
-    """The first directory, a value it points to, or a strip or tile lies beyond the end (TIFF 6.0)."""
+    """Whether the first directory, one of its values, or a strip or tile lies beyond the end (TIFF 6.0)."""
     order = "<" if data.startswith(b"II") else ">"
     is_big = 43 in data[2:4]
     word, entry_count = ("Q", "Q") if is_big else ("I", "H")
@@ -95,7 +95,7 @@ def _tiff_cut_short(data: bytes) -> bool:
 
 
 _TIFF_VALUE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-"""Bytes of one value by its type; the rest have one."""
+"""Bytes per value, by its type. Types that are not here have one byte."""
 _TIFF_INTEGERS = {3: "H", 4: "I", 16: "Q"}
 _TIFF_BLOCK_TAGS = {STRIPOFFSETS: STRIPBYTECOUNTS, TILEOFFSETS: TILEBYTECOUNTS}
 

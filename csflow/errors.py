@@ -9,23 +9,23 @@ class ExitStatus(IntEnum):
     DONE = 0
     """Every input image is accounted for."""
     FAILED = 1
-    """The job broke; its log says where."""
+    """The job failed; its output says why."""
     WRONG_USE = 2
-    """A setting or an input is wrong; said in one line before any work starts."""
+    """A setting or an input is wrong; one line says so before any work starts."""
     INCOMPLETE = 3
-    """Ended with rows missing; the same command continues."""
+    """The job ended with rows missing; the same command continues."""
     DRIFT = 4
     """Done, but the scores have drifted from calibration; only with --exit_on_drift."""
     STOPPED = 130
-    """Somebody pressed Ctrl-C: 128 and the number of the signal, as shells have it."""
+    """Ctrl-C stopped the job: 128 plus the number of the signal, as in shells."""
 
 
 class WrongUse(Exception):
-    """A setting, a URI or an input file is wrong: one line that names it and the remedy (exit status 2)."""
+    """A setting, URI or input is wrong; the message names it and the remedy in one line (exit status 2)."""
 
 
 class Failed(RuntimeError):
-    """The job cannot go on for a reason that lies outside of it: one line that says which (exit status 1)."""
+    """A reason outside of the job, which the message names in one line, stops the job (exit status 1)."""
 
 
 class StorageFailed(OSError):
@@ -39,29 +39,29 @@ class ErrorCode(StrEnum):
     """Why an image has no score: the closed list behind `errors.error_code`."""
 
     NOT_FOUND = "not_found"
-    """The object or member was listed and is gone."""
+    """The object or member was listed, but no longer exists."""
     EMPTY = "empty"
-    """Zero bytes."""
+    """The object has zero bytes."""
     UNSUPPORTED_FORMAT = "unsupported_format"
-    """The bytes are no image in a known format."""
+    """The bytes are not an image in a known format."""
     TRUNCATED = "truncated"
     """The image ends early."""
     CORRUPT = "corrupt"
     """The image or the archive around it is damaged."""
     TOO_LARGE = "too_large"
-    """More pixels, or bytes, than the stated limit."""
+    """The image has more pixels or bytes than the stated limit."""
     CRASHED = "crashed"
-    """The process that handled the image died, more than once."""
+    """The process that handled the image died more than once."""
     INTERNAL = "internal"
-    """An unexpected error; a bug worth reporting."""
+    """An unexpected error occurred; please report it as a bug."""
     CHANGED = "changed"
     """The object is another version than the one listed; the next run lists it anew."""
     PERMISSION_DENIED = "permission_denied"
     """The store refuses this object."""
     THROTTLED = "throttled"
-    """The store asked to slow down, for longer than the deadline of an object."""
+    """The store asked to slow down until the deadline of the object had passed."""
     TIMEOUT = "timeout"
-    """The store did not answer within the deadline of an object."""
+    """The store did not answer before the deadline of the object."""
     CONNECTION = "connection"
     """The connection to the store failed."""
     SERVER_ERROR = "server_error"
@@ -78,7 +78,7 @@ TRANSIENT = frozenset(
         ErrorCode.SERVER_ERROR,
     }
 )
-"""Codes of what may pass or be repaired: the next run tries these images again."""
+"""Codes of errors that may be temporary or repaired: the next run tries these images again."""
 
 
 class ImageError(Exception):

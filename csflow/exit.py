@@ -1,4 +1,4 @@
-"""Leaving the process: what ends a job becomes an exit status and, where the user can act on it, one line."""
+"""Turns what ends a job into an exit status and, if the user can act on the reason, one error line."""
 
 import sys
 import traceback

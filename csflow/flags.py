@@ -1,4 +1,4 @@
-"""Flags as people type them: with hyphens or underscores, and a complaint of one line about wrong ones."""
+"""The parser of flags, which may have hyphens or underscores; a wrong flag becomes an error of one line."""
 
 import argparse
 import sys
@@ -31,7 +31,7 @@ class FlagParser(argparse.ArgumentParser):
         )
 
     def parse(self, words: Sequence[str] | None = None) -> dict[str, Any]:
-        """The values that the words give, by default those of the process. Raises WrongUse."""
+        """The values in these words, by default in the command line of the process. Raises WrongUse."""
         known = {spelling(flag): flag for action in self._actions for flag in action.option_strings}
         return vars(self.parse_args(_respelled(sys.argv[1:] if words is None else words, known)))
 
@@ -40,6 +40,6 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def _respelled(words: Sequence[str], known: Mapping[str, str]) -> list[str]:
-    """The words, with the known flags among them spelt as the parser knows them."""
+    """The words, with known flags in the spelling of the parser."""
     flags = [word.partition("=") for word in words]
     return [known.get(spelling(flag), flag) + equals + value for flag, equals, value in flags]

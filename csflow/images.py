@@ -67,20 +67,20 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation → what turns the stored raster upright; 5 to 8 swap height and width."""
+"""The operation that turns the stored raster upright, by EXIF orientation; 5 to 8 swap height and width."""
 
 
 _StoredBox = tuple[float, float, float, float]
-"""Left, upper, right and lower edge in the raster as it is stored, as Pillow takes them."""
+"""Left, upper, right and lower edge in the raster as it is stored, in Pillow's order."""
 
 
 class DecodedImage(NamedTuple):
-    """Pixels, and the size of the original they came from."""
+    """The pixels of an image, and the size of its original."""
 
     pixels_HWC: npt.NDArray[np.uint8]
-    """RGB, contiguous; of the size that was asked for."""
+    """RGB, contiguous, of the size that the caller asked for."""
     height: int
-    """Of the original, upright, in pixels."""
+    """Height of the upright original in pixels; `width` likewise."""
     width: int
     box: Box
     """What the pixels cover, in pixels of the original: all of it if it was stretched, a part if it was
@@ -92,9 +92,9 @@ class StoredImage(NamedTuple):
 
     image: Image.Image
     is_lossy: bool
-    """Compressed as JPEG, or as WebP with losses: values near those of the original, not equal to them."""
+    """Whether the file is compressed as JPEG or lossy WebP, so that values differ from the original's."""
     is_white_zero: bool
-    """TIFF whose greys are stored inverted; Pillow has turned those of up to 8 bits, and no wider ones."""
+    """Whether a TIFF has its greys inverted. Pillow has turned greys of up to 8 bits, but no wider ones."""
 
 
 def decode(
@@ -140,7 +140,7 @@ def decode_stored(data: bytes, max_pixels: int = MAX_PIXELS) -> StoredImage:
 
 @contextmanager
 def _opening(data: bytes) -> Iterator[type[ImageFile]]:
-    """The Pillow class that reads these bytes; what goes wrong inside becomes an `ImageError`."""
+    """The Pillow class that reads these bytes; exceptions inside the context become an `ImageError`."""
     if not data:
         raise ImageError(ErrorCode.EMPTY, "zero bytes")
     _mute_pillow()
@@ -161,7 +161,7 @@ def _opening(data: bytes) -> Iterator[type[ImageFile]]:
 def _read(
     image_file: type[ImageFile], data: bytes, preprocessing: Preprocessing | None, max_pixels: int
 ) -> tuple[Image.Image, int, int]:
-    """8-bit grey or RGB, upright, resized but not padded, with the height and width of the original."""
+    """The upright 8-bit grey or RGB image, resized but not padded, and height and width of the original."""
     image = image_file(io.BytesIO(data))
     orientation = _begin(image, max_pixels)
     is_turned = orientation >= 5
@@ -180,7 +180,7 @@ def _read(
 
 
 def _begin(image: ImageFile, max_pixels: int) -> int:
-    """Loads all but JPEGs, which may be asked for a smaller size first; returns the orientation left."""
+    """Loads all formats but JPEG, which may later be decoded smaller; returns the orientation to apply."""
     if image.width * image.height > max_pixels:
         raise ImageError(
             ErrorCode.TOO_LARGE, f"{image.width}x{image.height} pixels, over the limit of {max_pixels} pixels"
@@ -261,13 +261,13 @@ def _draft(image: JpegImageFile, size: tuple[int, int], box: _StoredBox) -> _Sto
 
 
 def _drop_wide_colour_key(image: PngImageFile) -> None:
-    """Forgets the transparent colour of a 16-bit RGB PNG: Pillow would look for it among 8-bit pixels."""
+    """Drops the transparent colour of a 16-bit RGB PNG, which Pillow would compare with 8-bit pixels."""
     if image.tile and image.tile[0].args == "RGB;16B":
         image.info.pop("transparency", None)
 
 
 def _orientation(image: ImageFile) -> int:
-    """EXIF orientation, 1 to 8; 1 for none or damaged EXIF."""
+    """EXIF orientation, 1 to 8; 1 if EXIF is missing or damaged."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # the EXIF parser lets many types through, and none of them harms the pixels
@@ -318,7 +318,7 @@ def _mean_colour(pixels_NC: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def _eight_bit(image: ImageFile) -> Image.Image:
-    """The image as mode L or RGB, decoded here if it was not yet."""
+    """The image in mode L or RGB, decoded now if it was not before."""
     image.load()
     if image.mode in {"I", "F"} or image.mode.startswith("I;16"):
         return _wide_grey(image)
@@ -370,4 +370,4 @@ def _wide_grey(image: ImageFile) -> Image.Image:
 
 
 DECODING_VERSION = 1
-"""Changes whenever the same bytes give other pixels; a model scores with the version it was trained with."""
+"""Increases when the same bytes give other pixels. A model scores with the version it was trained with."""

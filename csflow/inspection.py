@@ -1,4 +1,4 @@
-"""A model directory or an output of scoring at a glance: from file names, JSON and Parquet footers alone."""
+"""Shows what a model directory or an output holds, from file names, JSON and Parquet footers alone."""
 
 from collections.abc import Iterator, Sequence
 from typing import ClassVar

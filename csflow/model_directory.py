@@ -25,9 +25,9 @@ if TYPE_CHECKING:  # the driver of a scoring run needs no torch, which takes sec
 
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)
-"""Models of version 1 do not say what rounding shifts; those before 3 are not whitened and have one score."""
+"""Version 1 has no rounding shifts; models before version 3 have no whitening and only one score."""
 ROUNDING = "rounding."
-"""Prefix of the detector's `rounding_shifts` among its tensors."""
+"""Prefix of the names of `rounding_shifts` among the detector's tensors."""
 LIBRARIES = ("torch", "timm", "safetensors", "pillow", "pyarrow", "ray")
 
 CALIBRATION = pa.schema(
@@ -44,20 +44,20 @@ CALIBRATION = pa.schema(
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scores of the held-out normal images, each (n,), against which p-values are told."""
+    """Scores (n,) of the held-out normal images, from which p-values are computed."""
 
     anomaly_score: NDArray[np.float64]
     global_score: NDArray[np.float64] | None
-    """None in models of older versions, as all that follow."""
+    """None in models of older versions, as are all fields below."""
     local_score: NDArray[np.float64] | None
     map_maximum: NDArray[np.float64] | None
-    """Of each image's anomaly map."""
+    """Maximum of each image's anomaly map."""
     table: pa.Table
-    """The same with the images, in the `CALIBRATION` schema."""
+    """The same scores with their images, in the `CALIBRATION` schema."""
 
     @classmethod
     def of(cls, table: pa.Table) -> "Calibration":
-        """Raises KeyError or an ArrowException if a column is missing that every version has."""
+        """The calibration in a table. Raises KeyError or ArrowException if a required column is missing."""
         for field in CALIBRATION:
             if field.name not in table.schema.names and field.nullable:
                 table = table.append_column(field, pa.nulls(table.num_rows, field.type))
@@ -88,18 +88,18 @@ class Calibration:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What a model directory holds, found whole."""
+    """The content of a model directory, proved whole."""
 
     model_id: str
     architecture: dict[str, Any]
     feature_shapes: list[list[int]]
     state: Mapping[str, NDArray[Any]]
-    """Tensors by name."""
+    """The detector's tensors, by name."""
     calibration: Calibration
 
     @property
     def worker_bytes(self) -> int:
-        """As `worker_bytes`."""
+        """Memory that a process needs for this detector."""
         return worker_bytes(self.state)
 
 
@@ -206,7 +206,7 @@ def load_model(location: Location) -> Model:
 
 
 def worker_bytes(state: Mapping[str, Any]) -> int:
-    """Memory that a process needs to load and run a detector: libraries, its tensors twice, activations."""
+    """Memory that a process needs for a detector: libraries, its tensors twice, and activations."""
     return (1 << 30) + 2 * sum(int(value.nbytes) for value in state.values())
 
 
@@ -215,13 +215,13 @@ def holds_model(location: Location) -> bool:
 
 
 def heldout_scores(location: Location) -> NDArray[np.float64]:
-    """The anomaly scores of a model's held-out images; reads no weights."""
+    """The anomaly scores of a model's held-out images, read without the weights."""
     table = read_parquet(location / "calibration.parquet")
     return np.asarray(table["anomaly_score"].to_numpy(), dtype=np.float64)
 
 
 def find_heldout_scores(location: Location, model_id: str) -> NDArray[np.float64] | None:
-    """The same of this model; None if the directory cannot be read or holds another one."""
+    """The held-out scores of this model; None if the directory cannot be read or holds another model."""
     try:
         return heldout_scores(location) if read_config(location)["model_id"] == model_id else None
     except (WrongUse, OSError, ValueError, KeyError):
@@ -268,7 +268,7 @@ def _model_id(
     state: Mapping[str, NDArray[Any]],
     calibration: Calibration,
 ) -> str:
-    """Hash of what decides scores and p-values; equal on every machine and for every copy."""
+    """Hash of what decides scores and p-values; the same on every machine and for every copy."""
     digest = hashlib.sha256()
     for part in _parts(architecture, decoding_version, state, calibration):
         digest.update(len(part).to_bytes(8, "little"))

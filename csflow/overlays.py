@@ -1,4 +1,4 @@
-"""Rows of `scores` as pictures: their images, read again, with the anomaly maps over them."""
+"""Makes pictures of rows of `scores`: reads their images again and draws the anomaly maps over them."""
 
 import io
 import posixpath
@@ -21,7 +21,7 @@ from csflow.storage import Location
 
 READ_THREADS = 8
 READ_DEADLINE_S = 10.0
-"""Per image: a store that is down should cost whoever looks at maps minutes, not hours."""
+"""Deadline per image, so that a user waits minutes, not hours, if a store is down."""
 
 
 def overlay_row(
@@ -121,6 +121,6 @@ def read_image(row: Mapping[str, Any], reader: ImageReader, side: int | None = N
 
 
 def _stem(image_uri: str) -> str:
-    """A file name for an image, from the last part of its URI."""
+    """A file name for an image, made from the last part of its URI."""
     name = posixpath.splitext(image_uri.rpartition("/")[2])[0]
     return re.sub(r"[^\w.-]", "_", name)[:100]

@@ -1,4 +1,4 @@
-"""The precision of convolutions and matrix products; sums and the flow's state are float32 in each."""
+"""The precision of convolutions and matrix products. Sums and the flow's state are always float32."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +13,7 @@ TrainingPrecision = Literal["auto", "float32", "bfloat16"]
 
 
 def multiplies_bfloat16(device: "torch.device") -> bool:
-    """Whether its units multiply bfloat16; others do so by way of float32, which gains nothing."""
+    """Whether the device multiplies bfloat16 in hardware; without that, bfloat16 is no faster."""
     import torch
 
     if device.type == "cuda":
@@ -23,5 +23,5 @@ def multiplies_bfloat16(device: "torch.device") -> bool:
 
 
 def uses_bfloat16(precision: TrainingPrecision, device: "torch.device") -> bool:
-    """Whether convolutions of a training run in bfloat16; weights, sums and the loss stay in float32."""
+    """Whether convolutions run in bfloat16 in training; weights, sums and the loss stay in float32."""
     return multiplies_bfloat16(device) if precision == "auto" else precision == "bfloat16"

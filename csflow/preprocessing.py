@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 Fit = Literal["stretch", "letterbox", "crop"]
-"""What happens to an image of another aspect ratio than the model's: it is distorted, padded or cut."""
+"""How an image of another aspect ratio than the model's is resized: distorted, padded or cut."""
 Interpolation = Literal["bilinear", "bicubic"]
-"""The filter of resizing, antialiased."""
+"""The resizing filter, always antialiased."""
 
 
 class Box(NamedTuple):
@@ -25,15 +25,15 @@ class Placement(NamedTuple):
     """How one image is laid into the model's pixels: `source` is resized to `size`, then padded."""
 
     source: Box
-    """Part of the original."""
+    """The part of the original that is used."""
     size: tuple[int, int]
-    """Height and width that it is resized to."""
+    """Height and width to which the source is resized."""
     padding: tuple[int, int, int, int]
     """Rows and columns added above, to the left, below and to the right."""
 
     @property
     def box(self) -> Box:
-        """What all pixels together cover, padding included."""
+        """The part of the original that all pixels cover, including padding."""
         cell_height = (self.source.bottom - self.source.top) / self.size[0]
         cell_width = (self.source.right - self.source.left) / self.size[1]
         above, left, below, right = self.padding
@@ -55,7 +55,7 @@ class Preprocessing:
     interpolation: Interpolation = "bilinear"
 
     def place(self, height: int, width: int) -> Placement:
-        """How an original of this size is laid into the pixels."""
+        """How an original of this size is placed into the pixels."""
         if self.fit == "letterbox":
             return _letterboxed(self.image_size, height, width)
         source = whole(height, width)
@@ -65,7 +65,7 @@ class Preprocessing:
 
 
 def whole(height: int, width: int) -> Box:
-    """All of an image of this size."""
+    """The box that covers all of an image of this size."""
     return Box(0.0, 0.0, float(height), float(width))
 
 
@@ -76,7 +76,7 @@ def distortion(image_size: tuple[int, int], height: int, width: int) -> float:
 
 
 def _centred(image_size: tuple[int, int], height: int, width: int) -> Box:
-    """The largest part of the model's aspect ratio, in the middle of the original."""
+    """The largest part with the model's aspect ratio, in the middle of the original."""
     scale = min(height / image_size[0], width / image_size[1])
     # No larger than the original, whatever rounding says.
     cut_height, cut_width = min(height, image_size[0] * scale), min(width, image_size[1] * scale)
@@ -85,7 +85,7 @@ def _centred(image_size: tuple[int, int], height: int, width: int) -> Box:
 
 
 def _letterboxed(image_size: tuple[int, int], height: int, width: int) -> Placement:
-    """The whole original in the middle, in whole pixels."""
+    """Places the whole original in the middle, in whole pixels."""
     scale = max(height / image_size[0], width / image_size[1])
     size = max(1, round(height / scale)), max(1, round(width / scale))
     rows, columns = image_size[0] - size[0], image_size[1] - size[1]

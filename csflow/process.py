@@ -1,4 +1,4 @@
-"""A worker process: its threads and its device, the memory it has used, and where its time goes."""
+"""Sets up a worker process (threads, device), and measures its memory and its time."""
 
 import ctypes
 import os
@@ -48,14 +48,14 @@ def _keep_freed_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has had resident so far, from proc(5)."""
+    """The largest resident memory of this process so far, from proc(5)."""
     # getrusage(2) counts what the process that started this one had, too.
     match = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     return int(match[1]) * 1024 if match else 0
 
 
 def process_started_at() -> float:
-    """When this process began, in seconds since the epoch, from proc(5)."""
+    """The time when this process began, in seconds since the epoch, from proc(5)."""
     # The program's name, in brackets, may hold blanks.
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
@@ -63,17 +63,17 @@ def process_started_at() -> float:
 
 
 class Stages:
-    """Adds up what stages took."""
+    """Adds up the time of stages."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        """On the clock."""
+        """Wall-clock seconds by stage."""
         self.cpu_seconds: dict[str, float] = defaultdict(float)
-        """Of the calling threads."""
+        """CPU seconds of the calling threads, by stage."""
 
     @contextmanager
     def measured(self, stage: str) -> Iterator[None]:
-        """Adds what happens inside."""
+        """Adds the time inside this context."""
         started, cpu_started = time.perf_counter(), time.thread_time()
         try:
             yield
@@ -88,7 +88,7 @@ class Stages:
 
 
 class ProcessCpu:
-    """CPU seconds of this process, handed out so that the parts add up to all. Threads may share it."""
+    """Hands out CPU seconds of this process in parts that add up to all. Threads may share it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -105,7 +105,7 @@ class ProcessCpu:
 
 
 def _client_seconds() -> float:
-    """Of the thread of fsspec's clients, and of those of obstore's."""
+    """CPU seconds of fsspec's client thread and of obstore's threads."""
     seconds = 0.0
     thread = fsspec.asyn.iothread[0]
     if thread is not None and hasattr(time, "pthread_getcpuclockid"):

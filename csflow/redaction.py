@@ -1,4 +1,4 @@
-"""Keeping secrets out of what a job prints and writes: what a URL or a message gives away."""
+"""Keeps secrets out of what a job prints and writes."""
 
 import os
 import re
@@ -24,7 +24,7 @@ _PRESIGNED = re.compile(r"[?&]X-Amz-(?:Signature|Credential|Security-Token)=", r
 
 
 def holds_credentials(url: str) -> bool:
-    """Whether a URL names a user, or a key in its query, as presigned ones do; paths never do."""
+    """Whether a URL holds a user, or a key in its query, as presigned URLs do. Paths never do."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         return False
@@ -34,7 +34,7 @@ def holds_credentials(url: str) -> bool:
 
 
 def secret_values(options: Mapping[str, Any]) -> Iterator[str]:
-    """Values of storage options whose names say that they are secret, nested ones too."""
+    """Values of storage options, also nested ones, whose names say that they are secret."""
     for name, value in options.items():
         if isinstance(value, Mapping):
             yield from secret_values(value)
@@ -43,7 +43,7 @@ def secret_values(options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def redact(text: str, options: Mapping[str, Any] | None = None) -> str:
-    """A message without the secrets of the environment, of storage options, and of what looks like one."""
+    """The message without secrets of the environment and of storage options, and what looks like secrets."""
     known = [*secret_values(options or {}), *(os.environ.get(name, "") for name in SECRET_VARIABLES)]
     # Shorter ones would hide syllables of other words; as values of a name they are found below.
     for value in sorted((v for v in known if len(v) >= 6), key=len, reverse=True):

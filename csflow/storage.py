@@ -1,4 +1,4 @@
-"""Files in local folders and object stores, through fsspec: whole files that are never half visible."""
+"""Reads and writes whole files in local folders and object stores. No file is ever half visible."""
 
 import io
 import os
@@ -41,10 +41,10 @@ def filesystem(
 
 @dataclass(frozen=True)
 class Location:
-    """A folder or file, local or in an object store; small and picklable, so that it travels to workers."""
+    """A folder or file, local or in an object store. It is small and picklable, so it can go to workers."""
 
     url: str
-    """URL, or local path: made absolute, since workers have working folders of their own."""
+    """URL or local path. A path is made absolute, since workers have other working folders."""
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class Location:
 
     @property
     def name(self) -> str:
-        """The last part of the path."""
+        """The last part of the location's path."""
         return self.url.rstrip("/").rsplit("/", 1)[-1]
 
     @property
@@ -72,7 +72,7 @@ class Location:
 
     @property
     def path(self) -> str:
-        """The path inside the file system, without a scheme."""
+        """The path inside the file system, without the scheme."""
         return filesystem(self.url, self.storage_options)[1]
 
     @property
@@ -84,12 +84,12 @@ class Location:
             return bool(self.fs.exists(self.path))
 
     def read(self) -> bytes:
-        """Raises FileNotFoundError if there is no such file, StorageFailed if it cannot be read."""
+        """The content. Raises FileNotFoundError if there is no such file, StorageFailed if reading fails."""
         with _naming(self.url, "read"):
             return bytes(self.fs.cat_file(self.path))
 
     def write(self, data: bytes) -> None:
-        """Puts a file in place at once, replacing what is there. Raises StorageFailed if it cannot."""
+        """Writes a file whole, replacing an existing one. Raises StorageFailed if that fails."""
         with _naming(self.url, "written"):
             if self.is_local:
                 temporary = _write_temporary(self.path, data)
@@ -139,7 +139,7 @@ class Location:
         return False
 
     def find(self, suffix: str) -> list["Location"]:
-        """All files below this folder whose names end so, sorted; none if the folder does not exist."""
+        """All files below this folder with this ending, sorted; none if the folder does not exist."""
         fs, root = filesystem(self.url, self.storage_options)
         with _naming(self.url, "listed"):
             found = _find_local(root) if isinstance(fs, LocalFileSystem) else fs.find(root)
@@ -147,7 +147,7 @@ class Location:
         return [self / path[len(root.rstrip("/")) + 1 :] for path in paths if not _is_temporary(path)]
 
     def check_writable(self, exclusively: bool = False) -> None:
-        """Raises WrongUse if no file can be written in this folder, or if asked, `create` does not hold."""
+        """Raises WrongUse if this folder refuses files or, if asked for, does not support `create`."""
         probe = self / f"_writable-{uuid.uuid4().hex}"
         try:
             probe.write(b"")
@@ -166,7 +166,7 @@ class Location:
 
 
 def to_parquet(table: pa.Table) -> bytes:
-    """A Parquet file in memory: its size is known and nothing is published before it is whole."""
+    """A Parquet file in memory, so that its size is known and it is published whole."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
@@ -178,7 +178,7 @@ def read_parquet(location: Location, schema: pa.Schema | None = None) -> pa.Tabl
 
 
 def _find_local(folder: str) -> Iterator[str]:
-    """All files below a folder. An error is raised, where fsspec would leave out what it hides."""
+    """All files below a folder. Raises errors of unreadable folders, which fsspec would hide."""
 
     def fail(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
@@ -213,7 +213,7 @@ def _http_status(error: OSError) -> int | None:
 
 
 def _write_temporary(path: str, data: bytes) -> Path:
-    """Writes through to the disk beside the final place, under a name that no reader takes for data."""
+    """Writes to disk beside the final file, under a name that no reader takes for data."""
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Finding the pretrained weights of a backbone: timm's, an installed package's, or a file's."""
+"""Finds pretrained weights of a backbone: from timm, in an installed package, or in a file."""
 
 import importlib.util
 import io

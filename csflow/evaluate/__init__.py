@@ -1,4 +1,4 @@
-"""The evaluation job: how well anomaly scores and maps find what is known to be defective."""
+"""Evaluates how well anomaly scores and maps find known defects."""
 
 from csflow.evaluate.job import EvaluateConfig, evaluate
 from csflow.evaluate.ranking import image_metrics

@@ -1,4 +1,4 @@
-"""The evaluation job: how well anomaly scores and maps find what is known to be defective."""
+"""The evaluation job: measures how well anomaly scores and maps find known defects."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,7 +82,7 @@ def evaluate(config: EvaluateConfig) -> ExitStatus:
 def _labels_and_scores(
     config: EvaluateConfig, dataset: ds.Dataset
 ) -> tuple[dict[str, Label], dict[str, LabelledScore]]:
-    """All labels, and the images that have a score too, by image URI; at least one has both."""
+    """All labels, and the images that have both label and score, by image URI; the latter are never empty."""
     if (config.labels is None) == (config.layout is None):
         raise WrongUse("evaluation needs either --labels (a table) or --layout mvtec")
     if config.labels is not None:

@@ -1,4 +1,4 @@
-"""What is known of images: normal or defective, the kind of defect, and the mask that marks it."""
+"""Labels of images: normal or defective, the class of the defect, and the mask that marks the defect."""
 
 import posixpath
 import re
@@ -27,7 +27,7 @@ class Label:
 
     is_defective: bool
     defect_class: str | None = None
-    """None for normal images and where nothing is said."""
+    """The class of the defect; None for normal images and if the table does not say."""
     mask_uri: str | None = None
     """Image whose nonzero pixels are defective."""
 
@@ -93,7 +93,7 @@ def mvtec_labels(image_uris: Iterable[str]) -> dict[str, Label]:
 
 
 def among(image_uris: Mapping[str, object]) -> pc.Expression:
-    """Filter of `scores`, so that only the rows of these images are held in memory."""
+    """A filter that selects these images in `scores`, so that only their rows are held in memory."""
     return pc.field("image_uri").isin(pa.array(image_uris, pa.string()))
 
 

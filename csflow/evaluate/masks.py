@@ -29,11 +29,11 @@ DEADLINE_S = 60.0
 """Seconds during which transient failures of one mask are tried again."""
 
 RINGING_TOP = 128
-"""A mask of 8 bits whose brightest value is below holds labels: black and white is what rings."""
+"""A mask of 8 bits whose brightest value is lower holds labels; only black-and-white masks show ringing."""
 FEW_LEVELS = 8
-"""Up to so many values above zero may be labels."""
+"""A mask with at most this many values above zero may hold labels."""
 NEAR_WHITE = 0.95
-"""Of the brightest value: what rings has grey beside its white, too."""
+"""Share of the brightest value above which grey is near white. Ringing also leaves grey beside white."""
 GRAIN = 2 / 3
 """Share of neighbours that differ above which dark grey is no area: 3/4 and more in JPEGs of any quality, at
 most 1/2 in labels of 3 x 3 pixels and more."""
@@ -44,7 +44,7 @@ class Mask(NamedTuple):
 
     is_defective_HW: NDArray[np.bool_]
     is_thresholded: bool
-    """Darker pixels were not black, and were taken for ringing."""
+    """Whether darker pixels were not black, and were taken for ringing."""
 
 
 class MaskReader:
@@ -83,7 +83,7 @@ class MaskReader:
 
 
 def decode_mask(data: bytes) -> Mask:
-    """Raises ImageError as `csflow.images.decode`."""
+    """The mask in these bytes. Raises ImageError as `csflow.images.decode`."""
     stored = decode_stored(data)
     levels_HW = _levels(stored)
     if levels_HW.dtype != np.uint8:

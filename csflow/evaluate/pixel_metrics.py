@@ -16,10 +16,10 @@ from scipy import ndimage
 from csflow.maps import resample
 
 FPR_LIMIT = 0.3
-"""Up to which false positive rate the PRO curve is integrated (Bergmann et al., CVPR 2019)."""
+"""False positive rate up to which the PRO curve is integrated (Bergmann et al., CVPR 2019)."""
 
 MANTISSA_BITS = 11
-"""Of a map value that its bin keeps: a bin is between 0.024 % and 0.049 % of its value wide."""
+"""Bits of a map value's mantissa that its bin keeps: a bin is 0.024 % to 0.049 % of its value wide."""
 _SHIFT = 23 - MANTISSA_BITS
 _BINS = 1 << (31 - _SHIFT)
 _EIGHT_NEIGHBOURS = np.ones((3, 3))
@@ -30,7 +30,7 @@ class Area(NamedTuple):
 
     value: float
     binning_error: float
-    """The exact area, with every value a bin of its own, lies within `value` ± this."""
+    """The exact area, in which every value is its own bin, lies within `value` ± this error."""
 
 
 class PixelHistograms:
@@ -99,11 +99,11 @@ class PixelHistograms:
         return _area(*self._curve(self._defective), limit=1.0)
 
     def aupro(self, limit: float = FPR_LIMIT) -> Area:
-        """Area under PRO against false positive rate up to `limit`, divided by it."""
+        """Area under PRO against the false positive rate, from 0 to `limit`, divided by `limit`."""
         return _area(*self.pro_curve(), limit)
 
     def pro_curve(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """False positive rate of normal pixels, of all images, and PRO, from (0, 0) to (1, 1)."""
+        """False positive rate of the normal pixels of all images, and PRO, from (0, 0) to (1, 1)."""
         return self._curve(self._region_shares)
 
     def _curve(self, found: NDArray[np.generic]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -115,7 +115,7 @@ class PixelHistograms:
 def upsample(
     anomaly_map: NDArray[np.float32], height: int, width: int, box: Sequence[float] | None = None
 ) -> NDArray[np.float32]:
-    """The map at image size: bilinear, with cells as areas (`align_corners=False`), 0 beyond the box."""
+    """The map at image size, bilinear with cells as areas (`align_corners=False`), and 0 beyond the box."""
     top = float(np.finfo(np.float32).max)
     finite = np.nan_to_num(anomaly_map.astype(np.float32), nan=top, posinf=top)
     return resample(finite, height, width, box, outside=0)
@@ -127,7 +127,7 @@ def _bins(values: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def _area(x: NDArray[np.float64], y: NDArray[np.float64], limit: float) -> Area:
-    """Trapezoids up to x = limit, divided by it."""
+    """The area by trapezoids from x = 0 to `limit`, divided by `limit`."""
     end = int(np.searchsorted(x, limit, side="right"))
     x_D, y_D = x[:end], y[:end]
     # Inside a bin the exact curve climbs anywhere in the box whose diagonal stands for it.

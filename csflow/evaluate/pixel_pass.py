@@ -1,4 +1,4 @@
-"""The pass over anomaly maps and masks: every labelled image once, in bounded memory."""
+"""The pass over anomaly maps and masks, which reads every labelled image once, in bounded memory."""
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from csflow.evaluate.pixel_metrics import FPR_LIMIT, PixelHistograms
 MASK_THREADS = 8
 MAP_BATCH_ROWS = 64
 IMAGE_COUNTS = ("normal", "with_mask", "without_mask", "empty_mask", "thresholded_mask")
-"""`empty_mask` is part of `without_mask`."""
+"""Counts of images in the result. Images of `empty_mask` are also in `without_mask`."""
 
 
 def pixel_metrics(
@@ -69,7 +69,7 @@ def pixel_metrics(
 
 
 def _latest_maps(dataset: ds.Dataset, scored: Mapping[str, LabelledScore]) -> Iterator[list[dict[str, Any]]]:
-    """The labelled images' latest rows, in batches: all maps of an archive need not fit into memory."""
+    """The latest rows of the labelled images, in batches, since all maps of an archive may exceed memory."""
     columns = ["image_uri", "scored_at", "image_height", "image_width"]
     columns += ["anomaly_map", "map_height", "map_width", "map_box"]
     left = {uri: image.scored_at for uri, image in scored.items()}
@@ -93,17 +93,17 @@ def _latest_maps(dataset: ds.Dataset, scored: Mapping[str, LabelledScore]) -> It
 
 
 class Masks:
-    """Reads the masks of batches of rows in threads, and checks them."""
+    """Reads and checks the masks of batches of rows, in threads."""
 
     def __init__(self, storage_options: Mapping[str, Any], must_exist: bool) -> None:
-        """`must_exist`: a label table has named them; a folder layout only says where they may be."""
+        """`must_exist`: whether a missing mask is an error, as with label tables but not with layouts."""
         self._reader = MaskReader(storage_options)
         self._must_exist = must_exist
 
     def read(
         self, batches: Iterator[list[dict[str, Any]]], scored: Mapping[str, LabelledScore]
     ) -> Iterator[tuple[dict[str, Any], Mask | None]]:
-        """Yields rows with their masks, None where there is none."""
+        """Yields each row with its mask, or with None if the image has none."""
         with ThreadPoolExecutor(MASK_THREADS, thread_name_prefix="masks") as pool:
             for rows in batches:
                 labels = [scored[row["image_uri"]].label for row in rows]

@@ -11,14 +11,14 @@ from scipy.stats import binomtest
 
 CONFIDENCE = 0.95
 RECALL = 0.95
-"""Of the metric `fpr_at_95_recall`."""
+"""The recall at which the metric `fpr_at_95_recall` is taken."""
 
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """How many images of each class have each score: all that a metric of a ranking needs."""
+    """The number of images of each class at each score, which is all that a metric of a ranking needs."""
 
     score_T: NDArray[np.float64]
     defective_T: NDArray[np.int64]
@@ -46,7 +46,7 @@ class Ranking:
         return found_T / (found_T + self.normal_T.cumsum()), found_T / found_T[-1]
 
     def metrics(self) -> dict[str, float]:
-        """The metrics by name. Equal scores cannot be told apart: such a pair counts half in AUROC."""
+        """The metrics by name. A pair of images with equal scores counts half in the AUROC."""
         # No np.dot: BLAS starts threads for vectors of this length, and waits for them longer than it adds.
         found_T, false_T = self.defective_T.cumsum(), self.normal_T.cumsum()
         defective, normal = found_T[-1], false_T[-1]
@@ -61,12 +61,12 @@ class Ranking:
         }
 
     def best_f1_threshold(self) -> float:
-        """The score at which F1 is best, on the labels that it is measured on: an optimistic choice."""
+        """The score with the best F1. The choice is optimistic, since F1 is measured on the same labels."""
         found_T = self.defective_T.cumsum()
         return float(self.score_T[np.argmax(found_T / (found_T + self.normal_T.cumsum() + found_T[-1]))])
 
     def resampled(self, random: np.random.Generator) -> "Ranking":
-        """As many images of each class, drawn with replacement."""
+        """A resample of as many images of each class, drawn with replacement."""
         return Ranking(self.score_T, _redraw(self.defective_T, random), _redraw(self.normal_T, random))
 
 
@@ -86,7 +86,7 @@ def bootstrap_intervals(ranking: Ranking, resamples: int, seed: int = 0) -> dict
 
 
 def share(chosen: ArrayLike) -> tuple[float, Interval]:
-    """Share of true values, and its exact 95 % interval (Clopper and Pearson 1934)."""
+    """The share of true values, and the share's exact 95 % interval (Clopper and Pearson 1934)."""
     chosen_N = np.asarray(chosen, dtype=bool)
     result = binomtest(int(chosen_N.sum()), len(chosen_N))
     interval = result.proportion_ci(CONFIDENCE, method="exact")

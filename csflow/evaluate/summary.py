@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: plots, and a table in the terminal."""
+"""The plots of an evaluation, and its table in the terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ def plots(
     ranking: Ranking,
     histograms: PixelHistograms | None,
 ) -> dict[str, bytes]:
-    """SVG files by name."""
+    """The plots as SVG files, by name."""
     precision, recall = ranking.precision_recall()
     files = {
         "roc.svg": chart([Curve("ROC", *ranking.roc())], "false positive rate", "recall", RATE, RATE),

@@ -1,1 +1,1 @@
-"""Takes over CS-Flow models that other code bases trained."""
+"""Imports CS-Flow models that other code bases trained."""

@@ -22,7 +22,7 @@ from csflow.model.flow import SOFT_CLAMP
 SCALES = 3
 
 _TORCHVISION_EPS = 1e-3
-"""Of the batch norms of torchvision's EfficientNet-B5, on which anomalib builds."""
+"""ε of the batch norms in torchvision's EfficientNet-B5, which anomalib uses."""
 
 _FLOW_TENSOR = re.compile(
     r"(?:.*\.)?module_list\.(?P<node>\d+)\."
@@ -39,12 +39,12 @@ _LAYERS = {
 
 
 class ForeignModelError(ValueError):
-    """The tensors are no CS-Flow model that is known, or one that csflow cannot represent."""
+    """The tensors are not a known CS-Flow model, or csflow cannot represent it."""
 
 
 @dataclass(frozen=True)
 class ForeignModel:
-    """A trained flow of another code base, and what its checkpoint says beside."""
+    """A trained flow of another code base, and what else its checkpoint says."""
 
     source: str
     """`official` or `anomalib`."""
@@ -53,13 +53,13 @@ class ForeignModel:
     hidden_channels: int
     kernel_sizes: tuple[int, ...]
     extractor: Mapping[str, Tensor]
-    """The feature extractor's tensors in torchvision's order; none if the checkpoint has none."""
+    """The feature extractor's tensors in torchvision's order; empty if the checkpoint has none."""
     preprocessing: Mapping[str, Mapping[str, Any]]
-    """What anomalib does to an image: arguments by name of the transform; empty if nothing is said."""
+    """anomalib's preprocessing: arguments by name of the transform; empty if the checkpoint does not say."""
 
     @property
     def image_size(self) -> tuple[int, int] | None:
-        """Height and width, if the checkpoint says."""
+        """Height and width; None if the checkpoint does not say."""
         size: Any = self.preprocessing.get("Resize", {}).get("size")
         is_pair = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(n, int) for n in size)
         return (size[0], size[1]) if is_pair else None
@@ -137,7 +137,7 @@ def _tensors(state: Any) -> dict[str, Tensor]:
 
 
 def _blocks(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The tensors of each coupling block; in the original's graph other nodes stand between them."""
+    """The tensors of each coupling block. The original's graph has other nodes between the blocks."""
     nodes: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for name, value in state.items():
         if match := _FLOW_TENSOR.fullmatch(name):
@@ -151,7 +151,7 @@ def _blocks(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _names(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-    """What this code base calls the subnetworks that transform the first and the second half."""
+    """The code base's names of the subnetworks that transform the first and the second half."""
     # 1 and 2 name the half that is read: what reads the second half transforms the first.
     if "cross_convolution1.gamma0" in tensors:
         return "cross_convolution2", "cross_convolution1"
@@ -159,7 +159,7 @@ def _names(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
 
 
 def _convert_block(tensors: Mapping[str, Tensor], drawn: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The state dict of a `CouplingBlock`."""
+    """The state dict of csflow's `CouplingBlock`."""
     converted = {f"permutation_{s}": permutation_C for s, permutation_C in enumerate(drawn)}
     for ours, theirs in zip(("subnetwork_first", "subnetwork_second"), _names(tensors), strict=True):
         gamma = [tensors[f"{theirs}.gamma{s}"].reshape(()) for s in range(SCALES)]
@@ -195,7 +195,7 @@ def _extractor(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _transforms(config: Any) -> dict[str, Mapping[str, Any]]:
-    """Every transform that a stored preprocessing describes."""
+    """All transforms that a stored preprocessing describes."""
     found: dict[str, Mapping[str, Any]] = {}
     if isinstance(config, Mapping):
         if "class_path" in config and isinstance(config.get("init_args"), Mapping):

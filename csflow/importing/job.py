@@ -30,12 +30,12 @@ from csflow.weights import find_weights
 
 BACKBONES = {"official": "tf_efficientnet_b5", "anomalib": "efficientnet_b5"}
 IMAGE_SIZES = {"official": (768, 768), "anomalib": (256, 256)}
-"""What both code bases resize to by default."""
+"""Default image size of each code base."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""With which both normalise by default."""
+"""Default normalisation of both code bases."""
 
 REPRESENTED = {"Compose", "Normalize", "Resize", "ToDtype", "ToImage"}
-"""Transforms that csflow's preprocessing stands for."""
+"""Transforms that csflow's preprocessing also does."""
 
 READ_THREADS = 8
 BATCH_SIZE = 8
@@ -229,7 +229,7 @@ def _read(location: Location) -> bytes:
 
 
 def _load(location: Location, data: bytes) -> Mapping[str, Any]:
-    """Tensors and plain containers; nothing that is pickled in the file is executed."""
+    """The tensors and plain containers of a file; no pickled code in it is executed."""
     try:
         if location.url.endswith(".safetensors"):
             return safetensors.torch.load(data)
@@ -252,7 +252,7 @@ def _load(location: Location, data: bytes) -> Mapping[str, Any]:
 
 
 def _foreign_objects(data: bytes) -> list[str]:
-    """Names of the classes and functions that the file would have to import."""
+    """Names of the classes and functions that loading the file would import."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
     except Exception:  # no checkpoint at all, in one of many ways

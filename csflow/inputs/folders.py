@@ -24,7 +24,7 @@ LISTINGS_AT_ONCE = 16
 PATTERN_MARKS = "*?["
 
 Description = dict[str, Any]
-"""Of files, as fsspec or S3 gives it: one file, or a page of a listing."""
+"""Description of files by fsspec or S3: of one file, or of a page of a listing."""
 Wanted = Callable[[str], bool]
 
 
@@ -116,7 +116,7 @@ def _walk_local(path: str, is_wanted: Wanted, above: frozenset[tuple[int, int]])
 
 
 def _examine(path: str) -> StoredObject:
-    """A link that leads nowhere is listed too, so that it is accounted for: reading it raises NOT_FOUND."""
+    """Describes a link that leads nowhere, too, so that it is accounted for: reading it raises NOT_FOUND."""
     try:
         status = Path(path).stat()
     except FileNotFoundError:
@@ -136,7 +136,7 @@ def _walk_other(store: ObjectStore, uri: str, is_wanted: Wanted) -> Iterator[Sto
 def _walk_s3(
     store: ObjectStore, pool: ThreadPoolExecutor, uri: str, is_wanted: Wanted
 ) -> Iterator[StoredObject]:
-    """Several parts of the prefix are listed at once, 1000 objects per request, and none waits in memory."""
+    """Lists several parts of the prefix at once, 1000 objects per request, and keeps none in memory."""
     bucket, root = _split_prefix(uri)
     pages, folders = _split_up(store, bucket, root)
     for page in chain(pages, _list_at_once(store, pool, bucket, folders)):
@@ -170,7 +170,7 @@ def _split_up(store: ObjectStore, bucket: str, root: str) -> tuple[list[Descript
 def _list_at_once(
     store: ObjectStore, pool: ThreadPoolExecutor, bucket: str, folders: Iterable[str]
 ) -> Iterator[Description]:
-    """Pages of the folders by turns: the next page of each is fetched while those of others are used."""
+    """Pages of the folders in turn: the next page of one folder is fetched while others' pages are used."""
 
     def fetch(folder: str, **after: str) -> Future[Description]:
         return pool.submit(store.call_s3, "list_objects_v2", Bucket=bucket, Prefix=folder, **after)

@@ -30,7 +30,7 @@ COLUMNS = {
     "LastModifiedDate": "last_modified_date",
     "ETag": "e_tag",
 }
-"""What the manifest of a CSV inventory, which has no header, calls a column, and what Parquet and ORC do."""
+"""Names of columns in the manifest of a CSV inventory (CSV has no header), and in Parquet and ORC."""
 
 
 def read_inventory(store: ObjectStore, manifest: StoredObject) -> Iterator[StoredObject]:
@@ -70,7 +70,7 @@ def _objects(
 def _batches(
     store: ObjectStore, file: StoredObject, file_format: str, fields: list[str]
 ) -> Iterator[pa.RecordBatch]:
-    """The file's columns among `COLUMNS`, under the names that Parquet and ORC give them."""
+    """The columns of a file that are in `COLUMNS`, named as in Parquet and ORC."""
     source = store.open(file, READ_AHEAD)
     if file_format == "CSV":
         names = [COLUMNS.get(name, name) for name in fields]
@@ -91,7 +91,7 @@ def _batches(
 
 
 def _current_objects(batch: pa.RecordBatch, is_encoded: bool) -> Iterator[StoredObject]:
-    """Objects as they are now: no older versions and no delete markers."""
+    """The current version of each object, without older versions and delete markers."""
     rows = batch.num_rows
     nothing = pa.nulls(rows)
 

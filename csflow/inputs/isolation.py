@@ -1,4 +1,4 @@
-"""Reading and decoding in a child process: for shards whose worker died, where an image may be the reason."""
+"""Reads and decodes in a child process, for shards whose worker died, perhaps because of an image."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,13 +14,13 @@ from csflow.preprocessing import Preprocessing
 from csflow.process import Stages
 
 ATTEMPTS = 2
-"""A child may die for a reason that is not the image's: what takes two of them is."""
+"""An image is at fault if two child processes die; one child may die for another reason."""
 
 _child_reader: ImageReader
 
 
 class IsolatedLoader:
-    """Loads one image after another in a child process that an image may take down. For one thread."""
+    """Loads one image after another in a child process, which an image may kill. For one thread."""
 
     def __init__(self, storage_options: Mapping[str, Any], preprocessing: Preprocessing) -> None:
         self._storage_options = storage_options

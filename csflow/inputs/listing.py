@@ -1,4 +1,4 @@
-"""Listing the images behind the locations that a job was given: its work, before any of it is done."""
+"""Lists the images behind the locations that a job is given."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +25,7 @@ LISTING = pa.schema(
         pa.field("size_bytes", pa.int64(), nullable=False),
     ]
 )
-"""`size_bytes` is 0 where a manifest does not say, and an average for rows of Parquet files."""
+"""Schema of a listing. `size_bytes` is 0 if a manifest does not say, and an average for Parquet rows."""
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 CONTAINER_SUFFIXES = (*archives.SUFFIXES, rows.SUFFIX)
@@ -60,7 +60,7 @@ def list_images(
 
 
 def list_table(inputs: Sequence[str], storage_options: Mapping[str, Any]) -> pa.Table:
-    """The same as one table in memory, each URI once where it is first found; raises as `list_images`."""
+    """The listing as one table in memory, each URI once, where it is first found; raises as `list_images`."""
     table = pa.Table.from_batches(list_images(inputs, storage_options), LISTING)
     _, first = np.unique(table["image_uri"].to_pylist(), return_index=True)
     return table.take(np.sort(first))
@@ -90,7 +90,7 @@ def list_names(manifest: str, storage_options: Mapping[str, Any]) -> list[str]:
 
 
 class _Listing:
-    """From locations to images: what a location is, and what the archives and tables there hold."""
+    """Finds out what a location is, and lists the images in it and in its archives and tables."""
 
     def __init__(self, store: ObjectStore, pool: ThreadPoolExecutor, selection: Selection) -> None:
         self._store = store
@@ -100,7 +100,7 @@ class _Listing:
         self._unindexed: set[str] = set()
 
     def find(self, uri: str) -> Iterator[StoredObject]:
-        """Looks an input up at once, and lists its images as they are asked for."""
+        """Looks an input up at once, and lists its images lazily."""
         with _explaining(uri):
             return self._find(manifests.canonical_uri(uri))
 
@@ -167,7 +167,7 @@ class _Listing:
         return self._expand(folders.walk(self._store, self._pool, uri, _is_found))
 
     def _expand(self, files: Iterable[StoredObject], in_manifest: bool = False) -> Iterator[StoredObject]:
-        """Images as they are, archives and Parquet files as their images; several are opened at once."""
+        """Yields images, and the images in archives and Parquet files, several of which are open at once."""
         # Before anything is opened: an old archive costs nothing.
         files = filter(self._is_recent, files)
         while chunk := list(islice(files, CONTAINERS_AT_ONCE)):
@@ -242,7 +242,7 @@ def _needs_look(file: StoredObject) -> bool:
 
 
 def _some(uri: str, images: Iterable[StoredObject], selection: Selection) -> Iterator[StoredObject]:
-    """The images of an input; raises WrongUse if there are none, of whatever time."""
+    """The images of an input. Raises WrongUse if it has none and `since` is not given."""
     is_empty = True
     with _explaining(uri):
         for image in images:
@@ -255,7 +255,7 @@ def _some(uri: str, images: Iterable[StoredObject], selection: Selection) -> Ite
 
 @contextmanager
 def _explaining(uri: str) -> Iterator[None]:
-    """Failures to list become one line that names the input and the remedy."""
+    """Turns failures to list into one line that names the input and the remedy."""
     try:
         yield
     except WrongUse as error:

@@ -1,4 +1,4 @@
-"""From image URIs to batches of pixels: reads and decodes in threads, ahead of the model."""
+"""Loads images: reads and decodes them in threads, ahead of the model, and groups them into batches."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,13 +19,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """One image, or why there is none."""
+    """An image, or the error that explains why there is none."""
 
     image_uri: str
     image_version: str
     content: DecodedImage | ImageError
     stages: Stages
-    """What reading and decoding it took."""
+    """Time spent on reading and decoding the image."""
 
 
 class ImageLoader:
@@ -75,7 +75,7 @@ class ImageLoader:
 def load_one(
     reader: ImageReader, image_uri: str, image_version: str, preprocessing: Preprocessing
 ) -> LoadedImage:
-    """Reads and decodes one image; whatever goes wrong is in the result."""
+    """Reads and decodes one image; an error is returned in the result."""
     stages = Stages()
     content: DecodedImage | ImageError
     try:
@@ -92,7 +92,7 @@ def load_one(
 
 
 def batches(items: Iterable[T], batch_size: int) -> Iterator[list[T]]:
-    """Groups items; only the last group may be smaller."""
+    """Groups items into lists of one size; only the last list may be smaller."""
     iterator = iter(items)
     while batch := list(islice(iterator, batch_size)):
         yield batch

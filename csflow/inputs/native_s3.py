@@ -31,24 +31,24 @@ logger = logging.getLogger(__name__)
 
 OPTIONS = frozenset({"key", "secret", "token", "endpoint_url", "profile", "client_kwargs", "config_kwargs"})
 CLIENT_OPTIONS = frozenset({"endpoint_url", "region_name"})
-"""Of s3fs's options, those whose meaning is passed on. With any other, s3fs reads."""
+"""Options of s3fs that obstore gets, too. With any other option, s3fs reads."""
 OWN_OPTIONS, OWN_CONFIG = frozenset({"use_listings_cache"}), frozenset({"retries", "max_pool_connections"})
-"""Those that `ObjectStore` adds, which mean nothing for reading."""
+"""Options that `ObjectStore` adds, which do not matter for reading."""
 BUCKET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 CREDENTIALS_ARE_KEPT = timedelta(minutes=10)
-"""botocore renews credentials that would expire within this time."""
+"""How long obstore may keep credentials; botocore renews those that would expire within this time."""
 LONGEST_PAUSE_S = 0.2
 FAILURES_TO_REST = 8
 REST_S = 30.0
-"""After so many failures in a row s3fs alone reads a bucket for a while: the client may be unfit for it."""
+"""After several failures in a row, s3fs alone reads a bucket for this long, in case obstore cannot."""
 
 
 @dataclass
 class _Health:
-    """How the client gets on with a bucket."""
+    """The failures of the client with one bucket."""
 
     failures: int = 0
-    """In a row."""
+    """Number of failures in a row."""
     rests_until: float = 0.0
 
 
@@ -70,7 +70,7 @@ class NativeS3:
     def get(
         self, bucket: str, key: str, version: str, start: int, end: int | None, limit: int
     ) -> bytes | None:
-        """Bytes of an object, as `ObjectStore.fetch`; None if there are none, and s3fs is to tell why."""
+        """Bytes of an object, as `ObjectStore.fetch`; None on failure, so that s3fs retries and explains."""
         if not self._can_ask(bucket, key, version):
             return None
         health = self._health[bucket]
@@ -132,7 +132,7 @@ def _is_understood(fs: fsspec.AbstractFileSystem) -> bool:
 
 
 def _settings(fs: fsspec.AbstractFileSystem, deadline_s: float) -> dict[str, Any] | None:
-    """Arguments of an `S3Store` that is as this file system; None if there can be none."""
+    """Arguments of an `S3Store` equivalent to this file system; None if there is no equivalent."""
     sync(fs.loop, fs.set_session, timeout=deadline_s)
     client = fs.s3.meta
     provider = _credential_provider(fs, deadline_s)
@@ -172,7 +172,7 @@ def _settings(fs: fsspec.AbstractFileSystem, deadline_s: float) -> dict[str, Any
 def _credential_provider(
     fs: fsspec.AbstractFileSystem, deadline_s: float
 ) -> Callable[[], dict[str, Any]] | None:
-    """What gives the file system's credentials whenever it is asked; None if it has none."""
+    """A function that returns the file system's current credentials; None if it has none."""
     if fs.key:
         explicit = _credentials(fs.key, fs.secret, fs.token, None)
         return None if explicit is None else lambda: explicit
@@ -194,7 +194,7 @@ def _credential_provider(
 def _credentials(
     key: str, secret: str | None, token: str | None, expires_at: datetime | None
 ) -> dict[str, Any] | None:
-    """As obstore takes them; None if no header can hold them, such as one that ends in a line break."""
+    """The credentials in obstore's form; None if a header cannot hold them, because of a line break."""
     if not all(map(str.isprintable, (key, secret or "", token or ""))):
         return None
     return {"access_key_id": key, "secret_access_key": secret, "token": token, "expires_at": expires_at}

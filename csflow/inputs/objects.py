@@ -27,22 +27,22 @@ from csflow.storage import filesystem
 T = TypeVar("T")
 
 UNKNOWN_VERSION = "unknown"
-"""Version of what could not be examined when it was listed: reading it says why, or that it has changed."""
+"""Version of an object that listing could not examine. Reading it raises the reason, or CHANGED."""
 
 RETRIED = frozenset({ErrorCode.THROTTLED, ErrorCode.TIMEOUT, ErrorCode.CONNECTION, ErrorCode.SERVER_ERROR})
 SHORTEST_ATTEMPT_S = 5.0
-"""What the last attempt before a deadline gets, even past it: too short a one could only time out."""
+"""Seconds that the last attempt before a deadline gets, even past it; a shorter one could only time out."""
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 20.0
 MAX_RANGE_BYTES = 1 << 30
-"""Largest single read out of an archive or a Parquet file: a hostile header cannot exhaust the memory."""
+"""Largest single read in an archive or a Parquet file, so that a hostile header cannot exhaust the memory."""
 
 # Retries are ours alone: nested ones multiply the load on a store that asked to slow down, and hide why it
 # failed. botocore's 10 connections would leave most of a reader's threads waiting.
 S3_CLIENT = {"retries": {"total_max_attempts": 1}, "max_pool_connections": 64}
 
 MODIFIED = ("LastModified", "mtime", "updated", "created")
-"""Names under which fsspec's drivers give a time of change."""
+"""Names under which fsspec's drivers give the time of the last change."""
 
 
 class StoredObject(NamedTuple):
@@ -51,9 +51,9 @@ class StoredObject(NamedTuple):
     uri: str
     version: str
     size: int
-    """Bytes; 0 where a manifest does not say."""
+    """Size in bytes; 0 if a manifest does not say."""
     modified_at: float = math.nan
-    """Time of the last change in seconds since 1970; NaN where it is not known."""
+    """Time of the last change in seconds since 1970; NaN if unknown."""
 
 
 class ObjectStore:
@@ -242,7 +242,7 @@ class _RangeFile(io.RawIOBase):
 
 
 def version_of(info: Mapping[str, Any]) -> str:
-    """Version of a remote object from the description that fsspec gives of it."""
+    """The version in fsspec's description of a remote object."""
     etag = info.get("ETag") or info.get("etag")
     if etag:
         return str(etag).strip('"')
@@ -251,7 +251,7 @@ def version_of(info: Mapping[str, Any]) -> str:
 
 
 def modified_at(info: Mapping[str, Any]) -> float:
-    """Time of change of a remote object from the description that fsspec gives of it; NaN if it has none."""
+    """The time of the last change in fsspec's description of a remote object; NaN if it has none."""
     for key in MODIFIED:
         value = info.get(key)
         if isinstance(value, datetime):
@@ -269,7 +269,7 @@ def local_version(status: os.stat_result) -> str:
 
 
 def _pauses() -> Iterator[float]:
-    """Seconds to wait after each failure: random up to a doubling limit, so that readers spread out."""
+    """Seconds to wait after each failure: random, up to a limit that doubles, so that readers spread out."""
     for attempt in itertools.count():
         yield random.uniform(0, min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S))
 

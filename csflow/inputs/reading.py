@@ -1,4 +1,4 @@
-"""Reading one listed image: exactly the bytes of the version that was listed, or the reason why not."""
+"""Reads a listed image: the bytes of the version that was listed, or an error that says why not."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -55,7 +55,7 @@ class ImageReader:
         return self._store.fetch(uri, version, limit=self._max_bytes)
 
     def _why_not_listed(self, uri: str, version: str) -> ImageError:
-        """An archive or Parquet file is listed under its own URI if its images could not be listed."""
+        """Why an archive or Parquet file was listed under its own URI, without its images."""
         file = StoredObject(uri, version, self._store.stat(uri).size)
         try:
             if uri.lower().endswith(rows.SUFFIX):

@@ -45,7 +45,7 @@ def image_column(schema: pa.Schema) -> str | None:
 def open_parquet(
     store: ObjectStore, file: StoredObject, metadata: pq.FileMetaData | None = None
 ) -> pq.ParquetFile:
-    """Raises ImageError CORRUPT if the file is not Parquet, or as `ObjectStore.fetch`."""
+    """Opens a Parquet file. Raises ImageError CORRUPT if it is none, or as `ObjectStore.fetch`."""
     with parsing("Parquet file"):
         return pq.ParquetFile(store.open(file), metadata=metadata)
 
@@ -123,11 +123,11 @@ class _Footer(NamedTuple):
     metadata: pq.FileMetaData
     column: str
     row_ends: list[int]
-    """Number of rows up to the end of each row group."""
+    """For each row group, the number of rows up to its end."""
 
 
 class _Cache(Generic[Value]):
-    """The last results of slow calls; whoever asks for one that is under way waits for it."""
+    """Keeps the last results of slow calls. A caller waits for a result that another is computing."""
 
     def __init__(self, size: int) -> None:
         self._size = size

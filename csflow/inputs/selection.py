@@ -1,4 +1,4 @@
-"""Which of the images behind an input are wanted: by name and by time of change."""
+"""Selects images by name and by time of change."""
 
 import math
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ class Selection:
     """Filters of a listing; the default takes everything."""
 
     include: Sequence[str] = ()
-    """Patterns of whole image URIs, of which one must match; `*` stands for any text, slashes too."""
+    """Patterns of whole image URIs, one of which must match; `*` matches any text, including slashes."""
     exclude: Sequence[str] = ()
-    """Patterns of which none may match."""
+    """Patterns of whole image URIs, none of which may match."""
     since: datetime | None = None
-    """Files that were last changed before are left out, with all that is in them."""
+    """Files that were last changed before this time are left out, with all images in them."""
 
     def takes_name(self, image_uri: str) -> bool:
         def matches(patterns: Sequence[str]) -> bool:
@@ -27,7 +27,7 @@ class Selection:
         return (not self.include or matches(self.include)) and not matches(self.exclude)
 
     def is_recent(self, file: StoredObject) -> bool:
-        """A file whose time of change is not known counts as recent: better scored than missed."""
+        """Whether a file is wanted by its time. If its time is unknown, it is: better scored than missed."""
         if self.since is None or math.isnan(file.modified_at):
             return True
         return file.modified_at >= self.since.timestamp()

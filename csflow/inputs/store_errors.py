@@ -1,4 +1,4 @@
-"""What an exception of a store, or of a parser of what it holds, means for an image."""
+"""Translates exceptions of stores and parsers into errors of an image."""
 
 import errno
 import logging
@@ -29,7 +29,7 @@ def check_size(size: int, limit: int) -> None:
 
 @contextmanager
 def parsing(what: str) -> Iterator[None]:
-    """Turns whatever a parser raises on damaged or hostile bytes into ImageError CORRUPT."""
+    """Turns any exception of a parser on damaged or hostile bytes into ImageError CORRUPT."""
     try:
         yield
     except (ImageError, WrongUse, MemoryError):
@@ -40,7 +40,7 @@ def parsing(what: str) -> Iterator[None]:
 
 
 def image_error(error: BaseException) -> ImageError:
-    """What an exception of a store means for the image; INTERNAL for one that is not understood."""
+    """The image error that an exception of a store means; INTERNAL for an unknown exception."""
     if isinstance(error, ImageError):
         return error
     if isinstance(error, WrongUse):
@@ -49,7 +49,7 @@ def image_error(error: BaseException) -> ImageError:
 
 
 def _of_response(error: BaseException) -> ImageError | None:
-    """From the HTTP answer behind an exception: s3fs keeps botocore's as the cause."""
+    """The error in the HTTP response behind an exception; s3fs keeps botocore's exception as the cause."""
     for source in (error, error.__cause__):
         response = getattr(source, "response", None)
         if isinstance(response, dict) and "Error" in response:

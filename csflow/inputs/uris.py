@@ -1,10 +1,10 @@
-"""URIs of images and what they lie in: local paths, `s3://` and those of other stores."""
+"""Parses URIs of images and files: local paths, `s3://` and those of other stores."""
 
 import re
 
 
 def local_path(uri: str) -> str | None:
-    """The path of a local URI (`/data/a.jpg` or `file:///data/a.jpg`), None for a remote one."""
+    """The path of a local URI (`/data/a.jpg` or `file:///data/a.jpg`); None for a remote URI."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
     if match is None:
         return uri
@@ -16,11 +16,11 @@ def is_s3(uri: str) -> bool:
 
 
 def split_s3(uri: str) -> tuple[str, str]:
-    """Bucket and key; plain text after `s3://`, since keys may hold `#`, `?`, `::` and glob characters."""
+    """Bucket and key of an `s3://` URI. The key is plain text, which may hold `#`, `?`, `::` and `*`."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     return bucket, key
 
 
 def as_text(name: str) -> str:
-    """A name that Arrow can hold: bytes that are not UTF-8 arrive as lone surrogates, and become escapes."""
+    """The name with lone surrogates (bytes that are not UTF-8) escaped, so that Arrow can hold it."""
     return name.encode(errors="backslashreplace").decode()

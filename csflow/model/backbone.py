@@ -1,4 +1,4 @@
-"""The frozen feature extractor: a timm network whose maps behind some stages are the features."""
+"""The frozen feature extractor: a timm network whose stages give maps, which are the features."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +15,10 @@ PAPER_STAGE = "blocks.5"
 """The sixth stage of an EfficientNet, where the paper cuts its B5."""
 
 DEFAULT_STAGES: Mapping[str, tuple[str, ...]] = {"EfficientNet": (PAPER_STAGE,)}
-"""By what a timm network's class is called; of other networks it is the last feature level."""
+"""Default stages by the name of a timm network's class; other networks have their last feature level."""
 
 PROBE_SIDE = 128
-"""Of the image that finds out what the maps of a chain are like; a multiple of every usual stride."""
+"""Side of the image that determines the maps of a chain; a multiple of every usual stride."""
 
 
 class BackboneError(ValueError):
@@ -59,17 +59,17 @@ class Backbone(nn.Module):
         self.interpolation: Interpolation = (
             "bilinear" if published["interpolation"] == "bilinear" else "bicubic"
         )
-        """The filter of resizing with which the network was tested: timm has these two."""
+        """The resizing filter that the network was tested with; timm uses these two."""
         self.native_side: int = published["input_size"][-1]
-        """Of the images that the network was trained on, pixels."""
+        """Side of the images that the network was trained on, in pixels."""
         self.known_stages = {level["module"]: level["reduction"] for level in _levels(network)}
-        """Stages that timm names, with their strides."""
+        """The stages that timm names, with their strides."""
         wanted = (cut_after,) if isinstance(cut_after, str) else cut_after or default_stages(network)
         self.layers: nn.Module
         self.stages: tuple[str, ...]
-        """From shallow to deep."""
+        """The stages, from shallow to deep."""
         self.is_stage: tuple[bool, ...] = ()
-        """Of each layer of a chain."""
+        """For each layer of a chain, whether it is a stage."""
         try:
             shapes = self._take_chain(network, wanted)
         except BackboneError:
@@ -77,9 +77,9 @@ class Backbone(nn.Module):
                 raise
             shapes = self._take_intermediates(wanted)
         self.channels: tuple[int, ...] = tuple(channels for channels, _ in shapes)
-        """Of each stage's map."""
+        """Number of channels of each stage's map."""
         self.strides: tuple[int, ...] = tuple(stride for _, stride in shapes)
-        """Of each stage's map: height and width of the image are so many times its own."""
+        """Stride of each stage's map: height and width of the image divided by those of the map."""
         self.requires_grad_(False)
         self.eval()
         if self.is_chain and not is_proven:
@@ -87,26 +87,26 @@ class Backbone(nn.Module):
 
     @property
     def cut_after(self) -> tuple[str, ...] | str:
-        """The stages as settings name them: a single one by itself."""
+        """The stages as settings name them; a single stage is a string, not a tuple."""
         return self.stages[0] if len(self.stages) == 1 else self.stages
 
     @property
     def is_chain(self) -> bool:
-        """`layers` are one after the other, in place of `IntermediateMaps`."""
+        """Whether `layers` are a chain of modules, and not one `IntermediateMaps`."""
         return isinstance(self.layers, nn.Sequential)
 
     def forward(self, image_BCHW: Tensor) -> list[Tensor]:
-        """Per stage the feature map (B, channels, H / stride, W / stride) of normalised images."""
+        """The feature map (B, channels, H / stride, W / stride) of normalised images, per stage."""
         if isinstance(self.layers, nn.Sequential):
             return stage_maps(self.layers, self.is_stage, image_BCHW)
         return cast(list[Tensor], self.layers(image_BCHW))
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Stays in eval mode: a pass in train mode would move the batch-norm statistics."""
+        """Stays in eval mode, since a pass in train mode would change the batch-norm statistics."""
         return super().train(False)
 
     def takes(self, height: int, width: int) -> bool:
-        """Whether images of this size give maps of the size that the strides say."""
+        """Whether images of this size give maps whose size is that size divided by the strides."""
         try:
             maps = self._maps_on_meta(height, width)
         except Exception:  # networks complain in ways of their own
@@ -115,7 +115,7 @@ class Backbone(nn.Module):
         return [tuple(map_BCHW.shape[2:]) for map_BCHW in maps] == sizes
 
     def _take_chain(self, network: nn.Module, wanted: Sequence[str]) -> list[tuple[int, int]]:
-        """The modules on the way to the stages; returns their channels and strides."""
+        """Takes the modules on the way to the stages; returns the stages' channels and strides."""
         chain = dict(_chain(network, wanted))
         self.stages = tuple(path for path in chain if path in wanted)
         for lost in sorted(set(wanted) - chain.keys()):
@@ -141,7 +141,7 @@ class Backbone(nn.Module):
         return [(features.shape[1], PROBE_SIDE // features.shape[2]) for features in maps]
 
     def _take_intermediates(self, wanted: Sequence[str]) -> list[tuple[int, int]]:
-        """The network itself; returns channels and strides of the stages."""
+        """Takes the network itself; returns the stages' channels and strides."""
         network = _create_flexible(self.name)
         self.stages = tuple(name for name in self.known_stages if name in wanted)
         indices = {level["module"]: index for index, level in enumerate(_levels(network))}
@@ -162,7 +162,7 @@ class Backbone(nn.Module):
         return [(map_BCHW.shape[1], stride) for map_BCHW, stride in zip(maps, strides, strict=True)]
 
     def _maps_on_meta(self, height: int, width: int) -> list[Tensor]:
-        """The maps of an image of this size without their numbers, which takes no time to speak of."""
+        """The maps of an image of this size on the meta device: shapes without numbers, which is fast."""
         state = [*self.named_parameters(), *self.named_buffers()]
         image_BCHW = torch.empty(1, 3, height, width, device="meta")
         with torch.inference_mode(), torch.device("meta"):
@@ -212,7 +212,7 @@ class IntermediateMaps(nn.Module):
     """
 
     def __init__(self, network: nn.Module, indices: Sequence[int]) -> None:
-        """`indices` are those of the maps in the network's `feature_info`, ascending."""
+        """`indices` are the ascending positions of the maps in the network's `feature_info`."""
         super().__init__()
         self.indices = list(indices)
         cast(Any, network).prune_intermediate_layers(self.indices, prune_norm=True)
@@ -226,7 +226,7 @@ class IntermediateMaps(nn.Module):
         return list(maps)
 
     def at_size(self, height: int, width: int) -> "IntermediateMaps":
-        """For images of one size: position embeddings are resampled now, and not for every image."""
+        """Prepares for images of one size: resamples position embeddings now, not for every image."""
         network: Any = self.network
         if not (
             getattr(network, "dynamic_img_size", False) and getattr(network, "pos_embed", None) is not None
@@ -238,7 +238,7 @@ class IntermediateMaps(nn.Module):
 
 
 def stage_maps(layers: nn.Sequential, is_stage: Sequence[bool], x_BCHW: Tensor) -> list[Tensor]:
-    """What comes out of those layers that are stages, (B, C, H, W) each."""
+    """The outputs (B, C, H, W) of those layers that are stages."""
     maps = []
     for layer, is_wanted in zip(layers, is_stage, strict=True):
         x_BCHW = layer(x_BCHW)
@@ -248,12 +248,12 @@ def stage_maps(layers: nn.Sequential, is_stage: Sequence[bool], x_BCHW: Tensor) 
 
 
 def _levels(network: nn.Module) -> list[dict[str, Any]]:
-    """What timm says of the network's stages, from shallow to deep."""
+    """timm's description of the network's stages, from shallow to deep."""
     return list(cast(Any, network.feature_info))
 
 
 def default_stages(network: nn.Module) -> tuple[str, ...]:
-    """The stages whose maps are the features where nothing else is wished, from shallow to deep."""
+    """The stages whose maps are the features by default, from shallow to deep."""
     modules = dict(network.named_modules())
     for family, stages in DEFAULT_STAGES.items():
         if family in type(network).__name__ and modules.keys() >= set(stages):
@@ -303,7 +303,7 @@ def _create(name: str, pretrained: bool = False) -> nn.Module:
 
 
 def _create_flexible(name: str) -> nn.Module:
-    """The network for images of any size, if it can be built so."""
+    """Builds the network for images of any size, if it allows that."""
     # Never without memory: buffers that are no part of the state would stay without their numbers.
     with torch.device("cpu"):
         try:

@@ -1,4 +1,4 @@
-"""Modules compiled by PyTorch, and passes recorded for GPUs; or run as they are where that fails."""
+"""Compiles modules with PyTorch and records passes for GPUs; what fails to compile runs as it is."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -10,10 +10,10 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 WARM_UP_PASSES = 3
-"""Of a shape before it is recorded: the first compile, and libraries set themselves up."""
+"""Passes of a shape before it is recorded, in which the module compiles and libraries initialise."""
 
 FAILURES = (TorchDynamoException, CppCompileError, InvalidCxxCompiler)
-"""No compiler, no Triton, too old a GPU, or a module that cannot be traced."""
+"""Errors if there is no compiler, no Triton, too old a GPU, or a module that cannot be traced."""
 
 
 def compiled(
@@ -54,7 +54,7 @@ class Recorded:
         self._records: dict[torch.Size, _Record | None] = {}
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        """What the function returns, in tensors of the caller's own. All of a shape are of one type."""
+        """The function's result, in tensors that the caller owns. All inputs of a shape have one dtype."""
         if x.shape not in self._records:
             self._records[x.shape] = self._recorded(x)
         record = self._records[x.shape]
@@ -86,9 +86,9 @@ class Recorded:
 class _Record(NamedTuple):
     graph: torch.cuda.CUDAGraph
     input: Tensor
-    """The graph reads from it."""
+    """The tensor that the graph reads from."""
     outputs: Sequence[Tensor]
-    """The graph writes to them."""
+    """The tensors that the graph writes to."""
 
 
 def _complain(what: str, error: Exception) -> None:

@@ -21,12 +21,12 @@ from csflow.model.whitening import Gaussians
 from csflow.preprocessing import Fit, Interpolation, Preprocessing
 
 OLD_DEFAULTS = {"fit": "stretch", "interpolation": "bilinear", "whitening": False}
-"""What holds for models that do not say."""
+"""Values for models whose config.json does not have these keys."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a detector is built from, apart from its weights; the `architecture` of a model's config.json."""
+    """Everything that defines a detector but its weights; the `architecture` of a model's config.json."""
 
     backbone: str
     """Name of a timm network."""
@@ -35,18 +35,18 @@ class Architecture:
     cut_after: tuple[str, ...] | str | None = None
     """Stages of the backbone whose maps are the features; None for the default of the network."""
     scales: int = 3
-    """Sizes in which the backbone sees an image, each half of the one before."""
+    """Number of sizes in which the backbone sees an image; each is half the one before."""
     hidden_channels: int = 1024
     kernel_sizes: tuple[int, ...] = (3, 3, 3, 5)
-    """One per coupling block."""
+    """Kernel size of each coupling block."""
     seed: int = 0
-    """Of the channel permutations and the initial weights."""
+    """Seed of the channel permutations and the initial weights."""
     fit: Fit = "stretch"
-    """What becomes of images of another aspect ratio; the default is what models that do not say so have."""
+    """How images of another aspect ratio are resized. The default is for models that do not say."""
     interpolation: Interpolation = "bilinear"
-    """The filter of resizing; likewise."""
+    """The resizing filter, with a default for models that do not say."""
     whitening: bool = False
-    """Whether features are whitened before the flow, and scores standardised; likewise."""
+    """Whether features are whitened before the flow and scores standardised; default as above."""
 
     def __post_init__(self) -> None:
         # A single stage is a string, as it always was: the id of a model depends on it.
@@ -74,7 +74,7 @@ class Architecture:
 
 
 class Detector(nn.Module):
-    """Backbone, flow and score. Preprocessing is inside, so that what trains is what scores."""
+    """Backbone, flow and score, with the preprocessing inside, so that training and scoring share it."""
 
     def __init__(
         self, architecture: Architecture, feature_shapes: Sequence[Sequence[int]] | None = None
@@ -107,11 +107,11 @@ class Detector(nn.Module):
             value_C = torch.tensor(getattr(self.backbone, name), dtype=torch.float32)
             self.register_buffer(name, value_C)
         self.rounding_shifts: dict[str, Tensor] = {}
-        """Of the backbone's convolutions, for scoring in bfloat16; none before `measure_rounding`."""
+        """Shifts of the backbone's convolutions in bfloat16; empty before `measure_rounding`."""
 
     @torch.no_grad()
     def measure_rounding(self, image_BHWC: Tensor) -> None:
-        """Finds the `rounding_shifts`, on some normal uint8 RGB images of `image_size`."""
+        """Measures the `rounding_shifts` on some normal uint8 RGB images of `image_size`."""
         pixel_BCHW = self._normalised(image_BHWC)
         # One by one: large images would take gigabytes together.
         found = [rounding_shifts(self.backbone.layers, pixel_CHW[None]) for pixel_CHW in pixel_BCHW]
@@ -139,7 +139,7 @@ class Detector(nn.Module):
         )
 
     def _normalised(self, image_BHWC: Tensor) -> Tensor:
-        """Pixels (B, C, H, W) as the backbone takes them."""
+        """The normalised pixels (B, C, H, W) that the backbone takes."""
         shape = (*self.architecture.image_size, 3)
         if image_BHWC.dtype != torch.uint8 or tuple(image_BHWC.shape[1:]) != shape:
             found = f"{image_BHWC.dtype} of {tuple(image_BHWC.shape)}"
@@ -150,7 +150,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def score_features(self, y: Sequence[Tensor]) -> Scores:
-        """Scores of images whose features are known."""
+        """Scores of images, given their features."""
         scores: Scores = self.statistic(energies(self.gaussians, self.flow, y))
         return scores
 
@@ -171,7 +171,7 @@ def energies(gaussians: Gaussians | None, flow: CrossScaleFlow, y: Sequence[Tens
 
 
 def new_flow(architecture: Architecture, channels: Sequence[int]) -> CrossScaleFlow:
-    """The untrained flow for levels of so many channels; the same seed gives the same weights."""
+    """An untrained flow for levels with these channels; the same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(architecture.seed)
         return CrossScaleFlow(

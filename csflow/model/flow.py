@@ -22,9 +22,9 @@ Step = Callable[[Sequence[Tensor]], tuple[list[Tensor], Tensor]]
 
 class FlowOutput(NamedTuple):
     z: list[Tensor]
-    """Per scale, the latent tensor, of the shape of that scale's input."""
+    """For each scale, the latent tensor, with the shape of that scale's input."""
     log_det_B: Tensor
-    """Per sample, log|det dz/dy| over all scales, in float32 or better."""
+    """For each sample, log|det dz/dy| over all scales, in float32 or better."""
 
 
 class CrossScaleFlow(nn.Module):
@@ -93,10 +93,10 @@ class CouplingBlock(nn.Module):
         kernel_size: int,
         generator: torch.Generator,
     ) -> None:
-        """`channels` and `hidden_channels` are those of each scale."""
+        """`channels` and `hidden_channels` have one number per scale."""
         super().__init__()
         self.halves = [(count // 2, count - count // 2) for count in channels]
-        """Channels of the first and of the second half of each scale."""
+        """Number of channels in the first and the second half of each scale."""
         for s, count in enumerate(channels):
             # On the CPU, as the generator is, also when the weights are to be on no device yet.
             permutation_C = torch.randperm(count, generator=generator, device="cpu")
@@ -203,7 +203,7 @@ def _transform(x: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[list[
 
 
 def _untransform(x: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """The inverse of `_transform` and its log-determinant."""
+    """The inverse of `_transform`, with the log-determinant of the inverse."""
     restored, log_dets = [], []
     for x_BCHW, parameters_BCHW in zip(x, parameters, strict=True):
         scaling_BCHW, shift_BCHW = parameters_BCHW.chunk(2, dim=1)
@@ -228,5 +228,5 @@ def _sum_of_squares(z_BCHW: Tensor) -> Tensor:
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    """Sums over a feature map run in float32 at least, also under autocast (bfloat16 keeps 8 bits)."""
+    """The dtype of sums over a feature map: at least float32, also under autocast (bfloat16 keeps 8 bits)."""
     return torch.promote_types(x.dtype, torch.float32)

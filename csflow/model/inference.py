@@ -16,7 +16,7 @@ from csflow.precision import Precision, PrecisionSetting, multiplies_bfloat16
 
 
 class InferenceDetector:
-    """Scores of a trained detector, without what only training needs. The detector stays as it is."""
+    """A trained detector without what only training needs. The detector itself is not changed."""
 
     def __init__(self, detector: Detector, precision: PrecisionSetting, batch_size: int) -> None:
         """Compiles it for batches of one size; a smaller one takes as long.
@@ -50,7 +50,7 @@ class InferenceDetector:
 
     @torch.inference_mode()
     def score_features(self, y: Sequence[Tensor]) -> Scores:
-        """Scores of images whose features are known."""
+        """Scores of images, given their features."""
         return self._score(y)
 
 
@@ -59,7 +59,7 @@ def _then(first: Callable[[Any], Any], second: Callable[[Any], Scores], x: Any) 
 
 
 class _FeatureScorer(nn.Module):
-    """From features to scores; a compiler leaves out the log-determinant, which nothing reads."""
+    """Turns features into scores. A compiler leaves out the log-determinant, which nothing reads."""
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()

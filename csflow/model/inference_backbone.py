@@ -32,20 +32,20 @@ from csflow.model.rounding import Layers, without_shifts
 from csflow.precision import Precision
 
 SMALL_MAPS_STRIDE = 16
-"""Maps are small from this reduction of the image on: two thirds of an EfficientNet's products make them."""
+"""Maps of at least this reduction are small. They take two thirds of an EfficientNet's products."""
 CACHED_PIXELS = 256 * 256
-"""Images of together no more pixels than this, or one, go through the layers of large maps at a time."""
+"""Most pixels that go through the layers of large maps at a time, as one image or several."""
 WHOLE_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-"""Most by which maps of a network that OpenVINO takes in whole may be off, of the largest activation."""
+"""Largest error of maps of a network that OpenVINO runs as a whole, relative to the largest activation."""
 BEYOND = 1e30
-"""More than any activation."""
+"""A bound that no activation reaches."""
 
 Pass = Callable[[Tensor], list[Tensor]]
-"""From normalised pixels (B, H, W, 3), float32, to the map (B, C, H / stride, W / stride) of each stage."""
+"""Turns normalised float32 pixels (B, H, W, 3) into each stage's map (B, C, H / stride, W / stride)."""
 
 
 class InferenceBackbone:
-    """`Detector.features` for batches of one size. The detector stays as it is."""
+    """`Detector.features` for batches of one size. The detector itself is not changed."""
 
     def __init__(self, detector: Detector, precision: Precision, batch_size: int) -> None:
         """Compiles the network, which takes a second or two."""
@@ -90,7 +90,7 @@ class InferenceBackbone:
         return self._join(maps)
 
     def padded(self, image_BHWC: Tensor) -> Tensor:
-        """The images and black ones, as many as a pass takes: of few sizes, since each is compiled."""
+        """The images, and black ones up to the size of a pass. Each size is compiled, so there are few."""
         images = len(image_BHWC)
         if images > self.batch_size:
             raise ValueError(f"{images} images are more than a batch of {self.batch_size}")
@@ -103,7 +103,7 @@ class InferenceBackbone:
 
 
 def _halved(x_BHWC: Tensor) -> Tensor:
-    """Means of 2 × 2 pixels. `F.avg_pool2d` takes five times as long on three interleaved channels."""
+    """Means of 2 × 2 pixels, since `F.avg_pool2d` takes five times as long on three interleaved channels."""
     x_BHWC = x_BHWC[:, 0::2] + x_BHWC[:, 1::2]
     x_BHWC = x_BHWC[:, :, 0::2] + x_BHWC[:, :, 1::2]
     return x_BHWC.mul_(0.25)
@@ -111,7 +111,7 @@ def _halved(x_BHWC: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _split(layers: nn.Sequential) -> tuple[nn.Sequential, nn.Sequential]:
-    """The layers of large maps, and those behind."""
+    """The layers of large maps, and the layers behind them."""
     side = 2 * SMALL_MAPS_STRIDE
     x_BCHW = next(layers.parameters()).new_zeros(1, 3, side, side)
     large = 0
@@ -122,10 +122,10 @@ def _split(layers: nn.Sequential) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 class _Part(nn.Module):
-    """Some layers of the backbone, or all of it, with their maps."""
+    """Some layers of the backbone, or the whole backbone, with their maps."""
 
     def __init__(self, layers: nn.Module, dtype: torch.dtype, is_wanted: Sequence[bool] = ()) -> None:
-        """`is_wanted` says of each layer of a chain whether its map is returned."""
+        """`is_wanted` tells for each layer of a chain whether to return its map."""
         super().__init__()
         self.layers, self.dtype, self.is_wanted = layers, dtype, is_wanted
 
@@ -136,14 +136,14 @@ class _Part(nn.Module):
 
 
 class _Parts(NamedTuple):
-    """The backbone in two, if it is a chain; else the whole of it is in `large`, in one precision."""
+    """The two parts of a chain. A backbone that is no chain is all in `large`, in one precision."""
 
     large: _Part
-    """The layers of large maps; what they give last goes to the others."""
+    """The layers of large maps; their last map is the input of `small`."""
     stages_in_large: int
-    """So many of the maps of `large` are those of stages."""
+    """Number of maps of `large` that belong to stages."""
     small: _Part | None
-    """None if all stages are of large maps, or the last of them is the first small one."""
+    """The layers of small maps; None if no stage lies behind `large`."""
 
     @classmethod
     def of(
@@ -183,7 +183,7 @@ def _from_pixels(network: Callable[[Tensor], list[Tensor]]) -> Pass:
 
 
 def _by_openvino(parts: _Parts, sizes: Sequence[tuple[int, int]], batch: int) -> list[Pass]:
-    """A pass for each height and width of images, and for this many of them alone."""
+    """A pass for each of these heights and widths, and for this number of images only."""
     # The smallest size and one image give the same graph as the largest, in less time.
     pixel_BHWC = torch.zeros(1, *sizes[-1], 3)
     with torch.no_grad():
@@ -239,7 +239,7 @@ def _converted(network: Callable[[Tensor], list[Tensor]], example: Tensor) -> op
 
 
 def _request(network: openvino.Model, shape: Sequence[int], dtype: torch.dtype) -> openvino.InferRequest:
-    """The network compiled for input of one shape."""
+    """The network, compiled for input of one shape."""
     resized = network.clone()
     resized.reshape(openvino.PartialShape(list(shape)))
     if dtype == torch.bfloat16:

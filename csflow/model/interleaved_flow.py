@@ -20,7 +20,7 @@ from csflow.model.flow import LEAKY_SLOPE, SOFT_CLAMP, CouplingBlock, CrossScale
 from csflow.model.whitening import Gaussians, PositionGaussian, Whitening
 
 Activation = tuple[str, list[float]]
-"""oneDNN's name of what it applies to a result while it is in registers, and its constants."""
+"""The activation that oneDNN applies to a result in registers: its name and its constants."""
 NO_ACTIVATION: Activation = ("none", [])
 LEAKY: Activation = ("leaky_relu", [LEAKY_SLOPE])
 MapSize = tuple[int, int, int]
@@ -30,7 +30,7 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class InterleavedFlow(nn.Module):
-    """Energy maps of a detector, given features: `detector.energies` without what only training needs."""
+    """Computes energy maps from features: `detector.energies` without what only training needs."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class InterleavedFlow(nn.Module):
         return _energy_maps([*read, *self.gaussians.latents(self._latents(x))])
 
     def _latents(self, z: list[Tensor]) -> list[Tensor]:
-        """Of maps whose channels are in the first block's order, in their place."""
+        """Latents of maps whose channels are in the order of the first block; overwrites the maps."""
         for number in range(len(self.blocks)):
             z = self._block(number)(z if number == 0 else self._block(number).ordered(z))
         return z
@@ -93,7 +93,7 @@ class _InterleavedGaussians(nn.Module):
 
 
 class _InterleavedWhitening(nn.Module):
-    """`Whitening` on (H, W, B, C) maps whose channels it puts in order, with the means in a bias."""
+    """`Whitening` on (H, W, B, C) maps, with the means in a bias; it also reorders the channels."""
 
     def __init__(self, whitening: Whitening, orders: Sequence[Tensor]) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class _InterleavedWhitening(nn.Module):
 
 
 class _InterleavedGaussian(nn.Module):
-    """`PositionGaussian` on (H, W, B, C) maps with channels in this order: a product for each position."""
+    """`PositionGaussian` on (H, W, B, C) maps with channels in this order, as a product per position."""
 
     def __init__(self, gaussian: PositionGaussian, orders: Iterable[Tensor], dtype: torch.dtype) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class _InterleavedGaussian(nn.Module):
             self.register_buffer(f"matrix_{level}", matrix_PCC.contiguous())
 
     def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
-        """In float32 and of the shapes that are given; the order of channels is the trained form's."""
+        """The whitened float32 maps, in the given shapes and with the trained form's order of channels."""
         products = []
         for level, x_HWBC in zip(self.levels, x, strict=True):
             x_PBC = x_HWBC.flatten(0, 1).to(self.dtype)
@@ -147,7 +147,7 @@ class _InterleavedBlock(nn.Module):
         self.subnetwork_second = _InterleavedSubnetwork(block.subnetwork_second, dtype, sizes)
 
     def ordered(self, y: Sequence[Tensor]) -> list[Tensor]:
-        """A copy with the channels in the order that `forward` takes."""
+        """A copy of the maps with channels in the order that `forward` takes."""
         # The order within a half could be folded into the weights; which channels share a half could not.
         return [
             y_HWBC.index_select(3, self.get_buffer(name))
@@ -155,7 +155,7 @@ class _InterleavedBlock(nn.Module):
         ]
 
     def forward(self, x: list[Tensor]) -> list[Tensor]:
-        """The block's output, in place of its input."""
+        """The block's output, which overwrites its input."""
         halves = [x_HWBC.split(sizes, dim=3) for x_HWBC, sizes in zip(x, self.halves, strict=True)]
         first, second = ([half[i] for half in halves] for i in range(2))
         _transform_(first, self.subnetwork_first(second))
@@ -213,7 +213,7 @@ class _InterleavedSubnetwork(nn.Module):
 
 
 def _parameters(convolution: nn.Module, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """Weight (out, in, k, k) and bias of a trained convolution, times a scalar."""
+    """Weight (out, in, k, k) and bias of a trained convolution, multiplied by a scalar."""
     convolution = cast(nn.Conv2d, convolution)
     return convolution.weight.detach() * scale, cast(Tensor, convolution.bias).detach() * scale
 
@@ -302,7 +302,7 @@ class _UpConvolution(nn.Module):
 
 @lru_cache
 def _upsampled_taps(size: int, kernel_size: int) -> Tensor:
-    """The matrix (2 · size, size · k) from contributions through taps to where they arrive when upsampled."""
+    """The matrix (2 · size, size · k) that upsamples the taps' contributions and moves each to its place."""
     reach = kernel_size // 2
     identity = torch.eye(size)[None]
     doubled = F.interpolate(identity, scale_factor=2, mode="linear", align_corners=False)[0].T

@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pyramid:
-    """Maps of one reduction, side by side along the channels, are a level, which halves the one before."""
+    """Levels: each joins the maps of one reduction along the channels, and halves the one before."""
 
     reductions: tuple[int, ...]
-    """Of each level, largest map first."""
+    """Reduction of each level, largest map first."""
     maps: tuple[tuple[tuple[int, int], ...], ...]
-    """Of each level, the (scale, stage) of its maps."""
+    """For each level, the (scale, stage) of its maps."""
 
     @classmethod
     def of(cls, stages: Mapping[str, int], scales: int, known_stages: Mapping[str, int]) -> "Pyramid":
@@ -42,11 +42,11 @@ class Pyramid:
         return cls(tuple(reductions), tuple(tuple(found[reduction]) for reduction in reductions))
 
     def channels(self, of_stages: Sequence[int]) -> list[int]:
-        """Of each level, given those of the stages."""
+        """Number of channels of each level, given those of the stages."""
         return [sum(of_stages[stage] for _, stage in level) for level in self.maps]
 
     def join(self, maps: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """Per level (B, C, H, W), given the map (B, C, H, W) of every stage for every scale."""
+        """The levels (B, C, H, W), given the map (B, C, H, W) of every stage at every scale."""
         levels = [[maps[scale][stage] for scale, stage in level] for level in self.maps]
         return [level[0] if len(level) == 1 else torch.cat(level, dim=1) for level in levels]
 

@@ -20,7 +20,7 @@ Layers = TypeVar("Layers", bound=nn.Module)
 
 @torch.no_grad()
 def rounding_shifts(layers: nn.Module, x_BCHW: Tensor) -> dict[str, Tensor]:
-    """By how much each convolution's results would move on average, (C,) on the CPU, by its name."""
+    """The mean shift (C,) of each convolution's results, on the CPU, by the convolution's name."""
     shifts: dict[str, Tensor] = {}
 
     def measure(name: str, convolution: nn.Module, inputs: tuple[Tensor], exact_BCHW: Tensor) -> None:
@@ -46,7 +46,7 @@ def rounding_shifts(layers: nn.Module, x_BCHW: Tensor) -> dict[str, Tensor]:
 
 
 def without_shifts(layers: Layers, shifts: Mapping[str, Tensor]) -> Layers:
-    """A copy in which biases make up for the shifts; convolutions without a shift stay as they are."""
+    """A copy of the network whose biases cancel the shifts; convolutions without a shift do not change."""
     corrected = copy.deepcopy(layers)
     for name, module in corrected.named_modules():
         if isinstance(module, nn.Conv2d) and name in shifts:

@@ -20,35 +20,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LOCAL_SHARE = 0.005
-"""Of an image's area: the most unusual part, which the local score is the mean of."""
+"""Share of an image's area that the local score averages: the most unusual places."""
 GLOBAL_WEIGHT = 0.1
-"""Of the global score in the anomaly score, where the local score counts 1 and both have the same spread."""
+"""Weight of the global score in the anomaly score; the local score has weight 1, and both the same spread."""
 PRIOR_IMAGES = 10
-"""The usual energy of a place is drawn towards that of its level as by so many images."""
+"""The usual energy of a place is drawn towards that of its level as if by this many images."""
 SMALLEST = 1e-6
-"""Energies and spreads below it are taken for it: of images that never differ."""
+"""Smallest energy and spread; smaller values, of images that never differ, are replaced by this."""
 
 
 class Scores(NamedTuple):
     anomaly_score_B: Tensor
-    """The statistic that a model is calibrated for, float32. Without whitening the global score."""
+    """The score that a model is calibrated for, float32. Without whitening, it is the global score."""
     global_score_B: Tensor
-    """Whether the whole image is unusual: the mean of its map. Without whitening the mean of z²/2."""
+    """How unusual the whole image is: the mean of its map. Without whitening, it is the mean of z²/2."""
     local_score_B: Tensor
-    """Whether some place is: the mean over the most unusual `LOCAL_SHARE`. Not a number without whitening."""
+    """How unusual the worst places are: the mean over `LOCAL_SHARE` of them. NaN without whitening."""
     scale_scores_BS: Tensor
-    """Mean of z²/2 of each level, largest map first."""
+    """The mean of z²/2 of each level, largest map first."""
     anomaly_map_BHW: Tensor
-    """How unusual each place is, in the resolution of level 0. Without whitening its mean of z²."""
+    """How unusual each place is, in the resolution of level 0. Without whitening, it is the mean of z²."""
 
 
 def energy_map(x_BCHW: Tensor) -> Tensor:
-    """Mean of squares over the channels, (B, H, W), float32."""
+    """The mean of squares over the channels, (B, H, W), float32."""
     return x_BCHW.float().square().mean(1)
 
 
 class PlainStatistic(nn.Module):
-    """The paper's: the mean of z²/2 over all entries of all levels."""
+    """The statistic of the paper: the mean of z²/2 over all entries of all levels."""
 
     def __init__(self, feature_shapes: Sequence[Sequence[int]]) -> None:
         super().__init__()
@@ -65,21 +65,21 @@ class PlainStatistic(nn.Module):
 
 
 class StandardisedStatistic(nn.Module):
-    """Energies against what is usual at their place; see the head of this module."""
+    """Compares energies with the usual ones at the same place; see the docstring of this module."""
 
     def __init__(self, feature_shapes: Sequence[Sequence[int]]) -> None:
-        """Takes everything for usual, until a state is loaded; `fitted_statistic` makes one."""
+        """All usual energies are 1 until a state is loaded. `fitted_statistic` makes a state."""
         super().__init__()
         self.levels = len(feature_shapes)
         self.size = tuple(feature_shapes[0][1:])
         for e, (_, height, width) in enumerate([*feature_shapes, *feature_shapes]):
             self.register_buffer(f"usual_{e}", torch.ones(height, width))
         self.weight_E = nn.Buffer(torch.full((2 * self.levels,), 1 / (2 * self.levels)))
-        """Of the energy maps in what is scored; their sum is 1."""
+        """Weights of the energy maps in the scores; their sum is 1."""
         self.map_weight_E = nn.Buffer(self.weight_E.clone())
-        """Of the energy maps in the anomaly map."""
+        """Weights of the energy maps in the anomaly map."""
         self.score_weight_2 = nn.Buffer(torch.tensor([1.0, 0.0]))
-        """Of the local and the global score in the anomaly score."""
+        """Weights of the local and the global score in the anomaly score."""
 
     def forward(self, energies: Sequence[Tensor]) -> Scores:
         """Scores, given energy maps (B, H, W): of each level's Gaussian, then of its latents."""
@@ -95,7 +95,7 @@ class StandardisedStatistic(nn.Module):
         )
 
     def relative(self, energies: Sequence[Tensor]) -> Tensor:
-        """Energies divided by the usual ones, all in the resolution of level 0, (E, B, H, W)."""
+        """Energies (E, B, H, W) divided by the usual ones, all in the resolution of level 0."""
         relative = [
             _upsampled(energy_BHW / self.get_buffer(f"usual_{e}"), self.size)
             for e, energy_BHW in enumerate(energies)
@@ -140,7 +140,7 @@ def fitted_statistic(
 
 
 def local_score(scored_BHW: Tensor) -> Tensor:
-    """Mean of the most unusual `LOCAL_SHARE` of each image's places, at least one, (B,)."""
+    """The mean (B,) over the most unusual `LOCAL_SHARE` of each image's places, at least one place."""
     place_BP = scored_BHW.flatten(1)
     most = max(1, round(LOCAL_SHARE * place_BP.shape[1]))
     return place_BP.topk(most, dim=1).values.mean(1)

@@ -24,29 +24,29 @@ SMALLEST_SHRINKAGE = 1e-3
 """Least weight of the mean variance in a covariance, however many images there are: directions that hardly
 vary must not magnify the roundings of cached and of bfloat16 features."""
 HEAVY_TAILS = 1.25
-"""Covariances of whitened features scatter so many times as much as a Gaussian's: measured, 1.07 to 1.33."""
+"""How much more covariances of whitened features scatter than a Gaussian's; measured: 1.07 to 1.33 times."""
 MOST_NUMBERS = 1 << 25
-"""Of one level's matrices, 128 MB. Larger levels have one matrix for all positions."""
+"""Largest size of one level's matrices (128 MB). A larger level has one matrix for all positions."""
 
 FeatureShape = Sequence[int]
 """Channels, height and width of a level."""
 
 
 class Gaussians(nn.Module):
-    """The closed-form parts of a detector; the identity, until they are fitted or a state is loaded."""
+    """The closed-form parts of a detector. Each is the identity until it is fitted or its state is loaded."""
 
     def __init__(self, feature_shapes: Sequence[FeatureShape]) -> None:
         super().__init__()
         self.whitening = Whitening(feature_shapes)
         """The first layer, before the flow."""
         self.positions = PositionGaussian(feature_shapes)
-        """Beside the flow, of whitened features."""
+        """The Gaussian of whitened features at each position, beside the flow."""
         self.latents = PositionGaussian(feature_shapes)
         """The last layer, behind the flow."""
 
 
 class Whitening(nn.Module):
-    """W · (y − μ) at every level, with μ of each position."""
+    """Computes W · (y − μ) at every level; each position has its own μ."""
 
     def __init__(self, feature_shapes: Sequence[FeatureShape]) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Whitening(nn.Module):
             self.register_buffer(f"matrix_{level}", torch.eye(channels))
 
     def forward(self, y: Sequence[Tensor]) -> list[Tensor]:
-        """Whitened features, given those of the backbone, per level (B, C, H, W)."""
+        """Whitened features, given the backbone's features, per level (B, C, H, W)."""
         return [
             _product(self.matrix(level).unsqueeze(0), y_BCHW - self.mean(level))
             for level, y_BCHW in enumerate(y)
@@ -77,16 +77,16 @@ class Whitening(nn.Module):
         )
 
     def mean(self, level: int) -> Tensor:
-        """μ of a level, (C, H, W)."""
+        """The mean μ of a level, (C, H, W)."""
         return self.get_buffer(f"mean_{level}")
 
     def matrix(self, level: int) -> Tensor:
-        """W of a level, (C, C)."""
+        """The matrix W of a level, (C, C)."""
         return self.get_buffer(f"matrix_{level}")
 
 
 class PositionGaussian(nn.Module):
-    """Makes the covariance of each position the identity: of what is nearly white over all positions."""
+    """Makes the covariance of each position the identity, given maps that are nearly white overall."""
 
     def __init__(self, feature_shapes: Sequence[FeatureShape]) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class PositionGaussian(nn.Module):
             self.register_buffer(f"matrix_{level}", torch.eye(channels).repeat(count, 1, 1))
 
     def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
-        """What is white at each position, given per level (B, C, H, W)."""
+        """Maps that are white at each position, given maps (B, C, H, W) per level."""
         return [_product(self.matrix(level), x_BCHW) for level, x_BCHW in enumerate(x)]
 
     def log_det(self) -> float:
@@ -107,7 +107,7 @@ class PositionGaussian(nn.Module):
         )
 
     def matrix(self, level: int) -> Tensor:
-        """Of a level, (P, C, C)."""
+        """The matrices of a level, (P, C, C)."""
         return self.get_buffer(f"matrix_{level}")
 
 
@@ -124,25 +124,25 @@ def _positions_with_matrix(channels: int, positions: int) -> int:
 
 @dataclass(frozen=True)
 class Moments:
-    """Float64 sums over images of one level, from which its Gaussians follow; `+` joins disjoint images."""
+    """Float64 sums over the images of one level, which give its Gaussians; `+` joins disjoint images."""
 
     origin_C: Tensor
-    """What features are taken relative to, near their mean, so that sums of squares stay exact."""
+    """Origin near the mean, subtracted from features so that sums of squares stay exact."""
     images: int
     sum_CHW: Tensor
     product_PCC: Tensor
-    """Sum over images of y · yᵀ at each position, or of its mean over all positions."""
+    """Sum over images of y · yᵀ at each position, or of the mean of y · yᵀ over all positions."""
     squared_norm: float
     """Sum over images of the squared Frobenius norm of y · yᵀ averaged over positions."""
 
     @classmethod
     def around(cls, y_BCHW: Tensor) -> "Moments":
-        """Of no images yet, relative to the mean of these."""
+        """Moments of no images yet, with the mean of these images as origin."""
         return cls.about(y_BCHW.double().mean((0, 2, 3)), y_BCHW.shape[1:])
 
     @classmethod
     def about(cls, origin_C: Tensor, shape: FeatureShape) -> "Moments":
-        """Of no images yet, relative to this float64 origin."""
+        """Moments of no images yet, with this float64 origin."""
         channels, height, width = shape
         positions = _positions_with_matrix(channels, height * width)
         return cls(
@@ -154,7 +154,7 @@ class Moments:
         )
 
     def with_images(self, y_BCHW: Tensor) -> "Moments":
-        """These images added."""
+        """The moments with these images added."""
         x_BCHW = y_BCHW.double() - self.origin_C[:, None, None]
         x_BCP = x_BCHW.flatten(2)
         channels, positions = x_BCP.shape[1:]
@@ -205,14 +205,14 @@ def gaussians_of(levels: Sequence[Moments]) -> Gaussians:
 
 @torch.no_grad()
 def fit_latents(latents: PositionGaussian, levels: Sequence[Moments]) -> None:
-    """Makes these moments, about 0, those of a standard normal."""
+    """Fits the layer that turns latents with these moments, about 0, into standard normal ones."""
     for level, moments in enumerate(levels):
         covariance_PCC = moments.product_PCC / moments.images
         latents.matrix(level).copy_(_root(covariance_PCC, moments.images))
 
 
 def _fit(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions' means and the level's W, and behind it the matrices of positions."""
+    """The means of positions, the level's W, and the matrices of positions that come after W."""
     n = moments.images
     mean_PC = moments.sum_CHW.flatten(1).T / n
     level_mean_C = mean_PC.mean(0)
@@ -235,7 +235,7 @@ def _fit(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _root(covariance_PCC: Tensor, images: int) -> Tensor:
-    """What makes covariances that are nearly the identity so: itself if images are too few to tell."""
+    """The matrices that make covariances near the identity exactly so; the identity if images are too few."""
     channels = covariance_PCC.shape[1]
     identity_CC = torch.eye(channels).to(covariance_PCC)
     if len(covariance_PCC) == 1 or images == 1:
@@ -278,13 +278,13 @@ def _shrunk(covariance_CC: Tensor, shrinkage: float) -> Tensor:
 
 
 def _inverse_root(covariance: Tensor) -> Tensor:
-    """Σ^(−1/2) of each matrix (…, C, C), the symmetric one: channels stay as near to themselves as can be."""
+    """The symmetric Σ^(−1/2) of each matrix (…, C, C), which changes the channels as little as possible."""
     variance, direction = torch.linalg.eigh(covariance)
     return direction * variance.clamp(min=1e-12).rsqrt().unsqueeze(-2) @ direction.mT
 
 
 def _outer(x_PC: Tensor, positions: int) -> Tensor:
-    """x · xᵀ of each position, or of all of them together its mean, (positions, C, C)."""
+    """x · xᵀ of each position, or the mean of x · xᵀ over all positions, (positions, C, C)."""
     if positions == 1:
         return (x_PC.T @ x_PC / len(x_PC)).unsqueeze(0)
     return x_PC.unsqueeze(2) * x_PC.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Where everything lies below the `--output` of scoring jobs: paths made and taken apart."""
+"""The paths below the `--output` of scoring jobs: builds and parses all of them."""
 
 import hashlib
 import re
@@ -12,7 +12,7 @@ import pyarrow as pa
 from csflow.storage import Location
 
 SCORES_FILES = "scores/model_id=<id>/date=<date>/*.parquet"
-"""What error messages say of the layout."""
+"""The layout of scores files, as error messages show it."""
 _PARTITION = re.compile(r"/model_id=([^/]+)/date=(\d{4}-\d{2}-\d{2})/[^/]+$")
 
 Kind = Literal["scores", "errors"]
@@ -32,26 +32,26 @@ class Output:
         return self.folder("scores") / f"date={date}" / f"part-{shard}.parquet"
 
     def errors_file(self, shard: str, date: str, errors: pa.Table) -> Location:
-        """Named by what failed and how, so that a repeated attempt logs the same failures once."""
+        """The errors file of a shard, named by a digest of the errors: equal attempts log them once."""
         outcome = "\n".join(f"{row['image_uri']} {row['error_code']}" for row in errors.to_pylist())
         digest = hashlib.sha256(outcome.encode()).hexdigest()[:8]
         return self.folder("errors") / f"date={date}" / f"part-{shard}-{digest}.parquet"
 
     def files(self, kind: Kind, dates: Iterable[str]) -> list[Location]:
-        """The files of these dates."""
+        """All files of these dates."""
         folder = self.folder(kind)
         return [file for date in dates for file in (folder / f"date={date}").find(".parquet")]
 
     def finished_shards(self, dates: Iterable[str]) -> dict[str, Location]:
-        """Scores files of these dates by the name of their shard."""
+        """Scores files of these dates, by the name of their shard."""
         return {_shard(file, "scores"): file for file in self.files("scores", dates)}
 
     def listing_folder(self, run_id: str) -> Location:
-        """Where a run freezes what it found in its input."""
+        """The folder of a run's frozen listing."""
         return run_folder(self.location, run_id) / "listing"
 
     def plan_entry(self, number: int) -> Location:
-        """A plan's entry in the log of plans."""
+        """The file of a plan's entry in the log of plans."""
         return self.folder("_plans") / f"{number:06d}.json"
 
     def plan_part(self, plan_folder: str, number: int) -> Location:
@@ -61,7 +61,7 @@ class Output:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A Parquet file of `scores` or `errors`, with what its path says."""
+    """A Parquet file of `scores` or `errors`, and the parts of its path."""
 
     location: Location
     model_id: str
@@ -70,12 +70,12 @@ class OutputFile:
 
     @property
     def path(self) -> str:
-        """Relative to the folder `scores` or `errors`."""
+        """Path relative to the folder `scores` or `errors`."""
         return f"model_id={self.model_id}/date={self.date}/{self.location.name}"
 
 
 def output_files(output: Location, kind: Kind) -> list[OutputFile]:
-    """All files of `scores` or `errors`, by path; none if there is no such folder."""
+    """All files of `scores` or `errors`, sorted by path; none if there is no such folder."""
     matches = ((file, _PARTITION.search(file.path)) for file in (output / kind).find(".parquet"))
     return [
         OutputFile(file, match[1], date.fromisoformat(match[2]), _shard(file, kind))
@@ -85,12 +85,12 @@ def output_files(output: Location, kind: Kind) -> list[OutputFile]:
 
 
 def run_folder(output: Location, run_id: str) -> Location:
-    """Where a run keeps its record and its listing."""
+    """The folder in which a run keeps its record and its listing."""
     return output / "_runs" / run_id
 
 
 def run_ids(output: Location) -> list[str]:
-    """The runs over an output in the order in which they began: an id begins with the time."""
+    """The runs over an output, in the order of their start, since an id begins with the time."""
     folder = output / "_runs"
     try:
         return sorted(path.rstrip("/").rpartition("/")[2] for path in folder.fs.ls(folder.path, detail=False))
@@ -99,6 +99,6 @@ def run_ids(output: Location) -> list[str]:
 
 
 def _shard(file: Location, kind: Kind) -> str:
-    """Whose file it is. The name of an errors file goes on with a digest."""
+    """The shard that a file belongs to. In the name of an errors file, a digest follows the shard."""
     name = file.name.removeprefix("part-").removesuffix(".parquet")
     return name if kind == "scores" else name.rsplit("-", 1)[0]

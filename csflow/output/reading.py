@@ -1,4 +1,4 @@
-"""Opening the output of scoring jobs for one model: its scores, its errors, and the runs that made them."""
+"""Opens the output of scoring jobs for one model: its scores, errors and runs."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from csflow.output.schemas import ERRORS, KEY_COLUMNS, SCORES
 from csflow.storage import Location
 
 RUNS_LOOKED_AT = 50
-"""Records read at most: an output may have runs of other models, and runs that were cut off."""
+"""Largest number of run records to read, since some runs are of other models or were cut off."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class ScoringOutput:
 
     model_id: str
     root: Location
-    """The `--output` itself."""
+    """The location of the `--output`."""
     scores: ds.Dataset
     errors: ds.Dataset | None
-    """None if no image ever failed."""
+    """The log of errors; None if no image ever failed."""
 
 
 def open_scores(location: Location, model_id: str | None = None) -> ScoringOutput:
@@ -64,17 +64,17 @@ def latest_per_image(table: pa.Table, time: str) -> pa.Table:
 
 @dataclass(frozen=True)
 class ErrorGroup:
-    """Images that have no score for one reason."""
+    """Images that have no score because of the same error code."""
 
     code: str
     images: int
     is_transient: bool
     latest: dict[str, Any]
-    """The last row of `errors` among them."""
+    """The latest of their rows in `errors`."""
 
 
 def open_errors(output: ScoringOutput, run_id: str | None = None) -> list[ErrorGroup]:
-    """Images that have no score for an error, by code, the most frequent code first."""
+    """Images that have an error and no score, grouped by code, the most frequent code first."""
     if output.errors is None:
         return []
     of_run = pc.field("run_id") == run_id if run_id is not None else None
@@ -96,25 +96,25 @@ def open_errors(output: ScoringOutput, run_id: str | None = None) -> list[ErrorG
 
 
 def last_records(output: ScoringOutput) -> list[RunRecord]:
-    """Those of this model among the last `RUNS_LOOKED_AT` runs, the latest first; runs cut off have none."""
+    """Records of this model among the last `RUNS_LOOKED_AT` runs, latest first; runs cut off have none."""
     ids = reversed(run_ids(output.root)[-RUNS_LOOKED_AT:])
     records = (read_record(output.root, run_id) for run_id in ids)
     return [record for record in records if record and record.model.model_id == output.model_id]
 
 
 def scored_images(files: Sequence[Location]) -> Iterator[pa.RecordBatch]:
-    """The images in these scores files. Reads no maps."""
+    """The images in these scores files, without reading the maps."""
     return _read(files, KEY_COLUMNS, SCORES)
 
 
 def permanent_errors(files: Sequence[Location]) -> Iterator[pa.RecordBatch]:
-    """The images in these errors files that failed for a reason that stays."""
+    """The images in these errors files whose error is permanent."""
     for batch in _read(files, [*KEY_COLUMNS, "is_transient"], ERRORS):
         yield batch.filter(pc.invert(batch["is_transient"]))
 
 
 def dataset(files: Sequence[Location], schema: pa.Schema) -> ds.Dataset:
-    """Files, one at least, as one dataset of this schema."""
+    """At least one file, opened as one dataset of this schema."""
     fs = PyFileSystem(FSSpecHandler(files[0].fs))
     return ds.dataset([file.path for file in files], schema, format="parquet", filesystem=fs)
 

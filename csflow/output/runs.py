@@ -12,7 +12,7 @@ from csflow.output.layout import run_folder
 from csflow.storage import Location
 
 FORMAT_VERSION = 1
-"""Grows when a key is renamed, removed or means something else. Readers pass over keys they do not know."""
+"""Grows when a key is renamed, removed or changes its meaning. Readers ignore keys that they do not know."""
 
 
 class Record(BaseModel):
@@ -20,14 +20,14 @@ class Record(BaseModel):
 
 
 class ScoredWith(Record):
-    """The model of a run."""
+    """The model that a run scored with."""
 
     location: str
     model_id: str
 
 
 class Counts(Record):
-    """Images by state at the end of the run, and what the run itself did."""
+    """Number of images in each state at the end of the run, and what the run itself did."""
 
     listed: int
     scored: int
@@ -36,12 +36,12 @@ class Counts(Record):
     scored_in_this_run: int
     anomalous_in_this_run: int
     errors_in_this_run: dict[str, int]
-    """By error code."""
+    """Number of errors of this run, by error code."""
     failed_shards_in_this_run: int = 0
 
 
 class RunRecord(Record):
-    """The content of `run.json`. What the first version of csflow did not write has a default."""
+    """The content of `run.json`. Fields that the first version of csflow did not write have defaults."""
 
     format_version: int = FORMAT_VERSION
     run_id: str
@@ -52,24 +52,24 @@ class RunRecord(Record):
     ended_at: datetime
     model: ScoredWith
     configuration: dict[str, Any]
-    """Settings without storage options, which may hold secrets."""
+    """The settings, without storage options, which may hold secrets."""
     counts: Counts
     precisions: list[str] = []
-    """What workers computed in."""
+    """The precisions that workers computed in."""
     drift: Drift | None
     peak_memory_bytes: dict[str, int]
-    """Of the `driver`, and of the largest `worker`."""
+    """Peak memory of the `driver` and of the largest `worker`."""
     images_per_second: float
-    """While scoring."""
+    """Rate while images were scored."""
     seconds: dict[str, float]
-    """By step of the job."""
+    """Seconds of each step of the job."""
     seconds_to_first_image: float | None = None
-    """From the start of the driver's process to the first scores."""
+    """Seconds from the start of the driver's process to the first scores."""
     seconds_in_workers: dict[str, float]
-    """By stage, summed over workers."""
+    """Seconds of each stage, summed over workers."""
     cpu_seconds_in_workers: dict[str, float] = {}
     libraries: dict[str, str]
-    """Version by name."""
+    """Versions of libraries, by name."""
 
     def write(self, output: Location) -> None:
         text = json.dumps(self.model_dump(), indent=2, default=datetime.isoformat)

@@ -1,4 +1,4 @@
-"""What scoring jobs have left behind, as the report sees it: scores, errors, run records, held-out scores."""
+"""Reads what the report needs from an output: scores, errors, run records, held-out scores."""
 
 from dataclasses import dataclass
 
@@ -23,22 +23,22 @@ COLUMNS = ["image_uri", "date", "run_id", "scored_at", "anomaly_score", "p_value
 
 @dataclass(frozen=True)
 class Archive:
-    """The images that a report is about, one row each."""
+    """The images that a report is about, and their runs."""
 
     model_id: str
     scores: ds.Dataset
-    """All rows of the images' runs, maps included."""
+    """All rows of the images' runs, including maps."""
     images: pa.Table
-    """The latest score of each image, `COLUMNS`."""
+    """The latest score of each image, with the columns `COLUMNS`."""
     errors: list[ErrorGroup]
     runs: list[RunRecord]
-    """Records of the last runs, the latest first."""
+    """Records of the last runs, latest first."""
     calibration_scores: NDArray[np.float64] | None
-    """Of the held-out images; None if the model directory is not at hand."""
+    """Scores of the held-out images; None if the model directory was not found."""
 
 
 def open_archive(config: ReportConfig) -> Archive:
-    """Raises WrongUse if there are no scores, or no such run or model."""
+    """Opens an archive. Raises WrongUse if there are no scores, or no such run or model."""
     output = open_scores(Location(config.scores, config.storage_options), config.model_id)
     scores = output.scores
     run_id = _latest_run(scores) if config.run_id == "latest" else config.run_id
@@ -58,7 +58,7 @@ def open_archive(config: ReportConfig) -> Archive:
 
 
 def _latest_run(scores: ds.Dataset) -> str | None:
-    """Run ids begin with the time of the run's start."""
+    """The id of the last run. Run ids begin with the time of the run's start."""
     latest = (pc.max(batch["run_id"]).as_py() for batch in scores.to_batches(columns=["run_id"]))
     return max((run_id for run_id in latest if run_id is not None), default=None)
 

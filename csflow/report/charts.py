@@ -18,12 +18,12 @@ from csflow.preprocessing import Box
 
 HISTOGRAM_BINS = 60
 TIMES_SHOWN = 90
-"""Days, or runs, of the time line: about a quarter of a year of nights."""
+"""Number of days, or runs, in the time line: about a quarter of a year of nights."""
 FOLDERS_SHOWN = 8
 MAPS_READ = 50_000
-"""Rows that the heat map is made of: the latest days of a large archive."""
+"""Largest number of rows in the heat map: the latest days of a large archive."""
 REFERENCE_MAPS = 4_000
-"""Maps of unflagged images that say what is hot; 24 by 24 cells each are 9 MB."""
+"""Number of unflagged images' maps that define what is hot; with 24 by 24 cells, they take 9 MB."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,23 @@ class Bar:
     unflagged: int
     flagged: int
     expected: float
-    """Images here if all scored as the held-out ones did."""
+    """Number of images in this bar if all scored as the held-out images did."""
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Images by anomaly score, on a logarithmic scale."""
+    """Histogram of images by anomaly score, on a logarithmic scale."""
 
     bars: list[Bar]
     tallest: float
-    """Height of the plot, in images."""
+    """Height of the plot, as a number of images."""
     score_ticks: list[tuple[float, float]]
-    """(score, position) each."""
+    """A (score, position) for each tick."""
     count_ticks: list[float]
     threshold: tuple[float, float] | None
-    """Lowest score that was flagged, and its position; None if no image was flagged."""
+    """The lowest score that was flagged, and its position; None if no image was flagged."""
     is_calibrated: bool
-    """Whether the bars say what to expect."""
+    """Whether bars have an `expected` number."""
 
 
 def histogram(
@@ -101,7 +101,7 @@ def _positive(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _score_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10 and so on, or evenly spaced round numbers where the range is narrow."""
+    """Ticks at 1, 2, 5, 10 and so on, or at evenly spaced round numbers if the range is narrow."""
     exponents = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))))
     ticks = [digit * 10.0**exponent for exponent in exponents for digit in (1, 2, 5)]
     ticks = [tick for tick in ticks if low <= tick <= high]
@@ -134,10 +134,10 @@ class Period:
 
 @dataclass(frozen=True)
 class TimeLine:
-    """Scores and flags over days, or over the runs of one day; the last `TIMES_SHOWN`."""
+    """Scores and flags over the last `TIMES_SHOWN` days, or runs if there is one day."""
 
     by: str
-    """`day` or `run`."""
+    """The period: `day` or `run`."""
     periods: list[Period]
     share_ticks: list[float]
     score_ticks: list[float]
@@ -150,13 +150,13 @@ class TimeLine:
         return self.share_ticks[-1]
 
     def score_position(self, score: float) -> float:
-        """0 at the bottom, 1 at the top."""
+        """Position of a score: 0 is the bottom, 1 the top."""
         low, high = self.score_range
         return float(np.log(score / low) / np.log(high / low))
 
 
 def time_line(images: pa.Table) -> TimeLine | None:
-    """None if there is only one run, or no image."""
+    """The time line; None if there is only one run, or no image."""
     by = "day" if pc.count_distinct(images["date"]).as_py() > 1 else "run"
     column = images["date"].cast(pa.string()) if by == "day" else images["run_id"]
     periods = list(_periods(images, column))
@@ -184,15 +184,15 @@ def _periods(images: pa.Table, column: pa.ChunkedArray) -> Iterator[Period]:
 
 @dataclass(frozen=True)
 class Folder:
-    """The images directly below one folder, or of one archive's folder or one Parquet file."""
+    """The images directly in one folder, in one folder of an archive, or in one Parquet file."""
 
     name: str
-    """Without what all folders have in common."""
+    """Path of the folder, without the part that all folders share."""
     images: int
     flagged: int
     listed: int
     median: float | None
-    """Of the anomaly scores that are numbers."""
+    """Median of the anomaly scores that are numbers."""
 
     @property
     def flagged_share(self) -> float:
@@ -200,7 +200,7 @@ class Folder:
 
 
 def folders(images: pa.Table, is_listed: NDArray[np.bool_]) -> tuple[list[Folder], int]:
-    """Those with the most flagged images, the most first, and how many there are; none if there is one."""
+    """The folders with the most flagged images, sorted, and the number of all; empty if there is one."""
     uris = images["image_uri"]
     is_row = pc.match_substring_regex(uris, r"#\d+$")
     parents = pc.replace_substring_regex(uris, r"[^/]*$", "")
@@ -234,25 +234,25 @@ def _common_folder(parents: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Where on the image anomalies occur."""
+    """Where on the images anomalies occur."""
 
     hot_share_HW: NDArray[np.float32]
     """Share of the flagged images whose map is hot in the cell, shape (map_height, map_width)."""
     flagged: int
-    """Images it is made of."""
+    """Number of flagged images in the heat map."""
     hot_from: float
-    """Map value that one in a hundred cells of the unflagged images reaches."""
+    """The map value that one in a hundred cells of unflagged images reaches."""
 
     @property
     def hottest(self) -> tuple[float, float, float]:
-        """(y, x) of the hottest cell's centre in fractions of the image, and its share."""
+        """Centre (y, x) of the hottest cell, in fractions of the image, and its share."""
         height, width = self.hot_share_HW.shape
         row, column = divmod(int(self.hot_share_HW.argmax()), width)
         return (row + 0.5) / height, (column + 0.5) / width, float(self.hot_share_HW.max())
 
 
 def heat_map(scores: ds.Dataset) -> HeatMap | None:
-    """Made of the maps in these rows, at most `MAPS_READ`; None if none is flagged or there are no maps."""
+    """The heat map of these rows, at most `MAPS_READ`; None without flagged images or without maps."""
     flagged_maps: list[NDArray[np.float32]] = []
     flagged_boxes: list[Box | None] = []
     unflagged_maps: list[NDArray[np.float32]] = []
@@ -286,7 +286,7 @@ def heat_map(scores: ds.Dataset) -> HeatMap | None:
 
 
 def _maps(rows: pa.RecordBatch) -> list[NDArray[np.float32]]:
-    """One map per row. All maps of a model have one shape."""
+    """The maps, one per row. All maps of a model have one shape."""
     if not len(rows):
         return []
     shape = (len(rows), rows["map_height"][0].as_py(), rows["map_width"][0].as_py())
@@ -300,7 +300,7 @@ def _boxes(rows: pa.RecordBatch) -> list[Box | None]:
 
 
 def _on_image(hot_HW: NDArray[np.bool_], box: Box | None) -> NDArray[np.bool_]:
-    """The cells as they lie on the image, on a grid as fine as the map."""
+    """The map's cells moved to where they lie on the image, on a grid as fine as the map."""
     if box is None:
         return hot_HW
     height, width = hot_HW.shape

@@ -1,4 +1,4 @@
-"""The defect list: the images that are reported as defective at a wanted false-discovery rate."""
+"""Chooses the defect list: the images that are reported as defective at a wanted false-discovery rate."""
 
 import io
 import posixpath
@@ -25,15 +25,15 @@ SUFFIXES = (".csv", ".parquet")
 
 @dataclass(frozen=True)
 class DefectList:
-    """Which images of an archive are on the list, and what to say if none is."""
+    """The images of an archive that are on the list, and what to say if there are none."""
 
     false_discovery_rate: float
     is_chosen: NDArray[np.bool_]
-    """Shape (images,)."""
+    """Whether each image is on the list, shape (images,)."""
     above_all: int
-    """Images that score above every held-out one: they have the smallest p-value there is."""
+    """Number of images that score above every held-out one: they have the smallest possible p-value."""
     heldout: int | None
-    """Held-out images; None if the model directory is not at hand."""
+    """Number of held-out images; None if the model directory was not found."""
 
     @property
     def images(self) -> int:
@@ -49,7 +49,7 @@ class DefectList:
 
     @property
     def promise(self) -> str:
-        """What the list is, in a sentence or two."""
+        """One or two sentences that say what the list promises."""
         rate = f"{self.false_discovery_rate:.3g}"
         if self.images:
             return (
@@ -66,7 +66,7 @@ class DefectList:
 
 
 def make_list(archive: Archive, false_discovery_rate: float) -> DefectList:
-    """Decides on all images of the archive together."""
+    """Chooses among all images of the archive together."""
     p = archive.images["p_value"].to_numpy()
     heldout = None if archive.calibration_scores is None else len(archive.calibration_scores)
     # Rows may be older than the model directory: their p-values alone decide.

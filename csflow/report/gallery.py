@@ -1,4 +1,4 @@
-"""The gallery: the images with the highest anomaly scores, small, with their maps over them."""
+"""Makes the gallery: small pictures of the highest anomaly scores, with their maps over them."""
 
 import io
 import math
@@ -24,17 +24,17 @@ from csflow.report.archive import Archive
 from csflow.storage import to_parquet
 
 LARGEST_SIDE, SMALLEST_SIDE = 384, 96
-"""Of a picture, in pixels."""
+"""Longest side of a picture in pixels: its largest and smallest value."""
 LARGE_PICTURES = 120
-"""Up to so many images have large pictures; of more, all pictures together keep about their size."""
+"""Up to this many images have large pictures; more share about the same total size."""
 RAY_FROM = 600
-"""With so many images, their pictures are made on all machines of the cluster. Joining it takes seconds."""
+"""From this many images on, the whole cluster makes the pictures, since joining it takes seconds."""
 SHARD_IMAGES = 50
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """WebP files of one image; `problem` says why there are none."""
+    """The WebP files of one image; `problem` says why there are none."""
 
     width: int = 0
     height: int = 0
@@ -64,19 +64,19 @@ class Card:
 
     @property
     def peak_left(self) -> float:
-        """Place of the hottest map cell, in percent of the width."""
+        """Horizontal position of the hottest map cell, in percent of the width."""
         return float(100 * self.row["peak_x"] / self.row["image_width"])
 
     @property
     def peak_top(self) -> float:
-        """Place of the hottest map cell, in percent of the height."""
+        """Vertical position of the hottest map cell, in percent of the height."""
         return float(100 * self.row["peak_y"] / self.row["image_height"])
 
 
 def make_gallery(
     archive: Archive, is_listed: NDArray[np.bool_], top: int, storage_options: Mapping[str, Any]
 ) -> tuple[list[Card], ColourRange | None]:
-    """Cards of the highest anomaly scores, highest first, and the colours of their maps."""
+    """Cards of the highest anomaly scores, highest first, and the colour range of their maps."""
     # A score that is no number is the most anomalous there is.
     order = pc.sort_indices(archive.images, sort_keys=[("anomaly_score", "descending", "at_start")])[:top]
     rows = _full_rows(archive.scores, archive.images.take(order))
@@ -100,13 +100,13 @@ def _full_rows(scores: ds.Dataset, chosen: pa.Table) -> pa.Table:
 
 
 def picture_side(images: int) -> int:
-    """Longest side of a picture in pixels, so that a page of many images can still be sent by mail."""
+    """Longest side of a picture in pixels, small enough to send a page of many images by mail."""
     side = LARGEST_SIDE * math.sqrt(LARGE_PICTURES / max(1, images))
     return round(min(LARGEST_SIDE, max(SMALLEST_SIDE, side)))
 
 
 class PictureMaker:
-    """Reads images and makes their pictures, in threads. An instance is also an actor of a Ray cluster."""
+    """Reads images and makes their pictures, in threads. An instance can also be a Ray actor."""
 
     def __init__(self, storage_options: Mapping[str, Any], colours: ColourRange | None, side: int) -> None:
         self.arguments = (storage_options, colours, side)
@@ -121,7 +121,7 @@ class PictureMaker:
         return pa.table({"shard": [int(batch["shard"][0])], "pictures": [to_parquet(pictures)]})
 
     def make(self, rows: Iterable[Mapping[str, Any]]) -> list[Pictures]:
-        """Pictures of these rows of `scores`, in order."""
+        """The pictures of these rows of `scores`, in order."""
         with ThreadPoolExecutor(READ_THREADS) as pool:
             return list(pool.map(self._make_one, rows))
 

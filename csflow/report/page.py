@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Page:
-    """All that is on it."""
+    """Everything that is on the page."""
 
     archive: Archive
     defects: DefectList
@@ -66,7 +66,7 @@ def render(page: Page) -> str:
 
 
 def _false_positive_rate(archive: Archive) -> float | None:
-    """What the runs were given; None if they differ or have left no record."""
+    """The runs' false-positive rate; None if it differs among them or no run has a record."""
     rates = {record.configuration["false_positive_rate"] for record in archive.runs}
     return rates.pop() if len(rates) == 1 else None
 
@@ -85,7 +85,7 @@ def _drift(archive: Archive) -> dict[str, Any] | None:
 
 
 def _cells(heat_map: HeatMap) -> bytes:
-    """A PNG with one pixel per cell, from black at 0 to bright at the largest share."""
+    """A PNG of the heat map with one pixel per cell: black is 0, the brightest is the largest share."""
     share_HW = heat_map.hot_share_HW / max(heat_map.hottest[2], 1e-9)
     data = io.BytesIO()
     Image.fromarray(maps.COLOUR_TABLE[(share_HW * 255).round().astype(np.uint8)]).save(data, "PNG")
@@ -93,7 +93,7 @@ def _cells(heat_map: HeatMap) -> bytes:
 
 
 def data_uri(kind: str, picture: bytes) -> str:
-    """A picture as an address that holds it."""
+    """A data URI that holds a picture."""
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 

@@ -1,4 +1,4 @@
-"""The scoring actor as the driver knows it."""
+"""Names the scoring actor for the driver, which imports no torch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +9,11 @@ from csflow.cluster import WorkerResources
 from csflow.scoring.config import ScoringSettings
 
 CALLS_PER_SCORER = 2
-"""Shards in an actor at once: while the model scores one, the other is read ahead, or written."""
+"""Number of shards in an actor at once: while the model scores one, the other is read or written."""
 
 
 class ScoringActor:
-    """A `ShardScorer` in its worker. The driver imports no torch, which is slow and large, for its name."""
+    """Is a `ShardScorer` in its worker. So the driver need not import torch, which is slow and large."""
 
     def __init__(self, settings: ScoringSettings, resources: WorkerResources) -> None:
         from csflow.scoring.scorer import ShardScorer

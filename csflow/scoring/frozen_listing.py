@@ -1,4 +1,4 @@
-"""The frozen listing: what a run found in its input, written down before any work starts."""
+"""The frozen listing: the images in a run's input, stored before any work starts."""
 
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -25,9 +25,9 @@ class Listing:
     folder: Location
     images: int
     first_uri: str
-    """The least of its URIs; empty if there is none."""
+    """The smallest URI in the listing; empty if the listing is."""
     last_uri: str
-    """The greatest."""
+    """The largest URI in the listing."""
 
     @classmethod
     def freeze(cls, folder: Location, batches: Iterable[pa.RecordBatch], limit: int | None) -> "Listing":
@@ -47,13 +47,13 @@ class Listing:
         return cls(folder, images, first_uri, last_uri)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The listing in its order; a part at a time is in memory."""
+        """The batches of the listing in order; one part at a time is in memory."""
         for part in self.folder.find(".parquet"):
             yield from read_parquet(part, LISTING).to_batches(max_chunksize=65_536)
 
     @cached_property
     def keys(self) -> KeySet:
-        """Keys of the listed image versions, with their positions; plan and account need the same."""
+        """Keys of the listed image versions, with their positions, as plan and account need them."""
         listed = KeySet()
         for batch in self.batches():
             listed.add(keys(batch), np.arange(len(listed), len(listed) + batch.num_rows))
@@ -76,7 +76,7 @@ def rebatched(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table
 
 
 def _spool(file: Path, batches: Iterable[pa.RecordBatch]) -> Omitted:
-    """Writes batches to a local file; returns the rows whose URI came before."""
+    """Writes batches to a local file; returns the rows whose URI came up earlier."""
     found = KeySet()
     rows = 0
     with pa.ipc.new_file(file, LISTING, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:

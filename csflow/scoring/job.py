@@ -1,4 +1,4 @@
-"""The scoring job: freezes a listing, plans what is left of it, scores it, and accounts for every image."""
+"""The scoring job: freezes a listing, plans and scores what is left, and accounts for every image."""
 
 import secrets
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Sets of images that may be larger than memory: hashes, in parts on local disk."""
+"""Sets of images that may exceed memory: hashes, stored in parts on local disk."""
 
 import hashlib
 import tempfile
@@ -17,15 +17,15 @@ KEY_PARTS = 256
 BUFFER_ROWS = 1 << 18
 
 Keys = NDArray[np.bytes_]
-"""128-bit hashes: 16 bytes an image, where URIs would take a hundred."""
+"""128-bit hashes: 16 bytes per image, where a URI would take about a hundred."""
 
 KEYED = np.dtype([("key", "S16"), ("number", "<i8")])
 Keyed = NDArray[np.void]
-"""Keys with a number each, such as a position in the listing; structured as `KEYED`."""
+"""Keys with a number each, such as the position in the listing, in the dtype `KEYED`."""
 
 
 def keys(table: pa.RecordBatch | pa.Table, columns: Sequence[str] = KEY_COLUMNS) -> Keys:
-    """The key of each image version, or of other columns, in order."""
+    """The keys of image versions, or of other columns, in order."""
     rows = zip(*(table[name].to_pylist() for name in columns), strict=True)
     digests = (hashlib.blake2b("\0".join(row).encode(), digest_size=16).digest() for row in rows)
     return np.frombuffer(b"".join(digests), dtype="S16")
@@ -48,7 +48,7 @@ class Partitioned:
         return self._rows
 
     def add(self, records: NDArray[Any], parts: NDArray[np.int64]) -> None:
-        """Puts each record into the part whose number stands beside it."""
+        """Adds each record to the part with the number given beside it."""
         if not len(
             records
         ):  # most parts of few images are empty, and each part looks through what is buffered
@@ -89,7 +89,7 @@ class Partitioned:
 
 
 class KeySet:
-    """Keys, each with a number, in `KEY_PARTS` parts: equal keys are in the same part of every set."""
+    """A set of keys with numbers, in `KEY_PARTS` parts. Equal keys are in the same part of every set."""
 
     def __init__(self) -> None:
         self._partitioned = Partitioned(KEYED)
@@ -108,7 +108,7 @@ class KeySet:
 
 
 def repeated(keyed: Keyed) -> Keyed:
-    """Of records with equal keys all but the one with the lowest number."""
+    """Among records with equal keys, all but the one with the lowest number."""
     ordered = keyed[np.lexsort((keyed["number"], keyed["key"]))]
     return ordered[1:][ordered["key"][1:] == ordered["key"][:-1]]
 

@@ -34,10 +34,10 @@ SHARD_STEP, MAX_SHARD_SIZE = 32, 256
 """A multiple of images, so that the last batches of shards are full, on GPUs too: each takes its time, full
 or not. Enough, too, for an actor to work on while Ray Data looks for finished shards, ten times a second."""
 LAST = "\U0010ffff"
-"""No URI is greater: what an entry is taken to hold that does not say."""
+"""A URI above all others: the last URI of an entry that does not state one."""
 
 SHARDS_PER_PART = 64
-"""A worker reads the part of a plan for each of its shards, so parts are small."""
+"""Number of shards in a part of a plan. Parts are small, since a worker reads one for each shard."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class PlannedShard:
 
     name: str
     date: str
-    """Partition of the output: the day of the plan, also if the shard is scored later."""
+    """Partition of the output: the day of the plan, even if the shard is scored later."""
     part: Location
-    """Plan file."""
+    """The file of the plan that holds the shard."""
     row_group: int
 
     def to_row(self) -> dict[str, Any]:
-        """As a row of a Ray dataset."""
+        """The shard as a row of a Ray dataset."""
         return {"name": self.name, "date": self.date, "part": self.part.url, "row_group": self.row_group}
 
     @classmethod
@@ -61,27 +61,27 @@ class PlannedShard:
         return cls(str(row["name"]), str(row["date"]), part, int(row["row_group"]))
 
     def images(self) -> pa.Table:
-        """Columns image_uri and image_version."""
+        """The images of the shard, in columns image_uri and image_version."""
         return pq.ParquetFile(io.BytesIO(self.part.read())).read_row_group(self.row_group)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An entry of the log."""
+    """An entry of the log of plans."""
 
     number: int
     run_id: str
     date: str
     shards: int
     folder: str
-    """Of the plan's images; used by no other plan nor by another try at this one."""
+    """Folder of the plan's images, which no other plan and no other attempt at this plan uses."""
     first_uri: str = ""
-    """The least of its images' URIs."""
+    """The smallest URI among the plan's images."""
     last_uri: str = LAST
-    """The greatest."""
+    """The largest URI among the plan's images."""
 
     def concerns(self, listing: Listing) -> bool:
-        """Whether it may hold a listed image."""
+        """Whether the plan may hold a listed image."""
         return self.first_uri <= listing.last_uri and listing.first_uri <= self.last_uri
 
     def planned_shards(self, output: Output) -> Iterator[PlannedShard]:
@@ -131,14 +131,14 @@ def make_plan(listing: Listing, output: Output, run_id: str, retry_errors: bool)
 
 @dataclass(frozen=True)
 class Account:
-    """Where the images of a listing are."""
+    """Counts of the images of a listing, by where they are."""
 
     listed: int
     scored: int
     permanent_errors: int
-    """Without a score, and with an error that stays."""
+    """Images without a score and with a permanent error."""
     missing: int
-    """With neither: their errors may pass, or something went wrong."""
+    """Images with neither: they have a transient error, or something went wrong."""
 
 
 def account(listing: Listing, output: Output) -> Account:
@@ -185,7 +185,7 @@ def _add(images: Iterable[pa.RecordBatch], to: KeySet) -> None:
 
 
 def _adopt(unfinished: Sequence[PlannedShard], listed: KeySet, settled: KeySet) -> list[PlannedShard]:
-    """Of the unfinished shards those with a listed image; all images of these are settled."""
+    """Adopts unfinished shards that hold a listed image, and settles all their images."""
     planned = KeySet()
     part, file = None, None
     for number, shard in enumerate(unfinished):

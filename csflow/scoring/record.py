@@ -24,7 +24,7 @@ DRIFT_P_VALUE = 0.001
 
 @dataclass
 class Clock:
-    """When the run began, and seconds by step."""
+    """Start of the run, and seconds by step."""
 
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     seconds: dict[str, float] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Clock:
 
 
 def exit_status(account: Account, drift: Drift | None, config: ScoreConfig) -> ExitStatus:
-    """What the run ends with, given what its output holds."""
+    """The exit status of a run, given the content of its output."""
     # Judged on the whole listing: one bad image may be all that is new tonight.
     failed = account.permanent_errors + account.missing
     if account.missing or failed > config.max_error_rate * account.listed:
@@ -114,7 +114,7 @@ def summary(record: RunRecord, output: Output) -> str:
 
 
 def _seconds_to_first_image(tally: Tally) -> float | None:
-    """From the start of the driver's process to the first batch of scores in a worker."""
+    """Seconds from the start of the driver's process to the first scores in a worker."""
     if tally.first_scored_at is None:
         return None
     return round(tally.first_scored_at.timestamp() - process_started_at(), 3)

@@ -32,9 +32,9 @@ from csflow.scoring.plan import PlannedShard
 from csflow.storage import Location, to_parquet
 
 READ_THREADS, READ_THREADS_PER_CPU = 8, 2
-"""Threads of a worker that read and decode: at least so many, since most of them wait for the store."""
+"""Number of reading threads in a worker: at least the first, since most of them wait for the store."""
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 8, 32
-"""Default images per forward pass. More is slower on CPUs: early activations leave the cache."""
+"""Default number of images per forward pass. More is slower on CPUs: early activations leave the cache."""
 RESULT = pa.schema(
     [
         pa.field("shard", pa.string()),
@@ -142,7 +142,7 @@ class ShardScorer:
     def _without_errors(
         self, images: Iterator[LoadedImage], errors: list[dict[str, Any]], stages: Stages
     ) -> Iterator[ScorableImage]:
-        """The images that can be scored; the others are appended to `errors`."""
+        """The images that can be scored; the errors of the others are appended to `errors`."""
         for image in images:
             stages.add(image.stages)
             if isinstance(image.content, ImageError):
@@ -151,7 +151,7 @@ class ShardScorer:
                 yield ScorableImage(image.image_uri, image.image_version, image.content)
 
     def _score(self, images: Sequence[ScorableImage], stages: Stages) -> pa.RecordBatch:
-        """Rows in the `SCORES` schema."""
+        """Scores the images; returns rows in the `SCORES` schema."""
         with stages.measured("score"):
             pixels_BHWC = torch.from_numpy(np.stack([image.decoded.pixels_HWC for image in images]))
             scores = self._forward(pixels_BHWC)
@@ -229,7 +229,7 @@ class ShardScorer:
         return True
 
     def _cpu_seconds(self, stages: Stages) -> dict[str, float]:
-        """By stage, with what else this process has used since the last shard, whichever shard it was for."""
+        """CPU seconds by stage, with all else that this process has used since the last shard."""
         total, store_client = self._process_cpu.take()
         seconds = dict(stages.cpu_seconds)
         # Shards that are written go through the same client, but they are few and their images are many.
@@ -240,7 +240,7 @@ class ShardScorer:
 
 
 class _Released:
-    """Lets another thread have a lock inside a `with`, as often as it is entered."""
+    """Releases a lock inside a `with`, so that another thread can take it. May be entered several times."""
 
     def __init__(self, lock: threading.Lock) -> None:
         self._lock = lock
@@ -255,7 +255,7 @@ class _Released:
 def _with_p_values(
     name: str, score_B: Tensor, heldout: NDArray[np.float64] | None, without: NDArray[np.float64] | None
 ) -> dict[str, Any]:
-    """The columns of a score and of its p-value, which is `without` if no held-out image has such a score."""
+    """The columns of a score and its p-value, which is `without` if no held-out image has such a score."""
     score_B = score_B.double()
     p_value_B = without if heldout is None else p_values(score_B.numpy(), heldout)
     if p_value_B is None:
@@ -271,7 +271,7 @@ def _float_lists(values_BX: NDArray[np.float32]) -> pa.Array:
 
 
 def _map_box(decoded: DecodedImage) -> list[float] | None:
-    """What the map covers, in pixels of the original; None for all of it."""
+    """The part of the original that the map covers, in pixels; None for all of it."""
     return None if decoded.box == whole(decoded.height, decoded.width) else list(decoded.box)
 
 

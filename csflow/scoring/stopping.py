@@ -1,4 +1,4 @@
-"""When a scoring run stops early, since going on is useless."""
+"""Decides when a scoring run stops early, because it is useless to continue."""
 
 from dataclasses import dataclass
 
@@ -6,17 +6,17 @@ from csflow.errors import Failed
 from csflow.scoring.tally import Tally
 
 FAILED_SHARDS_TO_STOP = 4
-"""A run whose first shards all fail as a whole is stopped."""
+"""A run stops if its first shards, this many or all of them, fail as a whole."""
 FAILED_SHARDS_IN_A_ROW = 16
-"""So is one in which so many come back that failed, and none in between that did not: the disk is full."""
+"""A run also stops if this many shards in a row fail as a whole, for instance because the disk is full."""
 
 
 @dataclass
 class StopRules:
-    """Decides after each shard. That none comes back at all is seen by who waits for them."""
+    """Decides after each shard. The caller notices if no shard comes back at all."""
 
     shards: int
-    """In the whole run."""
+    """Number of shards in the whole run."""
     max_error_rate: float
     failed_in_a_row: int = 0
 

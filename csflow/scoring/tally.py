@@ -1,4 +1,4 @@
-"""What has happened in a run so far: counts, seconds, memory and a sample of the scores."""
+"""Adds up what has happened in a run so far: counts, seconds, memory and a sample of the scores."""
 
 import random
 from collections import Counter, defaultdict
@@ -11,7 +11,7 @@ from ray.util import metrics
 
 SAMPLE_SIZE = 100_000
 ERROR_RATE_MINIMUM_IMAGES = 100
-"""A run is not stopped for its error rate before so many images are through."""
+"""A run is not stopped for its error rate before this many images are done."""
 
 
 @dataclass
@@ -25,19 +25,19 @@ class Tally:
     anomalous: int = 0
     p_values_below_5_percent: int = 0
     failed_shards: int = 0
-    """Shards that failed as a whole, for no fault of an image."""
+    """Number of shards that failed as a whole, not because of an image."""
     error_codes: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """By stage, summed over workers; read and decode over their threads, too."""
+    """Seconds by stage, summed over workers, and for reading and decoding over threads, too."""
     cpu_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """By stage, with the rest of each worker process as `start` and `other`."""
+    """CPU seconds by stage; the rest of each worker process is `start` and `other`."""
     first_scored_at: datetime | None = None
-    """When the first images of the run had their scores."""
+    """The time when the first images of the run had their scores."""
     precisions: set[str] = field(default_factory=set)
-    """What workers computed in; several on a mixed cluster."""
+    """Precisions that workers computed in; several on a mixed cluster."""
     peak_worker_bytes: int = 0
     sample: list[float] = field(default_factory=list)
-    """Anomaly scores, chosen at random if there are more than `SAMPLE_SIZE`."""
+    """Anomaly scores; a random sample if there are more than `SAMPLE_SIZE`."""
     generator: random.Random = field(default_factory=lambda: random.Random(0), repr=False)
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -65,7 +65,7 @@ class Tally:
         return self.error_codes.total()
 
     def fails_everywhere(self, max_error_rate: float) -> bool:
-        """Whether going on is useless: more than this share failed of enough images."""
+        """Whether more than this share of the images failed, once enough images are done."""
         return self.images >= ERROR_RATE_MINIMUM_IMAGES and self.errors > max_error_rate * self.images
 
     def _add_to_sample(self, scores: Sequence[float]) -> None:
@@ -78,7 +78,7 @@ class Tally:
 
 
 class LiveMetrics:
-    """The same figures as Ray metrics, which Ray's agents offer to Prometheus while the job runs."""
+    """The figures of a tally as Ray metrics, which Ray's agents offer to Prometheus while the job runs."""
 
     def __init__(self, model_id: str) -> None:
         tags = {"model_id": model_id}

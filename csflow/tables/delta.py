@@ -1,4 +1,4 @@
-"""A Delta table over `scores` or `errors`: a log beside the files, which stay as they are."""
+"""Registers `scores` or `errors` as a Delta table: a log beside the files, which do not change."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def add_to_delta(folder: Location, files: Sequence[OutputFile], schema: pa.Schem
 
 
 def _add_columns(table: DeltaTable, columns: pa.Schema) -> None:
-    """Those that the table lacks, since an older csflow made it."""
+    """Adds columns that the table lacks because an older csflow made it."""
     present = {field.name for field in table.schema().fields}
     missing = [field for field in Schema.from_arrow(columns).fields if field.name not in present]
     if missing:
@@ -60,7 +60,7 @@ def _add(footer: Footer) -> AddAction:
 
 
 def _options(folder: Location) -> dict[str, str]:
-    """The AWS_* variables are read by the library itself; plain HTTP it wants to be told."""
+    """Storage options of the library. It reads the AWS_* variables itself, but must be told to allow HTTP."""
     options = {name: str(value) for name, value in folder.storage_options.items()}
     if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
         options.setdefault("AWS_ALLOW_HTTP", "true")

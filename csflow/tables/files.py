@@ -1,4 +1,4 @@
-"""Which files of an output a table may hold, and what their footers say."""
+"""Finds the files of an output that a table may hold, and reads their footers."""
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ FOOTERS_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Footer:
-    """What a table's metadata says about one file."""
+    """The metadata that a table keeps about one file."""
 
     file: OutputFile
     size: int
@@ -23,7 +23,7 @@ class Footer:
 
 
 def table_schema(schema: pa.Schema) -> pa.Schema:
-    """The columns of `scores` or `errors` together with those that only paths hold."""
+    """The columns of `scores` or `errors`, including those that only paths hold."""
     return pa.schema([*schema, pa.field("model_id", pa.string()), pa.field("date", pa.date32())])
 
 
@@ -52,5 +52,5 @@ def read_footers(files: Sequence[OutputFile]) -> list[Footer]:
 def not_among(
     files: Iterable[OutputFile], known: set[str], name: Callable[[OutputFile], str]
 ) -> list[OutputFile]:
-    """The files that a table does not hold yet, by the name under which it would."""
+    """The files that a table does not hold yet, by their name in the table."""
     return [file for file in files if name(file) not in known]

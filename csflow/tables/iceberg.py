@@ -1,4 +1,4 @@
-"""An Iceberg table over `scores` or `errors`: metadata in a warehouse, the files stay where they are."""
+"""Registers `scores` or `errors` as an Iceberg table: metadata in a warehouse, files where they are."""
 
 from collections.abc import Sequence
 from datetime import date
@@ -22,7 +22,7 @@ from csflow.tables.files import Footer, not_among, read_footers, table_schema
 
 COMMIT_ATTEMPTS = 5
 FILE_IO = "pyiceberg.io.fsspec.FsspecFileIO"
-"""Takes credentials and endpoint from the AWS_* variables, as the jobs do."""
+"""The file reader, which takes credentials and endpoint from the AWS_* variables, as the jobs do."""
 EPOCH = date(1970, 1, 1)
 
 
@@ -74,7 +74,7 @@ def _create(catalog: Catalog, identifier: tuple[str, str], schema: pa.Schema) ->
 
 
 def _add_columns(table: Table, schema: pa.Schema) -> None:
-    """Those that the table lacks, since an older csflow made it; its name mapping learns them too."""
+    """Adds columns that an older csflow's table lacks, to its schema and its name mapping."""
     if set(schema.names) - set(table.schema().column_names):
         with table.update_schema() as update:
             update.union_by_name(table_schema(schema))

@@ -55,7 +55,7 @@ def register(config: RegisterConfig) -> ExitStatus:
 
 
 def _adder(config: RegisterConfig, output: Location) -> Callable[[Kind, list[OutputFile], pa.Schema], int]:
-    """What adds files to the table of a kind. Only the library that is asked for is imported."""
+    """The function that adds files to the table of a kind. Imports only the library that it needs."""
     if config.catalog is None:
         from csflow.tables.delta import add_to_delta
 

@@ -1,1 +1,1 @@
-"""Training of the flow on features of a frozen backbone."""
+"""Trains the flow on features of a frozen backbone."""

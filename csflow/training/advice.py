@@ -1,4 +1,4 @@
-"""What a training has to say: that it stretches images, that it was too short, or no use."""
+"""Warns that a training stretches images, that it was too short, or that the flow is no use."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,9 +9,9 @@ import pyarrow as pa
 from csflow.preprocessing import Preprocessing, distortion
 
 MOST_DISTORTION = 1.5
-"""Up to which change of their aspect ratio images are stretched without a word."""
+"""Largest change of the aspect ratio for which stretching gives no warning."""
 STILL_FALLING = 0.005
-"""Per dimension: a validation loss that falls by more in the last epoch has not settled."""
+"""A validation loss (per dimension) that falls by more than this in the last epoch has not settled."""
 
 
 def advice(

@@ -1,4 +1,4 @@
-"""Augmented copies of training images: extracted anew in every epoch, since no cache can hold them."""
+"""Augmented copies of training images, extracted anew in every epoch, since no cache can hold them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from csflow.training.cache import FeatureCache
 from csflow.training.features import READ_THREADS, load_backbone
 
 BRIGHTNESS = 0.1
-"""Largest relative change of brightness."""
+"""The largest relative change of brightness."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class AugmentedFeatures:
         return int(self.images.num_rows)
 
     def batches(self, epoch: int, shares: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """See `FeatureSource`; raises ImageError if an image cannot be read any more."""
+        """As in `FeatureSource`; raises ImageError if an image can no longer be read."""
         detector = load_backbone(self.architecture, self.cache).to(self.device)
         loader = ImageLoader(
             ImageReader(self.cache.folder.storage_options), self.architecture.preprocessing, READ_THREADS
@@ -63,7 +63,7 @@ class AugmentedFeatures:
 
 
 def augment(pixels_HWC: NDArray[np.uint8], random: np.random.Generator) -> NDArray[np.uint8]:
-    """The image flipped, turned by quarters (by halves if it is no square) and brighter or darker."""
+    """The image, flipped, turned by quarters (by halves if it is no square), and brighter or darker."""
     height, width, _ = pixels_HWC.shape
     turns = int(random.integers(4)) if height == width else 2 * int(random.integers(2))
     if random.integers(2):

@@ -27,12 +27,12 @@ SUFFIX = ".features.safetensors"
 INDEX_SUFFIX = ".index.parquet"
 BACKBONE_FILE = "backbone.safetensors"
 FEATURES = ("backbone.", "mean", "std")
-"""Beginnings of the names of those tensors of a detector that its features depend on."""
+"""Prefixes of the names of a detector's tensors that its features depend on."""
 LAYOUT_VERSION = 3
-"""Part of the folder's name: files of another layout are not looked at."""
+"""Version of the files' layout. It is part of the folder's name, so other layouts are not read."""
 READ_THREADS = 16
 HEADER_BYTES = 1 << 16
-"""Read at first of a file whose images are wanted; more if its header turns out to be longer."""
+"""Number of bytes to read first of a file; more follow if its header is longer."""
 
 DTYPES = {"F16": torch.float16, "F32": torch.float32}
 
@@ -53,20 +53,20 @@ INDEX = pa.schema(
 
 @dataclass(frozen=True)
 class FeatureFile:
-    """What a file of the cache holds."""
+    """The content of a file of the cache."""
 
     image_uris: list[str]
     image_versions: list[str]
     content_digests: list[str]
     """SHA-256 of each image's bytes, in hexadecimal."""
     image_sizes: list[tuple[int, int]]
-    """Height and width of each original in pixels."""
+    """Height and width of each original, in pixels."""
     features_ND: Tensor
     failed: list[tuple[str, str, str]]
-    """URI, version and message of images that cannot be read and never will."""
+    """URI, version and message of each image with a permanent error."""
 
     def to_bytes(self) -> bytes:
-        """In half precision if it holds the numbers: scores then move by less than 2e-4 of their size."""
+        """The file, in half precision if that holds the numbers; scores then change by less than 0.02 %."""
         half_ND = self.features_ND.half()
         stored_ND = half_ND if bool(half_ND.isfinite().all()) else self.features_ND.float()
         images = {
@@ -80,7 +80,7 @@ class FeatureFile:
 
 
 class FeatureCache:
-    """The features of one backbone, one set of weights, one preprocessing."""
+    """The features of one backbone with one set of weights and one preprocessing."""
 
     def __init__(self, folder: Location, feature_shapes: Sequence[tuple[int, int, int]]) -> None:
         self.folder = folder
@@ -88,7 +88,7 @@ class FeatureCache:
 
     @classmethod
     def of(cls, root: Location, detector: Detector) -> "FeatureCache":
-        """The cache below `root` for what decides this detector's features."""
+        """The cache below `root` of everything that decides this detector's features."""
         architecture = detector.architecture
         decides = {
             "backbone": architecture.backbone,
@@ -104,7 +104,7 @@ class FeatureCache:
 
     @property
     def sizes(self) -> list[int]:
-        """Numbers per image of each level."""
+        """Number of values per image in each level."""
         return [channels * height * width for channels, height, width in self.feature_shapes]
 
     def index(self) -> pa.Table:
@@ -129,7 +129,7 @@ class FeatureCache:
         (self.folder / (name + SUFFIX)).write(file.to_bytes())
 
     def read_files(self, names: Iterable[str]) -> Iterator[bytes]:
-        """Whole files, a few at a time."""
+        """Reads whole files, a few at a time."""
         with ThreadPoolExecutor(4) as pool:
             yield from pool.map(lambda name: (self.folder / name).read(), names)
 
@@ -142,12 +142,12 @@ class FeatureCache:
         return torch.frombuffer(bytearray(b"".join(parts)), dtype=DTYPES[dtype]).view(len(files), -1)
 
     def split_scales(self, features_ND: Tensor) -> list[Tensor]:
-        """Per level (N, C, H, W)."""
+        """The features per level, (N, C, H, W)."""
         parts = features_ND.split(self.sizes, dim=1)
         return [y.unflatten(1, shape) for y, shape in zip(parts, self.feature_shapes, strict=True)]
 
     def _read_rows(self, name: str) -> list[dict[str, Any]]:
-        """The index of one file, from its header."""
+        """The index rows of one file, from its header."""
         location = self.folder / name
         head = bytes(location.fs.cat_file(location.path, start=0, end=HEADER_BYTES))
         start = 8 + int.from_bytes(head[:8], "little")
@@ -173,7 +173,7 @@ class FeatureCache:
 
 
 def find_images(images: pa.Table, index: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """The index rows of the listed images in their order, and the images without one."""
+    """The index rows of the listed images, in order, and the images without an index row."""
     found: dict[tuple[str, str], int] = {}
     for row, key in enumerate(
         zip(index["image_uri"].to_pylist(), index["image_version"].to_pylist(), strict=True)
@@ -186,7 +186,7 @@ def find_images(images: pa.Table, index: pa.Table) -> tuple[pa.Table, pa.Table]:
 
 
 def backbone_bytes(detector: Detector) -> bytes:
-    """What features depend on, as a safetensors file; the same weights give the same bytes."""
+    """The tensors that features depend on, as a safetensors file; the same weights give the same bytes."""
     state: Mapping[str, Tensor] = detector.state_dict()
     kept = {name: state[name].contiguous() for name in sorted(state) if name.startswith(FEATURES)}
     return safetensors.torch.save(kept)

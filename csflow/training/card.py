@@ -1,4 +1,4 @@
-"""The model card: a README of a model directory, with its loss curves and calibration scores drawn."""
+"""The model card: a README for a model directory, with plots of loss curves and calibration scores."""
 
 import html
 import json
@@ -15,7 +15,7 @@ from csflow.training.labelled import auroc_line
 
 BINS = 40
 FALSE_POSITIVE_RATE = 0.01
-"""For which the card names the map threshold."""
+"""The false-positive rate for which the card states the map threshold."""
 
 CARD = """\
 # {backbone}, {blocks} coupling block{plural}, {height} × {width} px
@@ -141,7 +141,7 @@ def model_card(
 
 
 def _baseline(metrics: Mapping[str, Any]) -> str:
-    """Rows on what the flow has to beat, and on labelled images; none where there are no such figures."""
+    """Rows on the Gaussian that the flow has to beat, and on labelled images; empty without such figures."""
     rows = []
     if metrics["gaussian_loss"] is not None and metrics["validation_loss"] is not None:
         rows.append(f"| validation loss, latents whitened | {metrics['validation_loss']:.4f} |")
@@ -154,7 +154,7 @@ def _baseline(metrics: Mapping[str, Any]) -> str:
 
 
 def _calibration_rows(calibration: Calibration) -> str:
-    """What scores normal images have, as rows of a table."""
+    """Table rows on the scores of normal images."""
     scores = {"anomaly": calibration.anomaly_score}
     if calibration.global_score is not None and calibration.local_score is not None:
         scores |= {"global": calibration.global_score, "local": calibration.local_score}
@@ -182,7 +182,7 @@ def _outlier_table(outliers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def curves_svg(history: Sequence[Mapping[str, Any]], best_epoch: int) -> bytes:
-    """Training and validation loss against epochs, the kept epoch marked."""
+    """Plots training and validation loss against epochs, with the kept epoch marked."""
     named = {"training loss": "loss", "validation loss": "validation_loss"}
     losses = {name: [line[key] for line in history] for name, key in named.items()}
     losses = {name: values for name, values in losses.items() if None not in values}
@@ -193,7 +193,7 @@ def curves_svg(history: Sequence[Mapping[str, Any]], best_epoch: int) -> bytes:
 
 
 def histogram_svg(scores: NDArray[np.float64]) -> bytes:
-    """How many held-out images have which anomaly score."""
+    """Plots how many held-out images have which anomaly score."""
     counts, edges = np.histogram(scores, bins=BINS)
     outline = Curve(f"held-out images ({len(scores)})", *steps(counts, edges), is_filled=True)
     return chart([outline], "anomaly score", "images", y_range=(0, max(counts.max(), 1)))

@@ -1,4 +1,4 @@
-"""Checkpoints of training: safetensors and JSON in place of a pickle."""
+"""Checkpoints of training: safetensors and JSON, not pickles."""
 
 import json
 import tempfile
@@ -45,7 +45,7 @@ def read_checkpoint(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore(trainer: Trainer, folder: str) -> bool:
-    """Takes up a checkpoint; returns whether the training had finished."""
+    """Continues from a checkpoint; returns whether the training had finished."""
     tensors, progress = read_checkpoint(folder)
     trainer.history, trainer.best_epoch = progress["history"], progress["best_epoch"]
     trainer.plain_flow.load_state_dict(with_prefix(tensors, "flow."))
@@ -56,7 +56,7 @@ def restore(trainer: Trainer, folder: str) -> bool:
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin so, without that beginning."""
+    """The tensors whose names have this prefix, by their names without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 

@@ -1,4 +1,4 @@
-"""The end of a training: the statistic of the trained detector, its calibration, and the Gaussian to beat."""
+"""The end of a training: statistic and calibration of the trained detector, and the Gaussian to beat."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from csflow.training.gaussians import gaussian_losses
 from csflow.training.loop import Evaluation
 
 CALIBRATED = ("anomaly_score", "global_score", "local_score", "map_maximum")
-"""Columns of a calibration; without whitening the first alone."""
+"""Columns of a calibration. Without whitening there is only the first."""
 
 
 def closing_tensors(
@@ -49,7 +49,7 @@ def closing_tensors(
 
 
 def calibration_columns(scores: Scores) -> dict[str, Tensor]:
-    """The `CALIBRATED` columns, (N,)."""
+    """The `CALIBRATED` columns of these images, (N,) each."""
     columns = [
         scores.anomaly_score_B,
         scores.global_score_B,

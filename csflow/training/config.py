@@ -105,7 +105,7 @@ class TrainConfig(JobConfig):
         return (recipe.settings if recipe else {}) | values
 
     def architecture(self) -> "Architecture":
-        """Raises WrongUse if the kernel sizes do not fit the blocks."""
+        """The detector's architecture. Raises WrongUse if the kernel sizes do not fit the blocks."""
         from csflow.model import Architecture
 
         kernel_sizes = self.kernel_sizes or [3] * (self.coupling_blocks - 1) + [

@@ -1,4 +1,4 @@
-"""The extraction pass: images that the cache lacks go once through reading, decoding and the backbone."""
+"""The extraction pass: reads and decodes images that the cache lacks, and runs the backbone on them."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ from csflow.training.shards import cut
 SHARD_SIZE = 64
 READ_THREADS = 8
 BATCH_SIZE = 8
-"""Images per backbone pass. More is slower on CPUs: the early layers' activations leave the cache."""
+"""Number of images per backbone pass. More is slower on CPUs: early activations leave the cache."""
 
 RESULT = pa.schema(
     [
@@ -57,7 +57,7 @@ def extract(
 
 
 def load_backbone(architecture: Architecture, cache: FeatureCache) -> Detector:
-    """A detector with the cache's backbone; its flow is untrained."""
+    """A detector with the cache's backbone and an untrained flow."""
     detector = Detector(architecture, cache.feature_shapes)
     state = safetensors.torch.load((cache.folder / BACKBONE_FILE).read())
     detector.load_state_dict(state, strict=False)
@@ -65,7 +65,7 @@ def load_backbone(architecture: Architecture, cache: FeatureCache) -> Detector:
 
 
 class FeatureExtractor:
-    """Actor of the extraction pass."""
+    """The actor of the extraction pass."""
 
     def __init__(self, architecture: Architecture, cache: FeatureCache, resources: WorkerResources) -> None:
         self._device = process.set_up(resources.cpus, resources.gpus)
@@ -82,7 +82,7 @@ class FeatureExtractor:
         return pa.Table.from_pylist([row], schema=RESULT)
 
     def _extract(self, image_uris: list[str], image_versions: list[str]) -> tuple[FeatureFile, list[str]]:
-        """Features of the images that can be read, and messages of those that may be at another time."""
+        """Features of the readable images, and messages of images whose error may be temporary."""
         uris: list[str] = []
         versions: list[str] = []
         sizes: list[tuple[int, int]] = []
@@ -110,7 +110,7 @@ class FeatureExtractor:
 
 
 class _DigestingReader(ImageReader):
-    """Remembers what it read, by the SHA-256 of its bytes."""
+    """Reads images, and remembers the SHA-256 of their bytes."""
 
     def __init__(self, storage_options: Mapping[str, Any]) -> None:
         super().__init__(storage_options)

@@ -30,30 +30,30 @@ LATENTS = "latents."
 
 @torch.no_grad()
 def gaussian_energies(gaussians: Gaussians, y: Sequence[Tensor]) -> list[Tensor]:
-    """Energy maps of the Gaussian of each position, per level (N, H, W), given features."""
+    """Energy maps (N, H, W) of the Gaussian of each position, per level, given features."""
     return [energy_map(x_BCHW) for x_BCHW in gaussians.positions(gaussians.whitening(y))]
 
 
 def write_gaussians(gaussians: Gaussians, location: Location) -> None:
-    """Writes those of the features; those of latents are fitted when the flow is trained."""
+    """Writes the Gaussians of features. Those of latents are fitted only after the flow is trained."""
     state = gaussians.state_dict().items()
     location.write(safetensors.torch.save({k: v for k, v in state if not k.startswith(LATENTS)}))
 
 
 def read_gaussians(location: Location, cache: FeatureCache, device: torch.device) -> Gaussians:
-    """What `write_gaussians` has written for features of this cache."""
+    """Reads what `write_gaussians` has written for features of this cache."""
     gaussians = Gaussians(cache.feature_shapes)
     gaussians.load_state_dict(gaussians.state_dict() | safetensors.torch.load(location.read()))
     return gaussians.to(device)
 
 
 def fit_gaussians(source: FeatureSource) -> Gaussians:
-    """Those of the images of a source, which are not whitened."""
+    """Fits the Gaussians to the images of a source, which are not whitened."""
     return gaussians_of_folds(fold_moments(source, folds=1))
 
 
 def fold_moments(source: FeatureSource, folds: int) -> list[list[Moments]]:
-    """Per fold and level the moments of its images; image i is in fold i modulo `folds`."""
+    """The moments of each fold's images, per level. Image i is in fold i modulo `folds`."""
     shares = [
         share for fold in range(folds) for share in fold_batches(torch.arange(len(source)), folds, fold)
     ]
@@ -69,12 +69,12 @@ def fold_moments(source: FeatureSource, folds: int) -> list[list[Moments]]:
 
 
 def fold_batches(images_N: Tensor, folds: int, fold: int) -> list[Tensor]:
-    """Those of these positions of images that are in this fold, in batches."""
+    """Those of these image positions that are in this fold, in batches."""
     return [share for share in images_N[images_N % folds == fold].split(BATCH_SIZE) if len(share)]
 
 
 def gaussians_of_folds(folds: Sequence[Sequence[Moments]]) -> Gaussians:
-    """Those of the images of these folds together."""
+    """The Gaussians of all images in these folds."""
     return gaussians_of([functools.reduce(operator.add, levels) for levels in zip(*folds, strict=True)])
 
 
@@ -91,7 +91,7 @@ def gaussian_statistic(
 
 
 def gaussian_scores(statistic: StandardisedStatistic, energies: Sequence[Tensor]) -> Tensor:
-    """Anomaly score of each image by a `gaussian_statistic`, (N,); 1 is usual."""
+    """The anomaly score of each image by a `gaussian_statistic`, (N,); 1 is usual."""
     scores: Scores = statistic([*energies, *energies])
     return scores.anomaly_score_B
 

@@ -33,7 +33,7 @@ from csflow.training.split import TRIMMED, TrainingData, split_sizes
 from csflow.weights import find_weights
 
 ROUNDING_IMAGES = 8
-"""Training images on which the rounding of the backbone's weights is measured."""
+"""Number of training images on which the rounding of the backbone's weights is measured."""
 
 
 def train(config: TrainConfig) -> ExitStatus:
@@ -106,7 +106,7 @@ def _list_images(config: TrainConfig) -> pa.Table:
 
 
 def build_detector(config: TrainConfig) -> Detector:
-    """With the backbone's weights and an untrained flow. Raises WrongUse if a setting does not fit."""
+    """A detector with the backbone's weights and an untrained flow. Raises WrongUse if a setting is wrong."""
     try:
         detector = Detector(config.architecture())
         load_weights(detector.backbone, find_weights(config.weights, config.backbone, config.storage_options))
@@ -153,7 +153,7 @@ def _extract_features(images: pa.Table, detector: Detector, cache: FeatureCache)
 
 
 def _trim(data: TrainingData, ranking: pa.Table, share: float) -> TrainingData:
-    """Without the training images that are least like the others; says how many those are."""
+    """The data without the training images that are least like the others; prints how many those are."""
     trimmed = ranking.slice(0, trimmed_count(ranking.num_rows, share))
     if trimmed.num_rows:
         say(f"{trimmed.num_rows} training images left out by --trim, the least like the others")
@@ -161,7 +161,7 @@ def _trim(data: TrainingData, ranking: pa.Table, share: float) -> TrainingData:
 
 
 def _measure_rounding(detector: Detector, data: TrainingData, config: TrainConfig) -> None:
-    """What scoring in bfloat16 needs to know; without it, as if no image can be read, it is less exact."""
+    """Measures what scoring in bfloat16 corrects. If no image can be read, there is no correction."""
     images = data.part("training").slice(0, ROUNDING_IMAGES)
     loader = ImageLoader(
         ImageReader(config.storage_options), detector.architecture.preprocessing, ROUNDING_IMAGES

@@ -1,4 +1,4 @@
-"""Labelled images that a training is measured on (`--evaluate`): they take no other part in it."""
+"""Labelled images that measure a trained model (`--evaluate`), and take no other part in the training."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,26 +28,26 @@ BATCH_SIZE = 32
 
 
 class Measured(NamedTuple):
-    """AUROC of two anomaly scores on the same images."""
+    """AUROC of the detector and of the Gaussian on the same images."""
 
     flow: float
     gaussian: float | None
-    """Of the Gaussian of each position alone; None without whitening."""
+    """AUROC of the Gaussian of each position alone; None without whitening."""
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """What `--evaluate` names."""
+    """The images that `--evaluate` names."""
 
     table: str
     labels: dict[str, Label]
-    """By image URI."""
+    """Labels by image URI."""
     listed: pa.Table
-    """Those of them that the input does not name, in the `LISTING` schema."""
+    """Labelled images that are not in the input, in the `LISTING` schema."""
     in_input: int
-    """Those that it does."""
+    """Labelled images that are in the input."""
     unlabelled: int
-    """Listed by the table without a label of their own, as members of an archive."""
+    """Images that the table lists without their own label, such as members of an archive."""
 
     @classmethod
     def read(cls, config: TrainConfig, images: pa.Table) -> "LabelledImages | None":
@@ -111,7 +111,7 @@ class LabelledImages:
 
 
 def auroc_line(flow: float, gaussian: float | None, images: int) -> str:
-    """One line for terminal and model card."""
+    """The line on AUROC for terminal and model card."""
     alone = f", Gaussian {gaussian:.3f}" if gaussian is not None else ""
     return f"AUROC: flow {flow:.3f}{alone} on {images:,} labelled images"
 
@@ -145,7 +145,7 @@ def _measured(
 def _scores(
     detector: Detector, cache: FeatureCache, usual: pa.Table, images: pa.Table, resources: WorkerResources
 ) -> tuple[list[float], list[float]]:
-    """Anomaly scores of each image: of the detector, and of its Gaussian alone (none without whitening)."""
+    """Anomaly scores of each image by the detector, and by its Gaussian alone (None without whitening)."""
     where = process.set_up(resources.cpus, resources.gpus)
     detector = detector.to(where)
     gaussians = detector.gaussians

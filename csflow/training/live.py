@@ -1,4 +1,4 @@
-"""What a training shows while it runs: lines in the terminal, and curves in TensorBoard and MLflow."""
+"""Shows a training while it runs: lines in the terminal, and curves in TensorBoard and MLflow."""
 
 import importlib.util
 import math
@@ -47,7 +47,7 @@ class LiveView:
 
 
 def _open_tensorboard(folder: Location) -> Any:
-    """A writer of event files; None for object stores, to which event files cannot be appended."""
+    """A writer of event files; None for object stores, which cannot append to files."""
     if not folder.is_local:
         return None
     # Ray Train brings this writer along; it needs no TensorFlow and no TensorBoard.
@@ -57,7 +57,7 @@ def _open_tensorboard(folder: Location) -> Any:
 
 
 def _open_mlflow(config: TrainConfig) -> Any:
-    """MLflow's module with a run begun, if it is installed; the MLFLOW_* variables say where it goes."""
+    """MLflow's module after starting a run, if MLflow is installed; the MLFLOW_* variables set the server."""
     if importlib.util.find_spec("mlflow") is None:
         return None
     import mlflow

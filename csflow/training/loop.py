@@ -1,4 +1,4 @@
-"""The training loop of one worker: the flow under DistributedDataParallel, and the epoch to keep."""
+"""The training loop of one worker: trains the flow under DistributedDataParallel, keeps the best epoch."""
 
 import contextlib
 import math
@@ -34,15 +34,15 @@ SCORING_BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What decides the weights, apart from the images."""
+    """The settings that decide the weights, besides the images."""
 
     architecture: Architecture
     epochs: int
     patience: int
     batch_size: int
-    """Images per optimiser step over all workers."""
+    """Number of images per optimiser step, over all workers."""
     micro_batch_size: int | None
-    """Most images in one pass of a worker."""
+    """Largest number of images in one pass of a worker."""
     learning_rate: float
     is_annealed: bool
     adam_epsilon: float
@@ -50,7 +50,7 @@ class LoopSettings:
 
     @classmethod
     def of(cls, config: TrainConfig, training_images: int) -> "LoopSettings":
-        """Those of a training job on so many images."""
+        """The settings of a training job on this many images."""
         recipe = RECIPES[config.recipe]
         return cls(
             architecture=config.architecture(),
@@ -67,7 +67,7 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class Worker:
-    """One of the processes that train together."""
+    """One of the processes that train together, seen by itself."""
 
     rank: int
     world_size: int
@@ -79,31 +79,31 @@ class Epoch:
     """One line of the loss curves."""
 
     epoch: int
-    """Finished epochs, from 1."""
+    """Number of the epoch, from 1."""
     loss: float
-    """Mean training loss over the epoch's images."""
+    """Mean training loss over the images of the epoch."""
     validation_loss: float | None
-    """None without validation images. As the loss, before the latents are whitened."""
+    """Like the training loss, before latents are whitened; None without validation images."""
     grad_norm: float
-    """Mean over the epoch's steps, before clipping."""
+    """Mean norm of the gradients over the epoch's steps, before clipping."""
     images_per_second: float
-    """While training; validation is not counted."""
+    """Rate of training, not counting validation."""
     seconds: float
-    """Of the whole epoch."""
+    """Duration of the whole epoch."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a trained flow finds in some images; on the CPU."""
+    """What a trained flow computes for some images, on the CPU."""
 
     energies: list[Tensor]
-    """As `csflow.model.energies`, (N, H, W)."""
+    """Energy maps (N, H, W), as from `csflow.model.energies`."""
     losses_N: Tensor
-    """Of the whole model, with the layer behind the flow."""
+    """Losses of the whole model, including the layer behind the flow."""
 
 
 class Trainer:
-    """The flow, its optimiser and its curves in one worker; all workers call its methods together."""
+    """The flow, its optimiser and loss curves in one worker. All workers call its methods together."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Trainer:
         validation: FeatureSource,
         gaussians: Gaussians | None = None,
     ) -> None:
-        """`gaussians` are those that the sources' features are whitened with."""
+        """`gaussians` are those that whitened the sources' features."""
         self.settings, self.worker = settings, worker
         self.training, self.validation = training, validation
         self.gaussians = gaussians
@@ -137,7 +137,7 @@ class Trainer:
 
     @property
     def is_finished(self) -> bool:
-        """All epochs are done, or the validation loss has not fallen for `patience` of them."""
+        """Whether all epochs are done, or the validation loss has not fallen for `patience` epochs."""
         epochs = len(self.history)
         stops = len(self.validation) > 0 and epochs - self.best_epoch >= self.settings.patience
         return epochs >= self.settings.epochs or (epochs > 0 and stops)
@@ -168,7 +168,7 @@ class Trainer:
 
     @torch.no_grad()
     def whiten_latents(self, source: FeatureSource) -> None:
-        """Fits the last layer of the model to the latents of these images under the best weights."""
+        """Fits the model's last layer to the latents of these images, with the best weights."""
         if self.gaussians is None:
             return
         zero = torch.zeros((), dtype=torch.float64, device=self.worker.device)
@@ -187,7 +187,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, source: FeatureSource) -> Evaluation:
-        """Energy maps and losses of every image under the best weights."""
+        """Energy maps and losses of every image, with the best weights."""
         sizes = [(height, width) for _, height, width in source.feature_shapes]
         shapes = [*(sizes if self.gaussians else []), *sizes, ()]
         columns = [torch.zeros(len(source), *shape, device=self.worker.device) for shape in shapes]
@@ -215,7 +215,7 @@ class Trainer:
         self.plain_flow.load_state_dict(last_state)
 
     def _losses(self, output: FlowOutput) -> Tensor:
-        """Of each image, (B,), with the log-determinant of the whitening, which training does not change."""
+        """The loss (B,) of each image, including the constant log-determinant of the whitening."""
         return negative_log_likelihood(output) - self._whitening_log_det
 
     def _train(self, epoch: int) -> tuple[Tensor, list[float]]:
@@ -281,7 +281,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _accumulating(self, more_follows: bool) -> Iterator[None]:
-        """Keeps DDP from averaging gradients before the last micro-batch."""
+        """Stops DDP from averaging gradients before the last micro-batch."""
         if more_follows and isinstance(self._flow, DistributedDataParallel):
             with self._flow.no_sync():
                 yield
@@ -292,18 +292,18 @@ class Trainer:
         return torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def _sum(self, value: Tensor) -> float:
-        """Over all workers."""
+        """The sum over all workers."""
         if self.worker.world_size > 1:
             torch.distributed.all_reduce(value)
         return value.item()
 
 
 def _whitened(output: FlowOutput, latents: PositionGaussian) -> FlowOutput:
-    """The output of the whole model, given that of the flow before its last layer."""
+    """The output of the whole model, given the output of the flow, which comes before the last layer."""
     return FlowOutput(latents(output.z), output.log_det_B + latents.log_det())
 
 
 def epoch_batches(images: int, batch_size: int, seed: int, epoch: int) -> Sequence[Tensor]:
-    """The global batches of an epoch: a function of seed and epoch, so that a resumed run repeats it."""
+    """The global batches of an epoch. They depend on seed and epoch only, so a resumed run repeats them."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(images, generator=generator).split(batch_size)

@@ -41,17 +41,17 @@ from csflow.training.sources import FeatureSource, open_features
 
 FOLDS = 4
 USUAL_IMAGES = 1000
-"""So many tell what is usual: a sample, since the order of images comes from a hash of their contents."""
+"""Number of images that define what is usual: a random sample, since images are in order of a hash."""
 LISTED = 12
-"""Images in the model card."""
+"""Number of outliers in the model card."""
 THUMBNAIL_SIDE = 160
-"""Pixels."""
+"""Side of the small pictures in pixels."""
 SCORE = "leave_out_score"
-"""Column of a ranking."""
+"""The score's column in a ranking."""
 
 
 class ClosedForm:
-    """Ranking of the training images and the Gaussians of those that are kept, named by what decides them."""
+    """The ranking of training images and the Gaussians of the kept ones, in files named by their inputs."""
 
     def __init__(self, folder: Location, cache: FeatureCache, images: pa.Table, trim: float) -> None:
         """
@@ -83,12 +83,12 @@ class ClosedForm:
 
 
 def trimmed_count(images: int, trim: float) -> int:
-    """How many of the training images a share is: at least one if it is not 0, and never all."""
+    """The number of training images in a share: at least one if the share is not 0, and never all."""
     return min(images - 1, max(1, round(images * trim))) if trim else 0
 
 
 def leave_out_gaussians(source: FeatureSource) -> tuple[Gaussians, list[Gaussians]]:
-    """Those of all images, and of all but the images of each fold."""
+    """The Gaussians of all images, and of all images outside each fold."""
     folds = fold_moments(source, min(FOLDS, len(source)))
     # One image alone has no others to be compared with.
     others = [[*folds[:k], *folds[k + 1 :]] or folds for k in range(len(folds))]
@@ -144,7 +144,7 @@ def outlier_files(
 
 
 def _write(cache: FeatureCache, images: pa.Table, trim: float, ranking: Location, location: Location) -> None:
-    """Writes the ranking of these images, and then the Gaussians of those that are kept."""
+    """Writes the ranking of these images, then the Gaussians of the kept ones."""
 
     def source(some: pa.Table) -> FeatureSource:
         # Streamed: features may be more than one worker holds.
@@ -165,7 +165,7 @@ def _write(cache: FeatureCache, images: pa.Table, trim: float, ranking: Location
 def _energies(
     source: FeatureSource, gaussians: Sequence[Gaussians], images_N: Tensor
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Batches of positions of images, and their energy maps by the Gaussian of the other folds."""
+    """Batches of image positions, with the images' energy maps by the Gaussian of the other folds."""
     folds = len(gaussians)
     shares = [share for fold in range(folds) for share in fold_batches(images_N, folds, fold)]
     for share, y in zip(shares, source.batches(0, shares), strict=True):

@@ -1,4 +1,4 @@
-"""Recipes: settings of a training that belong together, and what no flag changes."""
+"""Recipes: training settings that belong together, and constants that no flag changes."""
 
 import math
 from dataclasses import dataclass
@@ -9,26 +9,26 @@ RecipeName = Literal["default", "paper"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Why the default differs from the paper is told in docs/method.md."""
+    """A recipe; docs/method.md says why the default differs from the paper."""
 
     settings: dict[str, Any]
-    """Values of settings that are not given."""
+    """Defaults of settings."""
     fewest_epochs: int
     passes: int
-    """Images that the flow is shown at least, each of them in every epoch."""
+    """Smallest number of images that the flow is shown, summed over epochs."""
     efficientnet_stages: tuple[str, ...]
-    """Of other backbones the features are the last level."""
+    """Stages of an EfficientNet whose maps are the features; other backbones have their last level."""
     whitening: bool
     adam_epsilon: float
     is_annealed: bool
-    """The learning rate falls to 0 along a cosine; else it stays."""
+    """Whether the learning rate falls to 0 along a cosine; otherwise it is constant."""
 
     def epochs(self, training_images: int) -> int:
-        """How many there are at most where `--epochs` does not say: of few images more."""
+        """Default of `--epochs`, which is larger for few images."""
         return max(self.fewest_epochs, math.ceil(self.passes / training_images))
 
     def stages(self, backbone: str) -> tuple[str, ...] | None:
-        """Whose maps are the features if `--cut_after` is not given; None for the default of the network."""
+        """Default of `--cut_after`; None for the default of the network."""
         return self.efficientnet_stages if "efficientnet" in backbone else None
 
 

@@ -1,4 +1,4 @@
-"""One training under Ray Train: its name, its workers, its progress and its result."""
+"""Runs one training under Ray Train: its name, its workers, its progress and its result."""
 
 import hashlib
 import json
@@ -28,18 +28,18 @@ from csflow.training.worker import WorkerSettings, train_worker
 
 WORKER_RETRIES = 3
 MEMORY_SHARE = 0.5
-"""Of a node's memory, for its workers' features."""
+"""Share of a node's memory for its workers' features."""
 
 
 @dataclass(frozen=True)
 class Result:
     state: dict[str, Tensor]
-    """Of the detector, apart from the backbone; the flow's is that of the best epoch."""
+    """State of the detector without the backbone; the flow is that of the best epoch."""
     calibration: pa.Table
-    """Columns named by `closing.CALIBRATED` over the held-out images, in the order of the split."""
+    """The columns `closing.CALIBRATED` over the held-out images, in the order of the split."""
     heldout_loss: float
     validation_loss: float | None
-    """Of the finished model; None without validation images."""
+    """Validation loss of the finished model; None without validation images."""
     gaussian_loss: float | None
     """Validation loss of the Gaussian of each position alone; None without whitening."""
     history: list[dict[str, Any]]
@@ -47,7 +47,7 @@ class Result:
 
 
 class Run:
-    """A training, named by what decides its result, so that --resume cannot continue another one."""
+    """A training, named by everything that decides its result, so that --resume cannot continue another."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Run:
 
     @property
     def epochs(self) -> int:
-        """Most passes over the training images."""
+        """Largest number of passes over the training images."""
         return self._loop.epochs
 
     def fit(self) -> Result:
@@ -145,7 +145,7 @@ class Run:
         )
 
     def _memory_bytes(self, workers: int) -> int:
-        """Of features, that a worker keeps resident."""
+        """Bytes of features that a worker may keep in memory."""
         if self._config.features_in_memory is not None:
             return int(self._config.features_in_memory * 1e9)
         # All workers may come to one node.

@@ -1,4 +1,4 @@
-"""Cutting a list of images into shards whose names are functions of their content."""
+"""Cuts a list of images into shards that are named by their content."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ class Shard:
 
 
 def cut(image_uris: Sequence[str], image_versions: Sequence[str], size: int) -> Iterator[Shard]:
-    """Consecutive images in shards of `size`; the same images give the same names."""
+    """Cuts consecutive images into shards of `size`; the same images give the same names."""
     for start in range(0, len(image_uris), size):
         uris = tuple(image_uris[start : start + size])
         versions = tuple(image_versions[start : start + size])
@@ -26,7 +26,7 @@ def cut(image_uris: Sequence[str], image_versions: Sequence[str], size: int) -> 
 
 
 def fingerprint(image_uris: Sequence[str], image_versions: Sequence[str]) -> str:
-    """Hash of a list of image versions, in hexadecimal."""
+    """A hash of a list of image versions, in hexadecimal."""
     digest = hashlib.sha256()
     for image in zip(image_uris, image_versions, strict=True):
         # Lengths first: no two lists run together to the same bytes.

@@ -19,15 +19,15 @@ from csflow.model import Whitening
 from csflow.training.cache import DTYPES, FeatureCache
 
 WHITENED_AT_ONCE = 64
-"""Images."""
+"""Number of images that are whitened at once."""
 PREFETCHED = 4
-"""Batches that a streaming worker reads ahead."""
+"""Number of batches that a streaming worker reads ahead."""
 
 
 class FeatureSource(Protocol):
     @property
     def feature_shapes(self) -> Sequence[Sequence[int]]:
-        """Per level channels, height and width."""
+        """Channels, height and width of each level."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -58,7 +58,7 @@ def open_features(
 
 
 class ResidentFeatures:
-    """Features in memory, in the precision of the cache, whitened once."""
+    """Features in memory, whitened once, in the precision of the cache."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class StreamedFeatures:
         return self._whitening(y) if self._whitening is not None else y
 
     def _read(self, share: Tensor) -> Tensor:
-        """Features of some images as float32, in their order."""
+        """The features of some images as float32, in the order of the images."""
         rows = self._images.take(pa.array(share.numpy()))
         features_ND = torch.empty(len(share), sum(self._cache.sizes))
         dtypes = rows["dtype"].to_pylist()

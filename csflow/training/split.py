@@ -1,4 +1,4 @@
-"""Dividing images among training, validation and calibration by what they show, not by where they lie."""
+"""Divides images among training, validation and calibration by their content, not by where they lie."""
 
 import hashlib
 from collections.abc import Iterable
@@ -13,18 +13,18 @@ from csflow.training.cache import INDEX
 
 PARTS = ("training", "validation", "heldout")
 TRIMMED = "trimmed"
-"""Part of the training images that are left out for being unlike the others."""
+"""The part for training images that are left out because they are unlike the others."""
 SPLIT = pa.schema([pa.field("part", pa.string(), nullable=False), *INDEX])
 
 
 class Split(NamedTuple):
-    """Content digests of each part, in an order that depends on seed and digests only."""
+    """Content digests of each part, in an order that depends only on seed and digests."""
 
     training: list[str]
     validation: list[str]
-    """Chooses the epoch to stop at; takes no part in calibration."""
+    """Images that choose the epoch to keep; they take no part in the calibration."""
     heldout: list[str]
-    """Calibrates; decides nothing about the weights."""
+    """Images that calibrate; they decide nothing about the weights."""
 
 
 def split_sizes(images: int, validation: float, holdout: float) -> tuple[int, int, int]:
@@ -65,12 +65,12 @@ def split_images(digests: Iterable[str], validation: float, holdout: float, seed
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The images that can be read, each content once, divided."""
+    """The readable images, each content once, divided into parts."""
 
     split: pa.Table
-    """Rows in the `SPLIT` schema; their order within a part depends on seed and contents only."""
+    """Rows in the `SPLIT` schema; their order within a part depends only on seed and contents."""
     copies: int
-    """Images left out because another one has the same bytes."""
+    """Number of images left out because another image has the same bytes."""
     unreadable: int
 
     @classmethod
@@ -91,7 +91,7 @@ class TrainingData:
         return cls(split, readable.num_rows - len(rows), cached.num_rows - readable.num_rows)
 
     def trimmed(self, content_digests: Iterable[str]) -> "TrainingData":
-        """The same with these training images left out of training."""
+        """The same data, with these training images left out."""
         left_out = set(content_digests)
         parts = [
             TRIMMED if digest in left_out else part

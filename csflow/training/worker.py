@@ -1,4 +1,4 @@
-"""A training worker under Ray Train: opens its features, runs the loop, reports checkpoints and progress."""
+"""The training worker under Ray Train: opens features, runs the loop, reports checkpoints and progress."""
 
 from dataclasses import asdict, dataclass
 
@@ -24,23 +24,23 @@ from csflow.training.sources import FeatureSource, open_features
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What every training worker is told."""
+    """The settings that every training worker receives."""
 
     loop: LoopSettings
     cache: FeatureCache
     split: Location
-    """Parquet file with the images of each part and where their features are."""
+    """A Parquet file with the images of each part, and where their features are."""
     gaussians: Location | None
-    """What `write_gaussians` has written; None without whitening."""
+    """The file from `write_gaussians`; None without whitening."""
     augment: bool
     memory_bytes: int
-    """For features; what is more is streamed."""
+    """Bytes of features to keep in memory; more features are streamed."""
     checkpoint_epochs: int
     resources: WorkerResources
 
 
 def train_worker(settings: WorkerSettings, progress: Queue | None) -> None:
-    """Trains the flow; reports checkpoints to Ray Train and an `Epoch` each to `progress`."""
+    """Trains the flow; reports checkpoints to Ray Train, and every `Epoch` to `progress`."""
     process.set_up(settings.resources.cpus, settings.resources.gpus)
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
@@ -75,7 +75,7 @@ def train_worker(settings: WorkerSettings, progress: Queue | None) -> None:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of the images, as one worker opens them."""
+    """Opens the features of each part of the images for one worker."""
 
     settings: WorkerSettings
     worker: Worker
