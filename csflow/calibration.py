@@ -22,14 +22,14 @@ def p_values(scores: ArrayLike, calibration_scores: ArrayLike) -> NDArray[np.flo
 
 
 def choose_defects(p_values: ArrayLike, false_discovery_rate: float) -> NDArray[np.bool_]:
-    """Which images to put on a defect list of which at most this share are normal, on average.
+    """Chooses a defect list on which at most this share of images are normal, on average.
 
-    Benjamini and Hochberg (1995): the k images of the smallest p-values, for the largest k whose k-th
+    Benjamini and Hochberg (1995): the k images with the smallest p-values, for the largest k whose k-th
     p-value is at most k · rate / m. Conformal p-values that share one calibration depend on each other only
     in a way that keeps the promise (PRDS; Bates, Candès, Lei, Romano, Sesia, Annals of Statistics 51, 2023).
 
     Args:
-        p_values: of the m images that are decided on together.
+        p_values: those of the m images that are decided on together.
 
     Raises:
         ValueError: the rate is not between 0 and 1.
@@ -45,10 +45,10 @@ def choose_defects(p_values: ArrayLike, false_discovery_rate: float) -> NDArray[
 
 
 def heldout_needed(images: int, above_all: int, false_discovery_rate: float) -> int:
-    """Fewest held-out images with which a list can hold `above_all` of `images`, 1 or more.
+    """Smallest number of held-out images with which a list can hold `above_all` (at least 1) of `images`.
 
-    That many images score above every held-out one. They share the smallest p-value there is, 1 / (n + 1),
-    which must be at most above_all · rate / images.
+    The `above_all` images score above every held-out one. They share the smallest possible p-value, 1 / (n +
+    1), which must be at most above_all · rate / images.
     """
     return math.ceil(images / (false_discovery_rate * above_all) * (1 - 1e-9)) - 1
 

@@ -28,8 +28,8 @@ SHARD_RETRIES = 2
 
 
 def connect() -> None:
-    """Joins the cluster that RAY_ADDRESS names, as under `ray job submit`, or the one that runs on this
-    machine, or else starts Ray for this process."""
+    """Joins the cluster that RAY_ADDRESS names (`ray job submit` sets it), else the cluster that runs on this
+    machine, else starts Ray for this process."""
     level = logging.INFO if is_verbose() else logging.ERROR
     if not ray.is_initialized():
         with _quiet_backend():
@@ -45,10 +45,10 @@ def connect() -> None:
 
 @contextmanager
 def _quiet_backend() -> Iterator[None]:
-    """Ray's C++ side says nothing on standard error, neither now nor later, if nobody asked for it.
+    """Keeps Ray's C++ side from printing to standard error, now and later, unless the user asked for it.
 
-    It reports there what its Python side raises or retries anyway. It takes its level from a variable, and
-    announces the new level before it keeps to it. Only that line is left out of what is written meanwhile.
+    What it prints there, Ray's Python side raises or retries anyway. A variable sets its log level, but it
+    first prints a line about the new level; only that line is filtered out of what is written meanwhile.
     """
     if is_verbose() or BACKEND_LEVEL in os.environ:
         yield
@@ -80,8 +80,8 @@ class WorkerResources:
 def share_out(workers: int | None, worker_bytes: int = 0) -> WorkerResources:
     """Divides the cluster among `workers`; by default one per GPU, or one per CPU.
 
-    Workers of one thread each are faster than few of several, which wait for each other at every layer;
-    but no more of them than memory holds.
+    Many workers of one thread are faster than few of several threads, which wait for each other at every
+    layer. There are no more workers than fit into memory.
 
     Args:
         worker_bytes: memory that one worker needs.
@@ -131,7 +131,7 @@ def map_shards(
     resources: WorkerResources,
     calls_per_worker: int = 1,
 ) -> Iterator[dict[str, Any]]:
-    """Runs every shard through a pool of actors and yields a result row per shard, as they finish.
+    """Runs every shard through a pool of actors, and yields one result row per shard as shards finish.
 
     A shard whose actor died more than `SHARD_RETRIES` times yields no row.
 
@@ -162,10 +162,10 @@ def map_shards(
 
 
 def with_timeout(rows: Iterator[T], seconds: float | None) -> Iterator[T]:
-    """The rows of an iterator that may hang.
+    """Yields the rows of an iterator that may hang.
 
     Raises:
-        TimeoutError: the next row takes longer. The iterator is left behind in its thread.
+        TimeoutError: the next row takes longer. The iterator stays behind in its thread.
     """
     results: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(maxsize=1)
 

@@ -1,7 +1,7 @@
-"""What a job says while it runs: lines in a log; in a terminal a progress bar and colour, too.
+"""Prints what a job does: lines in a log, and in a terminal also a progress bar and colour.
 
-Results go through `print`. What is said on the way goes through `say`, `warn` and `Progress`, so that
-`--quiet` can leave it out. How much is said is a property of the process, like the level of a log.
+Results go through `print`. Messages about the work go through `say`, `warn` and `Progress`, so that `--quiet`
+can leave them out. Verbosity is a property of the process, like the level of a log.
 """
 
 import os
@@ -46,9 +46,9 @@ def is_verbose() -> bool:
 
 
 def greet(verb: str, words: list[str]) -> None:
-    """Says that a job has started, before the imports that take seconds.
+    """Prints that a job has started, before the imports that take seconds.
 
-    Not if the words of the command line ask for something to be printed instead, or for quiet.
+    Prints nothing if the command line asks for quiet, or for another output such as `--help`.
     """
     if not {"__help", "_h", "__version", "__print_config", "__quiet", "_q"} & set(map(spelling, words)):
         print(f"csflow {__version__} {verb}: starting", flush=True)
@@ -94,9 +94,9 @@ def _coloured(word: str, code: int, stream: IO[str]) -> str:
 
 
 class Progress:
-    """How far a job is: a bar in a terminal, and in a log a line now and then.
+    """Shows the progress of a job: a bar in a terminal, or a line now and then in a log.
 
-    A job has a terminal if both of its streams are one. Else somebody keeps its lines, as with `| tee log`.
+    A bar needs both output streams to be terminals; otherwise somebody keeps the lines, as with `| tee log`.
     """
 
     def __init__(self, total: int, unit: str, line_seconds: float = LINE_SECONDS) -> None:
@@ -121,8 +121,8 @@ class Progress:
         """Shows how many of the total are done.
 
         Args:
-            figures: what else is to be shown.
-            left: seconds until the end; by default the remainder takes as long as what is done.
+            figures: further figures to show.
+            left: seconds until the end; by default estimated from the rate so far.
         """
         if left is None:
             left = self.seconds / max(1, done) * (self._total - done)

@@ -29,10 +29,10 @@ LIMIT 8"""
 
 
 def write_cells(folder: Path) -> None:
-    """Lays the photographs out by what is known of them, with labels for those not trained on.
+    """Writes the photographs into folders, with labels for those that training does not use.
 
-    `functional/train` and `functional/test` have defect probability 0, `defective` has 1, and
-    `uncertain` what experts were not sure of. `labels.csv` names the test and the defective cells.
+    `functional/train` and `functional/test` have defect probability 0, `defective` has 1, and `uncertain` has
+    the rest, on which experts were not sure. `labels.csv` names the test and the defective cells.
     """
     cells = sorted(photographs())
     random.Random(0).shuffle(cells)

@@ -29,9 +29,10 @@ class Failed(RuntimeError):
 
 
 class StorageFailed(OSError):
-    """A file of the job's own cannot be read or written: the disk is full, the store refuses or is away.
+    """A file of the job's own cannot be read or written: the disk is full, or the store refuses or is away.
 
-    One line that names the file; what is written stays, and the same command continues (exit status 3).
+    The message is one line that names the file. Written files stay; the same command continues (exit status
+    3).
     """
 
 

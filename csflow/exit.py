@@ -20,11 +20,11 @@ def run_job(
 ) -> NoReturn:
     """Parses the command line, runs `main` and leaves the process with its exit status.
 
-    The command line is that of the process unless `argv` and `prog`, its name in messages, are given.
+    By default the command line is that of the process; `prog` is the command's name in messages.
 
-    What a user can act on becomes one line on standard error and a status: 2 for a `WrongUse`, 1 for a
-    `Failed`, 3 for files that are out of reach for now. Anything else keeps its traceback. Secrets in
-    storage options are shown in neither.
+    If the user can act on an error, it becomes one line on standard error and a status: 2 for a `WrongUse`, 1
+    for a `Failed`, 3 for files out of reach. Any other error keeps its traceback. Neither shows secrets in
+    storage options.
     """
     options: dict[str, Any] = {}
     try:

@@ -1,17 +1,15 @@
-"""Image bytes to pixels: the one decoder of training, scoring and report, and of masks as they are stored.
+"""Decodes image bytes to pixels, for training, scoring and report, and masks with their stored values.
 
-`decode` is part of a model's preprocessing: the same bytes give the same pixels, whatever else runs in the
-process. What it decides:
+`decode` is part of a model's preprocessing: the same bytes always give the same pixels. Its rules:
 
-- First frame of animated and multi-page files. ICC profiles and gamma are ignored.
-- EXIF orientation is applied; damaged EXIF counts as none, as in every viewer.
-- Transparent pixels become black, whatever colour lies hidden under them: a cut-out must not be judged by
-  what the exporting program happened to leave there. A partly transparent pixel is laid over black.
+- The first frame of animated and multi-page files is taken. ICC profiles and gamma are ignored.
+- EXIF orientation is applied. Damaged EXIF counts as none, as in every viewer.
+- Transparent pixels become black, whatever colour the exporting program left under them; a partly transparent
+  pixel is laid over black.
 - Grey of 12, 16 and 32 bits and float is scaled by its type (`_wide_grey`), never by its own minimum and
-  maximum. Colour of 16 bits is cut to its high byte by Pillow, within one level of that.
-- CMYK becomes RGB by the plain formula; CMYK JPEGs are taken as inverted, as Adobe writes them.
-- Letterboxes are filled, on either side, with the mean colour of the image's last row or column there
-  (`_padded`).
+  maximum. Pillow cuts colour of 16 bits to its high byte, an error below one level.
+- CMYK becomes RGB by the plain formula. CMYK JPEGs are taken as inverted, as Adobe writes them.
+- Letterboxes are filled on each side with the mean colour of the adjoining row or column (`_padded`).
 """
 
 import io
@@ -43,8 +41,8 @@ from csflow.preprocessing import Box, Interpolation, Placement, Preprocessing, w
 # H, W: rows and columns of the upright image; C: red, green, blue.
 
 MAX_PIXELS = 175_000_000
-"""Default limit of height x width: above any single-shot camera (151 million pixels), and just below the
-178,956,970 (`2 * PIL.Image.MAX_IMAGE_PIXELS`) at which Pillow itself refuses WebP and TIFF."""
+"""Default limit of height x width. Any single-shot camera has less (151 million pixels), and Pillow itself
+refuses WebP and TIFF above 178,956,970 (`2 * PIL.Image.MAX_IMAGE_PIXELS`)."""
 
 _DRAFT_MARGIN = 1.5
 # A JPEG is decoded at 1/2, 1/4 or 1/8 only if that leaves 1.5 times the wanted sides. With no margin the
@@ -83,8 +81,8 @@ class DecodedImage(NamedTuple):
     """Height of the upright original in pixels; `width` likewise."""
     width: int
     box: Box
-    """What the pixels cover, in pixels of the original: all of it if it was stretched, a part if it was
-    cropped, more than there is if it was letterboxed."""
+    """The area that the pixels cover, in pixels of the original: all of it if stretched, a part if cropped,
+    more than the original if letterboxed."""
 
 
 class StoredImage(NamedTuple):
@@ -100,16 +98,16 @@ class StoredImage(NamedTuple):
 def decode(
     data: bytes, target: Preprocessing | tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
 ) -> DecodedImage:
-    """First frame of a JPEG, PNG, WebP, BMP or TIFF file as upright RGB.
+    """The first frame of a JPEG, PNG, WebP, BMP or TIFF file as upright RGB.
 
-    Safe to call from many threads, which run side by side as Pillow releases the GIL for most of the work
-    (but not for WebP).
+    Many threads may call this at once. They run in parallel, since Pillow releases the GIL for most of the
+    work (but not for WebP).
 
     Args:
-        target: what a model sees of it; (height, width) to stretch it to exactly that; None for its own size.
+        target: a model's preprocessing; or (height, width), to stretch the image; or None for its own size.
 
     Raises `ImageError` and nothing else: EMPTY, UNSUPPORTED_FORMAT, TRUNCATED, CORRUPT, or TOO_LARGE for more
-    than `max_pixels`, found from the header before any pixel is decoded.
+    than `max_pixels`. The header tells the number of pixels before any is decoded.
     """
     preprocessing = Preprocessing(target) if isinstance(target, tuple) else target
     with _opening(data) as image_file:
@@ -122,9 +120,9 @@ def decode(
 
 
 def decode_stored(data: bytes, max_pixels: int = MAX_PIXELS) -> StoredImage:
-    """First frame of the same files, upright, its values as they are: for masks, in which 1 is not black.
+    """The first frame of such a file, upright and with its stored values, for masks, in which 1 is not black.
 
-    Colour of 16 bits is cut to its high byte by Pillow. Raises as `decode`.
+    Pillow cuts colour of 16 bits to its high byte. Raises as `decode`.
     """
     with _opening(data) as image_file:
         image = image_file(io.BytesIO(data))
@@ -195,11 +193,11 @@ def _begin(image: ImageFile, max_pixels: int) -> int:
 
 
 def _mute_pillow() -> None:
-    """Drops Pillow's warnings (damaged tags, large images), also where `-W error` would make them exceptions.
+    """Drops Pillow's warnings (damaged tags, large images), even if `-W error` would raise them.
 
-    `warnings.catch_warnings` is no option: it swaps the filters of the whole process under the other threads.
-    So one filter, narrowed to Pillow's modules, joins them at the first image and stays. It is looked for on
-    every call because others do swap the filters.
+    `warnings.catch_warnings` would swap the filters of the whole process while other threads run. So one
+    filter for Pillow's modules is added at the first image and stays. Every call looks for it, since others
+    do swap filters.
     """
     if _PILLOW_FILTER not in warnings.filters:
         warnings.filterwarnings("ignore", module=_PILLOW_MODULES)
@@ -213,11 +211,11 @@ _PILLOW_FILTER: Any = ("ignore", None, Warning, re.compile(_PILLOW_MODULES), 0) 
 
 
 def _image_file(data: bytes) -> type[ImageFile]:
-    """The Pillow class that reads these bytes.
+    """The Pillow class that reads these bytes, in place of `Image.open`.
 
-    Not `Image.open`: with only these five classes no other parser (EPS starts Ghostscript) can be reached, a
-    multi-picture JPEG (MPO) is read as the JPEG it begins with even when its index is damaged, and the size
-    limit is ours instead of a process-wide one that warns or raises before the header can be read.
+    With only these five classes, no other parser can be reached (EPS starts Ghostscript). A multi-picture
+    JPEG (MPO) is read as its first JPEG even if its index is damaged. And the size limit is our own: Pillow's
+    is that of the process, and warns or raises before the header can be read.
     """
     if data.startswith(b"\xff\xd8\xff"):
         return JpegImageFile
@@ -279,9 +277,9 @@ def _orientation(image: ImageFile) -> int:
 
 
 def _as_stored(placement: Placement, is_turned: bool) -> tuple[tuple[int, int], _StoredBox]:
-    """Width and height that the source is resized to, and the source, in the raster as it is stored.
+    """The size to which the source is resized, and the source, both in the raster as it is stored.
 
-    Sources are whole or centred, so that they are where they were after any flip.
+    Sources are whole or centred, so a flip does not move them.
     """
     (top, left, bottom, right), (height, width) = placement.source, placement.size
     if is_turned:
@@ -292,9 +290,9 @@ def _as_stored(placement: Placement, is_turned: bool) -> tuple[tuple[int, int], 
 def _padded(pixels_HWC: npt.NDArray[np.uint8], padding: tuple[int, int, int, int]) -> npt.NDArray[np.uint8]:
     """The image with rows and columns added above, to the left, below and to the right.
 
-    Each side takes the mean colour of the row or column it adjoins. Black, or any other fixed colour, would
-    be an edge in every image, as strong as the image is bright. Repeating the last row leaves no edge but
-    draws a defect at the border out into a streak, which reflection would show twice; in a mean it vanishes.
+    Each side has the mean colour of the row or column that it adjoins. A fixed colour such as black would
+    make an edge in every image. Repeating the last row would draw a defect at the border out into a streak,
+    and reflection would show it twice; in a mean it vanishes.
     """
     if not any(padding):
         return pixels_HWC
@@ -334,12 +332,12 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _wide_grey(image: ImageFile) -> Image.Image:
-    """8-bit grey of a 12-, 16- or 32-bit integer or float image: black is 0, white the top of its range.
+    """8-bit grey of a 12-, 16- or 32-bit integer or float image: black is 0, white is the top of the range.
 
     The range of 12 and 16 bits is that of the type (32767 if signed). 32-bit integers and floats rarely fill
-    theirs, so they get the first of 1 (floats only), 255, 65535 and the type's own that holds the brightest
-    pixel. Filters overshoot: up to half a range too bright or too dark is clipped. So the range depends on
-    the image only where the smaller one cannot be meant: a 0-to-255 image no brighter than 1.5 is black.
+    their range, so theirs is the first of 1 (floats only), 255, 65535 and the type's own that holds the
+    brightest pixel. Filters overshoot, so pixels up to half a range too bright or too dark are clipped. The
+    range only grows if the smaller one cannot be meant: a 0-to-255 image no brighter than 1.5 is black.
     """
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     bits = tags.get(BITSPERSAMPLE, (16,))[0]

@@ -25,11 +25,7 @@ class InspectConfig(JobConfig):
 
 
 def inspect(config: InspectConfig) -> ExitStatus:
-    """Prints what a location holds.
-
-    Raises:
-        WrongUse: it holds neither a model nor scores.
-    """
+    """Prints what a location holds. Raises WrongUse if it holds neither a model nor scores."""
     location = Location(config.location, config.storage_options)
     try:
         lines = list(_model(location) if holds_model(location) else _output(location))

@@ -50,11 +50,10 @@ def overlay(
     Args:
         image: RGB, any size.
         anomaly_map: shape (map_height, map_width); upsampled bilinearly to the image's size.
-        vmin: value, and everything below it, that leaves the image as it is.
-        vmax: value, and everything above it, that is brightest; cells that are no number count as such.
-        opacity: of the brightest cells; it grows linearly with the value.
-        box: what the map covers of the image, as `resample` takes it (`map_box`). What is beyond stays as it
-            is.
+        vmin: this value, and lower ones, leave the image as it is.
+        vmax: this value, higher ones and NaN are brightest.
+        opacity: opacity of the brightest cells; opacity grows linearly with the value.
+        box: the part of the image that the map covers (`map_box`), as in `resample`; the rest stays as it is.
 
     Raises:
         ValueError: vmin is not below vmax.
@@ -76,11 +75,11 @@ def resample(
     box: Sequence[float] | None = None,
     outside: float = 0.0,
 ) -> NDArray[np.float32]:
-    """The map in the pixels of an image, shape (height, width): bilinear, with cells as areas.
+    """The map resampled to the pixels of an image, shape (height, width): bilinear, with cells as areas.
 
     Args:
-        box: top, left, bottom and right edge of what the map covers, in these pixels; None for all of them.
-        outside: value of the pixels that it does not cover.
+        box: edges (top, left, bottom, right) of the part that the map covers, in pixels; None for the whole.
+        outside: value of the pixels that the map does not cover.
     """
     top, left, bottom, right = (0, 0, height, width) if box is None else box
     rows, columns = anomaly_map.shape
@@ -98,9 +97,10 @@ def resample(
 
 
 def _cells(cells: int, start: float, end: float, side: int) -> tuple[int, float, float, int]:
-    """Which cells lie along one side of an image, of a map that reaches from `start` to `end` in its pixels.
+    """The cells of a map from `start` to `end` (in pixels) that lie along one side of an image.
 
-    Returns the cells to add in front, the two edges of the image in cells, and the cells to add behind.
+    Returns the number of cells to add in front, both edges of the image in cells, and the number to add
+    behind.
     """
     step = (end - start) / cells
     before, after = max(0, math.ceil(start / step)), max(0, math.ceil((side - end) / step))

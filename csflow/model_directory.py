@@ -75,9 +75,9 @@ class Calibration:
         )
 
     def map_threshold(self, false_positive_rate: float) -> float | None:
-        """What no cell of an anomaly map exceeds in more than this share of normal images.
+        """Value that no cell of an anomaly map exceeds in more than this share of normal images.
 
-        None if too few images are held out to tell, or if none of their maps is known.
+        None if too few images are held out for this share, or if their map maxima are not known.
         """
         if self.map_maximum is None:
             return None
@@ -128,8 +128,8 @@ def save_model(
         calibration: held-out normal images in the `CALIBRATION` schema.
         training: settings of the training job.
         data: fingerprint of the training images.
-        metrics: loss curves and closing figures.
-        card: further files by name, the model card `README.md` among them.
+        metrics: loss curves and final figures.
+        card: further files by name, including the model card `README.md`.
     """
     architecture = detector.architecture.to_json() | {"cut_after": detector.backbone.cut_after}
     shifts = {ROUNDING + name: value for name, value in detector.rounding_shifts.items()}
@@ -164,7 +164,7 @@ def read_model(location: Location) -> ModelFiles:
     """Reads a model directory and proves that it is whole; needs no torch, no network and no download.
 
     Raises:
-        WrongUse: there is no model, its format is of another version, or its files are damaged.
+        WrongUse: there is no model, its format has another version, or its files are damaged.
     """
     config = read_config(location)
     try:
@@ -229,11 +229,7 @@ def find_heldout_scores(location: Location, model_id: str) -> NDArray[np.float64
 
 
 def read_config(location: Location) -> dict[str, Any]:
-    """The content of `config.json`.
-
-    Raises:
-        WrongUse: there is no model, it is damaged, or its format is of another version.
-    """
+    """The content of `config.json`. Raises WrongUse as `read_model`."""
     try:
         config = json.loads(_read(location / "config.json"))
         format_version = config["format_version"]

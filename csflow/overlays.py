@@ -35,7 +35,7 @@ def overlay_row(
 
     Args:
         row: a dict, or a row of pandas, Polars or DuckDB with the columns of `scores`.
-        colours: ends of the colour scale; without them those of this map alone.
+        colours: ends of the colour scale; by default those of this map alone.
         side: longest side of the result in pixels, at most the image's own, which is the default.
 
     Raises:
@@ -57,13 +57,13 @@ def write_overlays(
     side: int | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
-    """Writes a PNG per row of `scores`, its image with its map over it, into a local or remote folder.
+    """Writes the picture of each row of `scores` as a PNG into a local or remote folder.
 
-    Files are numbered in the order of the rows. An image that can no longer be read, or whose map was not
-    kept, is warned about and left out.
+    Files are numbered in the order of the rows. An image that can no longer be read, or has no map, is left
+    out with a warning.
 
     Args:
-        colours: ends of the colour scale; without them one that suits all these maps.
+        colours: ends of the colour scale; by default one scale that suits all these maps.
         side: longest side of a PNG in pixels, at most the image's own, which is the default.
 
     Returns:
@@ -108,11 +108,7 @@ def _overlay(
 
 
 def read_image(row: Mapping[str, Any], reader: ImageReader, side: int | None = None) -> Image.Image:
-    """The image version that a row of `scores` is about, RGB, its longest side at most `side` pixels.
-
-    Raises:
-        ImageError: it can no longer be read.
-    """
+    """The image of a row, RGB, its longest side at most `side` pixels. Raises ImageError if it is gone."""
     sides = np.array([row["image_height"], row["image_width"]])
     small = sides * min(1.0, (side or sides.max()) / sides.max())
     height, width = np.maximum(1, small.round()).astype(int).tolist()

@@ -6,8 +6,8 @@ if TYPE_CHECKING:  # settings know the names of precisions without it
     import torch
 
 Precision = Literal["float32", "mixed", "bfloat16"]
-"""Of scoring. `mixed`: float32 where the backbone's maps are large, whose roundings the flow would take for
-anomalies, and bfloat16 behind."""
+"""Precision of scoring. `mixed` is float32 where the backbone's maps are large, since the flow would take the
+rounding errors there for anomalies, and bfloat16 behind."""
 PrecisionSetting = Literal["auto", "float32", "mixed", "bfloat16"]
 TrainingPrecision = Literal["auto", "float32", "bfloat16"]
 

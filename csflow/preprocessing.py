@@ -1,6 +1,6 @@
-"""How an image becomes the pixels that a model sees, and which part of the original these cover.
+"""How an image becomes the pixels that a model sees, and which part of the original they cover.
 
-Values and arithmetic only, of the standard library: the model keeps them, `csflow.images` carries them out.
+This module has only values and arithmetic. The model keeps the values, `csflow.images` applies them.
 """
 
 from dataclasses import dataclass

@@ -33,10 +33,10 @@ def set_up(cpus: int, gpus: int) -> "torch.device":
 
 
 def _keep_freed_memory() -> None:
-    """Has malloc keep large freed blocks for the next forward pass.
+    """Makes malloc keep large freed blocks for the next forward pass.
 
-    By default each activation of a megabyte is returned to the kernel when freed, and faulted in page by
-    page when allocated again: three or four percent of a training epoch (docs/performance.md).
+    By default malloc returns each freed activation of a megabyte to the kernel, and the next one is faulted
+    in page by page: three or four percent of a training epoch (docs/performance.md).
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -95,8 +95,8 @@ class ProcessCpu:
         self._taken = self._client_taken = 0.0
 
     def take(self) -> tuple[float, float]:
-        """CPU seconds since the last call, or since the process began: of all threads, and of those in which
-        clients of object stores run, on behalf of the threads that wait for them."""
+        """CPU seconds since the last call, or since the process began: first of all threads, then of those in
+        which clients of object stores work for the threads that wait for them."""
         with self._lock:
             total, client = time.process_time(), _client_seconds()
             new = total - self._taken, max(0.0, client - self._client_taken)

@@ -23,11 +23,7 @@ CONFLICT_RETRIES = 5
 def filesystem(
     url: str, storage_options: Mapping[str, Any] | None = None
 ) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URL, and the path inside it.
-
-    Raises:
-        WrongUse: no driver knows the URL's scheme.
-    """
+    """The file system of a URL, and the path inside it. Raises WrongUse for a scheme without a driver."""
     options: dict[str, Any] = {}
     if "://" in url and not url.startswith("file://"):
         # Listings are planning input: a cached one would hide what other processes wrote.
@@ -98,13 +94,10 @@ class Location:
                 self.fs.pipe_file(self.path, data)
 
     def create(self, data: bytes) -> None:
-        """Puts a file in place at once, or raises FileExistsError if there is one already.
+        """Creates a file whole, or raises FileExistsError if it exists; StorageFailed if that fails.
 
-        Of several writers exactly one succeeds, on one machine or many: a hard link on local disks, a
+        Of several writers exactly one succeeds, on one machine or many: by a hard link on local disks, by a
         conditional PUT (If-None-Match) on S3.
-
-        Raises:
-            FileExistsError, StorageFailed.
         """
         with _naming(self.url, "written"):
             if self.is_local:
@@ -190,8 +183,7 @@ def _find_local(folder: str) -> Iterator[str]:
 
 @contextmanager
 def _naming(url: str, done: str) -> Iterator[None]:
-    """Gives an error that the name of a file would explain that name. Stores raise whatever their client
-    raises, not only OSError."""
+    """Adds the file's name to errors that need it, which may be any errors of a store's client."""
     try:
         yield
     except (FileNotFoundError, FileExistsError, NotADirectoryError, WrongUse):

@@ -21,8 +21,8 @@ def find_weights(source: str, backbone: str, storage_options: Mapping[str, Any])
     """The state dict of the whole network that `--weights` names.
 
     Args:
-        source: `timm` (downloads), the name of an installed package that ships one weights file, or the
-            path or URL of a `.safetensors`, `.pth` or `.pt` file.
+        source: `timm` (downloads), the name of an installed package that has one weights file, or the path or
+            URL of a `.safetensors`, `.pth` or `.pt` file.
 
     Raises:
         WrongUse: nothing is found there, or what is found is no state dict.

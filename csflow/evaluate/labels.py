@@ -43,14 +43,13 @@ class LabelledScore:
 
 
 def read_labels(location: Location, flag: str = "--labels") -> dict[str, Label]:
-    """Label by image URI, from a CSV or Parquet file with the columns image_uri and label (0 normal, 1
-    defective), and optionally mask_uri and defect_class.
+    """Labels by image URI, from the file that `EvaluateConfig.labels` describes.
 
     Args:
         flag: the setting that names the file, for messages.
 
     Raises:
-        WrongUse: the file is missing, lacks a column, or holds another label or two for one image.
+        WrongUse: the file is missing, lacks a column, or holds an unknown label or two labels for one image.
     """
     table = _read_table(location, flag)
     folder = canonical_uri(location.url).rpartition("/")[0] or "/"
@@ -76,11 +75,7 @@ def read_labels(location: Location, flag: str = "--labels") -> dict[str, Label]:
 
 
 def mvtec_labels(image_uris: Iterable[str]) -> dict[str, Label]:
-    """Label of each test image among these URIs, by MVTec AD's folders.
-
-    `test/good/` holds the normal test images, every other `test/<class>/` defective ones, and
-    `ground_truth/<class>/<image>_mask.png` their masks.
-    """
+    """Labels by image URI of the test images among these, from the folders of `EvaluateConfig.layout`."""
     labels = {}
     for uri in image_uris:
         match = _MVTEC_TEST_IMAGE.fullmatch(uri)

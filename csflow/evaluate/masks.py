@@ -1,14 +1,13 @@
-"""Reading the masks of defects: images whose nonzero pixels are defective, in every way that they are stored.
+"""Reads masks of defects: images whose nonzero pixels are defective, stored in many ways.
 
-A mask is data, not a picture: 1 of 65,535 is a label, however dark. But one that was compressed as JPEG has
-grey where it had black. What is read:
+A mask is data, not a picture: a value of 1 out of 65,535 is a label, however dark. But JPEG compression turns
+black into grey. Defective pixels are:
 
-- Grey and colour: what is not black. A pixel of a colour image counts by its brightest channel.
-- More than 8 bits, float: what is not zero.
-- Palettes: the colours where they tell the indices apart and one of them is black; else the index.
-- Alpha: what is visible and not black, or, if nothing is, what is visible. The same alpha everywhere says
-  nothing.
-- Grey ringing (`_has_ringing`): what is at least half as bright as the brightest pixel.
+- Grey and colour: those that are not black. The brightest channel of a colour image counts.
+- More than 8 bits, float: those that are not zero.
+- Palettes: by colour if colours tell the indices apart and one of them is black; otherwise by index.
+- Alpha: visible pixels that are not black or, if there are none, visible pixels. Constant alpha is ignored.
+- Grey ringing (`_has_ringing`): those at least half as bright as the brightest pixel.
 """
 
 import threading
@@ -35,8 +34,8 @@ FEW_LEVELS = 8
 NEAR_WHITE = 0.95
 """Share of the brightest value above which grey is near white. Ringing also leaves grey beside white."""
 GRAIN = 2 / 3
-"""Share of neighbours that differ above which dark grey is no area: 3/4 and more in JPEGs of any quality, at
-most 1/2 in labels of 3 x 3 pixels and more."""
+"""Share of differing neighbours above which dark grey is not an area. JPEGs of any quality have at least 3/4,
+labels of 3 x 3 pixels or more at most 1/2."""
 
 
 class Mask(NamedTuple):
@@ -57,11 +56,7 @@ class MaskReader:
         self._lock = threading.Lock()
 
     def read(self, mask_uri: str) -> Mask:
-        """The mask in its own resolution.
-
-        Raises:
-            ImageError: it cannot be read or decoded; NOT_FOUND if there is none.
-        """
+        """The mask in its own resolution. Raises ImageError: unreadable, or NOT_FOUND if there is none."""
         return decode_mask(self._reader.read(mask_uri, self._version(mask_uri)))
 
     def _version(self, uri: str) -> str:
@@ -142,10 +137,10 @@ def _wide_levels(values_HW: NDArray[Any], is_white_zero: bool) -> NDArray[Any]:
 
 
 def _has_ringing(levels_HW: NDArray[np.uint8], is_dark_HW: NDArray[np.bool_]) -> bool:
-    """Whether dark pixels are what compression left of black, and not labels.
+    """Whether dark pixels are traces of compression in black areas, and not labels.
 
-    Labels are few, or lie in areas; ringing and soft edges have many values, some of them beside white, and
-    hardly a pixel has that of its neighbour.
+    Labels have few values, or lie in areas. Ringing and soft edges have many values, some of them near white,
+    and hardly any pixel has the value of its neighbour.
     """
     top = int(levels_HW.max())
     used = np.flatnonzero(np.bincount(levels_HW.ravel(), minlength=256))

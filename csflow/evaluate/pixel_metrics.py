@@ -1,7 +1,7 @@
 """Pixel-level metrics in bounded memory: AUROC and AUPRO from histograms of anomaly-map values.
 
-Maps are upsampled bilinearly to the size of the mask. Nothing is kept of an image but its counts, so memory
-does not grow with the number of images or regions.
+Maps are upsampled bilinearly to the size of the mask. Only counts are kept of an image, so memory does not
+grow with the number of images or regions.
 
 Dimension letters: H, W rows and columns of the image; D bins of map values, highest first.
 """
@@ -36,9 +36,9 @@ class Area(NamedTuple):
 class PixelHistograms:
     """Counts of map values over normal pixels, defective pixels and defective regions.
 
-    A region is a set of defective pixels connected through any of their eight neighbours. PRO, the mean over
-    regions of the share found, is the share of all defective pixels found if each counts 1 / (regions ·
-    pixels of its region): one weighted histogram serves for any number of regions.
+    A region is a set of defective pixels connected through any of their eight neighbours. PRO is the mean
+    over regions of the share that is found. It equals the share of all defective pixels found if each counts
+    1 / (regions · pixels of its region), so one weighted histogram serves for any number of regions.
     """
 
     def __init__(self) -> None:
@@ -65,12 +65,12 @@ class PixelHistograms:
     ) -> None:
         """Counts one image: its map in native resolution, and which of its pixels are defective.
 
-        Map values that are no finite number rank highest. Pixels beyond the box rank lowest: the model does
-        not look there, and so finds no defect and raises no alarm. Were they left out, a model that sees half
-        of a part would be as good as one that sees it all.
+        Map values that are not finite rank highest. Pixels beyond the box rank lowest: the model does not see
+        them, so it finds no defect there and raises no alarm. If they were left out, a model that sees half
+        of a part would rank as well as one that sees all of it.
 
         Args:
-            box: what the map covers, `map_box`; None for the whole image.
+            box: the part of the image that the map covers (`map_box`); None for the whole image.
 
         Raises:
             ValueError: a map value is negative.

@@ -26,10 +26,8 @@ class Ranking:
 
     @classmethod
     def of(cls, labels: ArrayLike, anomaly_scores: ArrayLike) -> "Ranking":
-        """Of n images (label 1 defective, 0 normal), both classes among them.
-
-        An anomaly score that is no finite number ranks highest, as its p-value does.
-        """
+        """Ranks n images of both classes (label 1 defective, 0 normal). A score that is not finite ranks
+        highest."""
         is_defective_N = np.asarray(labels, dtype=bool)
         score_T, place_N = np.unique(_finite(anomaly_scores), return_inverse=True)
         counts = [np.bincount(place_N[chosen], minlength=len(score_T)) for chosen in _classes(is_defective_N)]

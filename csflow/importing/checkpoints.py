@@ -1,9 +1,9 @@
-"""CS-Flow models of other code bases: their weights in the names and layout of csflow's flow and backbone.
+"""Converts CS-Flow models of other code bases to the names and layout of csflow's flow and backbone.
 
-Two are known. *Official* is marco-rudolph/cs-flow, whose permutations are in no checkpoint: block k draws
-those of its three scales one after the other from NumPy's legacy generator, seeded with k. *anomalib* draws
-one for all scales from NumPy's new generator, seeded with k. Both flows are csflow's otherwise: the first
-half of the channels is transformed first, then the second half; upsampling is bilinear; the clamp is 3.
+*Official* is marco-rudolph/cs-flow. No checkpoint has its permutations: block k draws those of its three
+scales one after the other from NumPy's legacy generator, seeded with k. *anomalib* draws one permutation for
+all scales from NumPy's new generator, seeded with k. Otherwise both flows are like csflow's: the first half
+of the channels is transformed first, upsampling is bilinear, the clamp is 3.
 """
 
 import re
@@ -66,11 +66,7 @@ class ForeignModel:
 
 
 def read_foreign(checkpoint: Mapping[str, Any]) -> ForeignModel:
-    """The flow of a state dict, or of a Lightning checkpoint around one.
-
-    Raises:
-        ForeignModelError: see there.
-    """
+    """The flow of a state dict, or of a Lightning checkpoint around one. Raises ForeignModelError."""
     state = _tensors(checkpoint.get("state_dict", checkpoint))
     blocks = _blocks(state)
     source = "anomalib" if "cross_convolution1.gamma0" in blocks[0] else "official"
@@ -112,7 +108,7 @@ def permutations(source: str, block: int, channels: int) -> list[Tensor]:
 
 
 def load_extractor(backbone: Backbone, extractor: Mapping[str, Tensor]) -> None:
-    """Takes torchvision's EfficientNet-B5 into timm's `efficientnet_b5`, both cut after the sixth stage.
+    """Loads torchvision's EfficientNet-B5 into timm's `efficientnet_b5`, both cut after the sixth stage.
 
     Raises:
         ForeignModelError: the weights belong to another architecture.

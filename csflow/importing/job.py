@@ -1,7 +1,4 @@
-"""Makes a model directory of a CS-Flow model that was trained elsewhere (docs/import.md).
-
-It takes a state dict of the official implementation, or a checkpoint of anomalib's Csflow.
-"""
+"""Imports a CS-Flow model: a state dict of the official code or a checkpoint of anomalib (docs/import.md)."""
 
 import hashlib
 import io
@@ -135,11 +132,11 @@ def import_model(config: ImportConfig) -> ExitStatus:
 
 
 def build_detector(foreign: ForeignModel, config: ImportConfig) -> tuple[Detector, str]:
-    """A detector with the foreign flow, and where the weights of its backbone come from.
+    """A detector with the foreign flow, and the origin of its backbone's weights.
 
     Raises:
         WrongUse: backbone, weights or image size do not fit.
-        ForeignModelError: the feature extractor in the checkpoint is not the one it should be.
+        ForeignModelError: the feature extractor in the checkpoint is of another architecture.
     """
     size = config.image_size or foreign.image_size or IMAGE_SIZES[foreign.source]
     backbone = config.backbone or BACKBONES[foreign.source]
@@ -187,9 +184,9 @@ def build_detector(foreign: ForeignModel, config: ImportConfig) -> tuple[Detecto
 def calibrate(
     detector: Detector, images: pa.Table, storage_options: Mapping[str, Any]
 ) -> tuple[pa.Table, list[LoadedImage]]:
-    """Scores of the listed images in the `CALIBRATION` schema, and those that could not be read.
+    """Scores of the listed images in the `CALIBRATION` schema, and the images that could not be read.
 
-    In this process: a calibration takes some hundred images.
+    They are computed in this process, since a calibration has only some hundred images.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector.to(device)

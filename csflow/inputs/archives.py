@@ -1,11 +1,11 @@
-"""Members of tar and zip archives: an archive is indexed once, when listed; a member is one byte range.
+"""Members of tar and zip archives. Listing indexes an archive once; a member is one range of bytes.
 
-A member's version holds what reading it takes, so that readers share no state and open no archive:
+A member's version holds everything needed to read it, so that readers share no state and open no archive:
 
     tar   <archive version>:<offset>+<size>
     zip   <archive version>:<offset>+<span>+<size>+<crc32>     offset and span of header and data together
 
-A member's name is only a part of its URI. It is never a path on a disk, so `../x.jpg` is as good as any.
+A member's name is only a part of its URI and never a path on a disk, so `../x.jpg` does no harm.
 """
 
 import re
@@ -49,11 +49,11 @@ def split_member(uri: str) -> tuple[str, str] | None:
 def list_members(
     store: ObjectStore, archive: StoredObject, is_wanted: Callable[[str], bool]
 ) -> list[StoredObject]:
-    """Wanted members in the order of the archive; of a repeated name the last, as when unpacking.
+    """The wanted members, in the order of the archive. Of a repeated name the last counts, as when unpacking.
 
     Raises:
-        ImageError: CORRUPT if the archive is damaged anywhere in its index, TOO_LARGE if an index entry
-            would fill the memory, or as `ObjectStore.fetch`.
+        ImageError: CORRUPT if the archive's index is damaged anywhere, TOO_LARGE if an index entry would fill
+            the memory, or as `ObjectStore.fetch`.
     """
     is_tar = archive.uri.lower().endswith(".tar")
     index = _index_tar if is_tar else _index_zip
@@ -67,11 +67,11 @@ def list_members(
 
 
 def read_member(store: ObjectStore, uri: str, version: str, max_bytes: int) -> bytes | None:
-    """Bytes of a member, in one request; None if URI and version do not name one.
+    """Bytes of a member, read in one request; None if URI and version do not name a member.
 
     Raises:
-        ImageError: as `ObjectStore.fetch`, and TOO_LARGE above `max_bytes` unpacked, CORRUPT or
-            UNSUPPORTED_FORMAT for what cannot be unpacked.
+        ImageError: as `ObjectStore.fetch`; TOO_LARGE above `max_bytes` unpacked; CORRUPT or
+            UNSUPPORTED_FORMAT if unpacking fails.
     """
     member = split_member(uri)
     if member is None:

@@ -52,11 +52,11 @@ class Exclusion:
 
 
 def read_exclusion(entries: Sequence[str], storage_options: Mapping[str, Any]) -> Exclusion:
-    """What `--exclude` says: an entry whose name ends like a manifest is one, every other is a pattern.
+    """Reads `--exclude`. An entry that ends like a manifest's name is a manifest, any other is a pattern.
 
     Raises:
-        WrongUse: a manifest does not exist, is refused or is none.
-        ConnectionError: the store failed for longer than a listing tries again.
+        WrongUse: a manifest does not exist, is refused or is not one.
+        ConnectionError: the store failed for longer than a listing retries.
     """
     named = [entry for entry in entries if entry.lower().endswith((manifests.SUFFIX, rows.SUFFIX))]
     return Exclusion(

@@ -29,7 +29,7 @@ Wanted = Callable[[str], bool]
 
 
 def is_folder(store: ObjectStore, uri: str) -> bool:
-    """Whether there is a folder, or in an object store anything below that prefix.
+    """Whether a folder exists; in an object store, whether any object is below that prefix.
 
     Raises:
         ImageError: NOT_FOUND if the bucket does not exist, or as `ObjectStore.fetch`.
@@ -46,9 +46,9 @@ def is_folder(store: ObjectStore, uri: str) -> bool:
 
 
 def walk(store: ObjectStore, pool: ThreadPoolExecutor, uri: str, is_wanted: Wanted) -> Iterator[StoredObject]:
-    """Files below a folder whose names are wanted; hidden files and folders are left out.
+    """Files below a folder whose names are wanted, without hidden files and folders.
 
-    The order depends on nothing but the names and, on S3, on how they fall into pages of a listing.
+    Their order depends only on the names and, on S3, on how names fall into pages of a listing.
 
     Raises:
         ImageError, OSError: a part of the folder cannot be listed.
@@ -60,9 +60,9 @@ def walk(store: ObjectStore, pool: ThreadPoolExecutor, uri: str, is_wanted: Want
 
 
 def glob(store: ObjectStore, pattern: str) -> tuple[list[StoredObject], list[str]]:
-    """Files and folders that match a pattern, each sorted; `**` matches files alone.
+    """Files and folders that match a pattern, each sorted; `**` matches files only.
 
-    Hidden ones are left out, unless the pattern itself spells out a hidden name.
+    Hidden ones are left out, unless the pattern itself has a hidden name.
 
     Raises:
         ImageError: as `ObjectStore.fetch`.
@@ -88,9 +88,9 @@ def is_pattern(uri: str) -> bool:
 
 
 def is_hidden(name: str, folder_marks: tuple[str, ...] = (".", "_")) -> bool:
-    """Whether a relative name begins with a dot, or a folder in it (folders end in /) with a mark.
+    """Whether a relative name begins with a dot, or one of its folders (which end in /) with a mark.
 
-    Folders like `_runs` hold what jobs write; photographs like `_DSC0001.JPG` are what cameras write.
+    Jobs write folders like `_runs`, but cameras write photographs like `_DSC0001.JPG`.
     """
     *folders, file = name.split("/")
     if file.startswith("."):
@@ -148,9 +148,9 @@ def _walk_s3(
 
 
 def _split_up(store: ObjectStore, bucket: str, root: str) -> tuple[list[Description], list[str]]:
-    """Goes down until there are enough folders to list at once: what lay above them, and the folders.
+    """Descends until there are enough folders to list at once; returns the files above them, and the folders.
 
-    A folder with more entries than a page holds is not gone through, but listed as a whole.
+    A folder with more entries than one page is not entered, but listed as a whole.
     """
     pages: list[Description] = []
     waiting = deque([root])

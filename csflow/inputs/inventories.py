@@ -1,7 +1,7 @@
-"""S3 Inventory: the listing of a bucket that S3 writes every day, taken in place of listing it anew.
+"""S3 Inventory: S3's own daily listing of a bucket, which saves listing the bucket again.
 
-An inventory is named by its `manifest.json`, which names the data files and their columns (Amazon S3 User
-Guide, "Cataloging and analyzing your data with S3 Inventory").
+The `manifest.json` of an inventory names its data files and their columns (Amazon S3 User Guide, "Cataloging
+and analyzing your data with S3 Inventory").
 """
 
 import json
@@ -34,7 +34,7 @@ COLUMNS = {
 
 
 def read_inventory(store: ObjectStore, manifest: StoredObject) -> Iterator[StoredObject]:
-    """The current objects of an inventory, in its order; the manifest is read at once, the rest as asked for.
+    """The current objects of an inventory, in its order. Reads the manifest at once, and the rest lazily.
 
     Raises:
         WrongUse: it is no S3 Inventory, or lacks keys or ETags.

@@ -33,9 +33,9 @@ class IsolatedLoader:
         image_versions: Sequence[str],
         while_waiting: AbstractContextManager[object] = nullcontext(),  # noqa: B008  # it has no state
     ) -> Iterator[LoadedImage]:
-        """Yields the images in order, as `ImageLoader` does, and none before it is asked for.
+        """Yields the images as `ImageLoader` does, but loads each only when asked for it.
 
-        One that kills its process is yielded with the error CRASHED.
+        An image that kills its process has the error CRASHED.
         """
         for image in zip(image_uris, image_versions, strict=True):
             with while_waiting:

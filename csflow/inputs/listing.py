@@ -39,17 +39,16 @@ DEADLINE_S = 60.0
 def list_images(
     inputs: Sequence[str], storage_options: Mapping[str, Any], selection: Selection = EVERYTHING
 ) -> Iterator[pa.RecordBatch]:
-    """Every selected image behind the inputs, in batches of schema `LISTING`, in the same order each time.
+    """Every selected image behind the inputs, in batches of schema `LISTING`, always in the same order.
 
-    Where inputs overlap, or a manifest repeats itself, an image comes as often as it is found.
-
-    An archive or Parquet file that cannot be listed is one row under its own URI, and reading that says why.
-    All inputs are looked up before the first image is listed.
+    If inputs overlap or a manifest repeats an image, the image appears several times. An archive or Parquet
+    file that cannot be listed is one row under its own URI; reading it raises the reason. All inputs are
+    looked up before the first image is listed.
 
     Raises:
-        WrongUse: an input does not exist, is refused, is not understood or holds no image (an input of
-            which `since` leaves nothing is fine).
-        ConnectionError: the store failed for longer than the listing tries again.
+        WrongUse: an input does not exist, is refused, is not understood or holds no image. With `since`, it
+            may hold none.
+        ConnectionError: the store failed for longer than the listing retries.
     """
     store = ObjectStore(storage_options, DEADLINE_S)
     with ThreadPoolExecutor(THREADS, thread_name_prefix="listing") as pool:
@@ -67,10 +66,10 @@ def list_table(inputs: Sequence[str], storage_options: Mapping[str, Any]) -> pa.
 
 
 def list_names(manifest: str, storage_options: Mapping[str, Any]) -> list[str]:
-    """The URIs of the images that a manifest names; whether they exist is not looked up.
+    """The URIs of the images that a manifest names, whether or not they exist.
 
     Raises:
-        WrongUse: it does not exist, is refused or is not a manifest.
+        WrongUse: the manifest does not exist, is refused or is not one.
         ConnectionError: as `list_images`.
     """
     store = ObjectStore(storage_options, DEADLINE_S)
@@ -204,9 +203,9 @@ class _Listing:
         return rows.list_rows(self._store, file) if name.endswith(rows.SUFFIX) else [file]
 
     def _look_up(self, images: Iterable[StoredObject]) -> Iterator[StoredObject]:
-        """Gives archive members and Parquet rows in a manifest the versions that only an index knows.
+        """Looks up the versions of archive members and Parquet rows in a manifest, which only an index knows.
 
-        A container that cannot be indexed stands, once, for all that is named in it.
+        If a container cannot be indexed, one row for it replaces all that the manifest names in it.
         """
         for image in images:
             part = archives.split_member(image.uri) or rows.split_row(image.uri)

@@ -43,12 +43,12 @@ class ImageLoader:
         image_versions: Sequence[str],
         while_waiting: AbstractContextManager[object] = nullcontext(),  # noqa: B008  # it has no state
     ) -> Iterator[LoadedImage]:
-        """Begins to load, and returns the images in order; one that fails is returned with its error.
+        """Starts to load, and returns the images in order; a failed image is returned with its error.
 
-        At most `2 · threads` images of a call are in memory before they are taken.
+        Before they are taken, at most `2 · threads` images of a call are in memory.
 
         Args:
-            while_waiting: entered whenever the next image is not there yet.
+            while_waiting: context that is entered while the next image is not ready.
         """
         images = zip(image_uris, image_versions, strict=True)
         waiting = deque(self._submit(*image) for image in islice(images, 2 * self._threads))

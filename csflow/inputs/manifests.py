@@ -22,12 +22,12 @@ COLUMNS = {URI: pa.string(), "image_version": pa.string(), "etag": pa.string(), 
 
 
 def read_csv(store: ObjectStore, file: StoredObject) -> Iterator[StoredObject]:
-    """The images that a CSV manifest names; of `UNKNOWN_VERSION` and size 0 where it does not say.
+    """The images that a CSV manifest names. Version and size default to `UNKNOWN_VERSION` and 0.
 
-    The header is read at once, the rest as it is asked for.
+    Reads the header at once, and the rest lazily.
 
     Raises:
-        WrongUse: it is not readable as CSV or has no column `image_uri`.
+        WrongUse: the manifest is not readable as CSV or has no column `image_uri`.
         ImageError: as `ObjectStore.fetch`.
     """
     names = _open_csv(store, file, None).schema.names
@@ -49,9 +49,9 @@ def is_manifest(schema: pa.Schema) -> bool:
 
 
 def canonical_uri(uri: str, folder: str | None = None) -> str:
-    """The one URI of an object: absolute, without `file://`, with `s3://` for its other names.
+    """The canonical URI of an object: absolute, without `file://`, and with `s3://` for S3's other schemes.
 
-    Relative ones start at `folder`, or at the working directory.
+    Relative URIs start at `folder`, or at the working directory.
     """
     member = archives.split_member(uri)
     if member is not None:

@@ -1,8 +1,8 @@
-"""GETs from S3 through obstore, a client outside Python: a tenth of s3fs's processor time.
+"""Reads from S3 with obstore, a client outside Python that needs a tenth of s3fs's processor time.
 
-Endpoint, region and credentials are those that s3fs has found, so that there is one answer to where they come
-from. The client only says yes: whatever it cannot do (keys such as `a//b`, buckets of another region) or is
-refused, s3fs is asked again, and tells why.
+obstore gets endpoint, region and credentials from s3fs, so that they have one source. It returns bytes or
+nothing. If it fails, or cannot ask (keys such as `a//b`, buckets of another region), s3fs retries and
+explains the failure.
 """
 
 import logging
@@ -56,11 +56,7 @@ class NativeS3:
     """Reads objects of S3 for `ObjectStore`. Threads may share it."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, deadline_s: float) -> None:
-        """Connects the file system, an `s3fs.S3FileSystem`.
-
-        Args:
-            deadline_s: seconds after which an object is given up.
-        """
+        """Connects an `s3fs.S3FileSystem`. After `deadline_s` seconds an object is given up."""
         self._settings = _settings(fs, deadline_s) if _is_understood(fs) else None
         self._stores: dict[str, S3Store] = {}
         self._health: dict[str, _Health] = defaultdict(_Health)
@@ -97,10 +93,10 @@ class NativeS3:
         return data
 
     def _can_ask(self, bucket: str, key: str, version: str) -> bool:
-        """Whether the client would ask for this very object.
+        """Whether the client would ask for this exact object.
 
-        It takes slashes off both ends of a key, panics where a URL or a header would be invalid, and hangs in
-        a fork of the process that it was used in.
+        obstore removes slashes at both ends of a key, panics if a URL or a header would be invalid, and hangs
+        in a forked process if it was used before the fork.
         """
         is_nameable = BUCKET.fullmatch(bucket) and key and key == key.strip("/") and version.isprintable()
         return bool(is_nameable and self._settings and os.getpid() == self._process)

@@ -69,12 +69,12 @@ class ObjectStore:
     def fetch(
         self, uri: str, version: str, start: int = 0, end: int | None = None, limit: int = MAX_RANGE_BYTES
     ) -> bytes:
-        """Bytes `start` to `end` of that version: one GET, or one read of a local file.
+        """Bytes `start` to `end` of that version, with one GET or one read of a local file.
 
         Raises:
-            ImageError: CHANGED if the object has another version (local and S3; other stores cannot be
-                asked), TOO_LARGE above `limit` bytes, and what `image_error` knows. Transient failures are
-                tried again until the deadline.
+            ImageError: CHANGED if the object has another version (only S3 and local files can tell),
+                TOO_LARGE above `limit` bytes, and the errors of `image_error`. Transient failures are retried
+                until the deadline.
         """
         path = local_path(uri)
         if path is not None:
@@ -85,11 +85,7 @@ class ObjectStore:
         return self.retried(lambda _: self._get_other(uri, start, end, limit))
 
     def stat(self, uri: str) -> StoredObject:
-        """Current version and size of an object.
-
-        Raises:
-            ImageError: NOT_FOUND if there is none (a folder is none), and as `fetch`.
-        """
+        """The current version and size. Raises ImageError as `fetch`; NOT_FOUND for none, or a folder."""
         path = local_path(uri)
         if path is not None:
             return self.retried(lambda _: _stat_local(uri, path))
@@ -101,9 +97,9 @@ class ObjectStore:
         return self.retried(lambda _: self._stat_other(uri))
 
     def open(self, stored: StoredObject, read_ahead: int = 0) -> BinaryIO:
-        """The object as a seekable file of that version, for one thread.
+        """The object as a seekable file of that version, for one thread, which raises as `fetch`.
 
-        Its reads raise as `fetch`; each fetches at least `read_ahead` bytes.
+        Each read fetches at least `read_ahead` bytes.
         """
         return cast(BinaryIO, _RangeFile(self, stored, read_ahead))
 

@@ -28,11 +28,7 @@ class ImageReader:
         self._max_bytes = max_bytes
 
     def read(self, image_uri: str, image_version: str) -> bytes:
-        """Bytes of the image, one or more.
-
-        Raises:
-            ImageError: and nothing else; its message does not repeat the URI.
-        """
+        """The bytes of the image, at least one. Raises only ImageError, with a message without the URI."""
         try:
             data = self._read(image_uri, image_version)
         except Exception as error:

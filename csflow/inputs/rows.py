@@ -33,9 +33,9 @@ def split_row(uri: str) -> tuple[str, int] | None:
 
 
 def image_column(schema: pa.Schema) -> str | None:
-    """Path of the column that holds image bytes: by its usual names, else the only one that can.
+    """Path of the column of image bytes: a column with a usual name, else the only possible one.
 
-    `image.bytes` stands for the struct<bytes, path> of Hugging Face data sets.
+    `image.bytes` is the field of Hugging Face's struct<bytes, path>.
     """
     columns = {field.name: path for field in schema if (path := _bytes_path(field))}
     named = (columns[name] for name in COLUMN_NAMES if name in columns)
@@ -51,9 +51,9 @@ def open_parquet(
 
 
 def list_rows(store: ObjectStore, file: StoredObject) -> list[StoredObject] | None:
-    """The rows of a file, from its footer alone; None if no column holds image bytes.
+    """The rows of a file, read from its footer alone; None if no column holds image bytes.
 
-    The size of a row is the average of its row group: no footer says more.
+    The size of a row is the average of its row group, since footers do not say more.
 
     Raises:
         ImageError: as `open_parquet`.
@@ -73,9 +73,9 @@ def list_rows(store: ObjectStore, file: StoredObject) -> list[StoredObject] | No
 
 
 class RowReader:
-    """Reads single rows; keeps the last footers and row groups, since neighbours are read together.
+    """Reads single rows. Keeps the last footers and row groups, since neighbours are read together.
 
-    Threads may share it: of several that need one row group, one fetches it and the others wait.
+    Threads may share it. If several need one row group, one fetches it and the others wait.
     """
 
     def __init__(self, store: ObjectStore) -> None:
@@ -84,7 +84,7 @@ class RowReader:
         self._groups = _Cache[pa.ChunkedArray](ROW_GROUPS_KEPT)
 
     def read(self, file_uri: str, version: str, row: int) -> bytes:
-        """Bytes of a row, empty if it is null.
+        """The bytes of a row; empty if the row is null.
 
         Raises:
             ImageError: NOT_FOUND if there is no such row, CORRUPT, UNSUPPORTED_FORMAT without a column of

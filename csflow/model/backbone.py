@@ -26,7 +26,7 @@ class BackboneError(ValueError):
 
 
 class Backbone(nn.Module):
-    """A timm network up to a stage; always in eval mode and without gradients.
+    """A timm network up to a stage, always in eval mode and without gradients.
 
     Most networks are a chain of modules up to the cut. Others, such as vision transformers, give their maps
     through timm's `forward_intermediates`.
@@ -38,17 +38,17 @@ class Backbone(nn.Module):
         cut_after: Sequence[str] | str | None = None,
         is_proven: bool = False,
     ) -> None:
-        """Builds the network with random weights, and no download.
+        """Builds the network with random weights; downloads nothing.
 
         Args:
-            name: of a timm model.
-            cut_after: stages whose maps are wanted: modules such as `blocks.5` or `layer3`, one or
-                several in any order. The network ends after the deepest. By default `default_stages`.
-            is_proven: this backbone was built before. Spares the pass through the whole network that proves
-                the cut right.
+            name: name of a timm model.
+            cut_after: stages whose maps are wanted: modules such as `blocks.5` or `layer3`, one or several in
+                any order. The network ends after the deepest stage. By default `default_stages`. is_proven:
+                whether this backbone was built before. If so, it skips the pass through the whole network
+                that proves the cut right.
 
         Raises:
-            BackboneError: timm knows no such network, or it gives no maps of these stages.
+            BackboneError: timm knows no such network, or the network gives no maps of these stages.
         """
         super().__init__()
         network = _create(name)
@@ -205,7 +205,7 @@ class Backbone(nn.Module):
 
 
 class IntermediateMaps(nn.Module):
-    """A network that hands out its own maps; the modules behind the deepest are left out.
+    """A network that returns its own maps, without the modules behind the deepest map.
 
     timm's `forward_intermediates` knows where each architecture keeps its tokens: it drops class and register
     tokens, and lays out patch tokens with channels first.
@@ -262,10 +262,10 @@ def default_stages(network: nn.Module) -> tuple[str, ...]:
 
 
 def load_weights(backbone: Backbone, weights: Mapping[str, Tensor]) -> None:
-    """Takes the weights of the whole network, as published, into the cut backbone.
+    """Loads the published weights of the whole network into the cut backbone.
 
-    Names of another code base are accepted when its tensors come in the same order with the same
-    shapes, as those of the EfficientNet packages do.
+    Tensors with other names are accepted if they have the same order and shapes, as in the EfficientNet
+    packages.
 
     Raises:
         BackboneError: the weights belong to another architecture.
@@ -325,10 +325,10 @@ def _layer_name(path: str) -> str:
 def _chain(
     module: nn.Module, stages: Sequence[str], prefix: str = "", goes_on: bool = False
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The modules in order up to the deepest stage; only containers that a stage lies within are opened.
+    """The modules in order up to the deepest stage. Opens only containers that have a stage inside.
 
     Args:
-        goes_on: a deeper stage lies behind this module, so that all of it is on the way.
+        goes_on: whether a deeper stage lies behind this module, so that all of the module is on the way.
     """
     children = dict(module.named_children())
     parts = [stage.partition(".") for stage in stages]

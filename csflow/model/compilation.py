@@ -19,10 +19,10 @@ FAILURES = (TorchDynamoException, CppCompileError, InvalidCxxCompiler)
 def compiled(
     module: Callable[..., Any], device: torch.device, dtype: torch.dtype, dynamic: bool | None
 ) -> Callable[..., Any]:
-    """The module, with element-wise work fused, convolutions and products in this type, float32 elsewhere.
+    """The module with fused element-wise work; convolutions and products have this dtype, all else float32.
 
     Args:
-        dynamic: False compiles anew for every shape; None compiles for all after the second.
+        dynamic: False compiles again for every shape; None compiles for all shapes after the second one.
     """
     # Of all modules of one class together: parts and scales of a backbone, batch sizes.
     torch._dynamo.config.recompile_limit = 64
@@ -42,10 +42,10 @@ def compiled(
 
 
 class Recorded:
-    """A pass over one GPU tensor, recorded for each shape as a CUDA graph: all its kernels are one launch.
+    """A pass over one GPU tensor, recorded as a CUDA graph for each shape: all kernels are one launch.
 
-    Many of them take less time than a launch. PyTorch's own way to graphs (`mode="reduce-overhead"`) keeps
-    one for each thread, and an actor's threads take turns.
+    Many kernels take less time than a launch. PyTorch's own graphs (`mode="reduce-overhead"`) are kept once
+    per thread, but an actor's threads take turns.
     """
 
     def __init__(self, function: Callable[[Tensor], Sequence[Tensor]]) -> None:

@@ -1,7 +1,6 @@
-"""The detector: from a batch of uint8 images to anomaly scores and maps.
+"""The detector: turns a batch of uint8 images into anomaly scores and maps.
 
-Dimension letters: B batch, C channels, H height, W width, S levels of the pyramid, which the flow calls
-scales.
+Dimension letters: B batch, C channels, H height, W width, S levels of the pyramid (scales of the flow).
 """
 
 from collections.abc import Sequence
@@ -79,11 +78,11 @@ class Detector(nn.Module):
     def __init__(
         self, architecture: Architecture, feature_shapes: Sequence[Sequence[int]] | None = None
     ) -> None:
-        """Builds the detector with random weights, and no download.
+        """Builds the detector with random weights; downloads nothing.
 
         Args:
-            feature_shapes: those of a detector of this architecture that was built before, if there is one;
-                spares `Backbone` its proof of the cut.
+            feature_shapes: those of an earlier detector of this architecture, if any; with them, `Backbone`
+                skips the proof of its cut.
 
         Raises:
             BackboneError: see `Backbone`.
@@ -121,7 +120,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def features(self, image_BHWC: Tensor) -> list[Tensor]:
-        """The flow's input: per level of the pyramid the backbone's maps of that size.
+        """The input of the flow: for each level of the pyramid, the backbone's maps of that size.
 
         The backbone sees the image at each scale, reduced by 2^scale.
 
@@ -160,9 +159,9 @@ class Detector(nn.Module):
 
 
 def energies(gaussians: Gaussians | None, flow: CrossScaleFlow, y: Sequence[Tensor]) -> list[Tensor]:
-    """What the statistic of a detector takes, given its features: energy maps (B, H, W) of each level.
+    """The input of the statistic, given features: energy maps (B, H, W) of each level.
 
-    Of the Gaussian at each position, if features are whitened, then of the latents.
+    If features are whitened, those of the Gaussian at each position come first, then those of the latents.
     """
     if gaussians is None:
         return [energy_map(z_BCHW) for z_BCHW in flow(y).z]
@@ -184,10 +183,10 @@ def new_flow(architecture: Architecture, channels: Sequence[int]) -> CrossScaleF
 
 
 def _check_size(architecture: Architecture, backbone: Backbone, pyramid: Pyramid, is_proven: bool) -> None:
-    """Raises ValueError if the image size does not fit, naming those nearest to it that do.
+    """Raises ValueError with the nearest sizes that fit, if the image size does not fit.
 
-    A side must be a multiple of the coarsest level's reduction, or levels would not align. A network that is
-    no chain of convolutions may ask for more, as for whole windows.
+    A side must be a multiple of the coarsest level's reduction, so that levels align. A network that is no
+    chain of convolutions may need more, for instance whole windows.
     """
     scales, multiple = architecture.scales, pyramid.reductions[-1]
 

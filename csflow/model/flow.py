@@ -38,11 +38,11 @@ class CrossScaleFlow(nn.Module):
         kernel_sizes: Sequence[int] = (3, 3, 3, 5),
         seed: int = 0,
     ) -> None:
-        """One coupling block per entry of `kernel_sizes`; `seed` draws the channel permutations.
+        """Makes one coupling block per entry of `kernel_sizes`; `seed` draws the channel permutations.
 
         Args:
-            channels: of each scale, or of every one.
-            hidden_channels: of the scale with most channels; the others have theirs in proportion.
+            channels: of each scale, or one number for all scales.
+            hidden_channels: of the scale with most channels; other scales have them in proportion.
         """
         super().__init__()
         channels = [channels] * scales if isinstance(channels, int) else channels
@@ -62,7 +62,7 @@ class CrossScaleFlow(nn.Module):
         """Maps features to latents.
 
         Args:
-            y: per scale a tensor (B, C, H, W), each with half the height and width of the one before.
+            y: a tensor (B, C, H, W) per scale, each with half the height and width of the one before.
         """
         return self._run([cast(CouplingBlock, block).forward for block in self.blocks], y)
 
@@ -82,8 +82,8 @@ class CrossScaleFlow(nn.Module):
 class CouplingBlock(nn.Module):
     """Permutes the channels of each scale, then transforms each half of them given the other half.
 
-    The first half of every scale is transformed by a subnetwork that reads the second halves of all
-    scales, then the second half by one that reads the new first halves (equation 2 of the paper).
+    A subnetwork that reads the second halves of all scales transforms the first half of every scale. Then
+    another one, which reads the new first halves, transforms the second half (equation 2 of the paper).
     """
 
     def __init__(

@@ -19,10 +19,10 @@ class InferenceDetector:
     """A trained detector without what only training needs. The detector itself is not changed."""
 
     def __init__(self, detector: Detector, precision: PrecisionSetting, batch_size: int) -> None:
-        """Compiles it for batches of one size; a smaller one takes as long.
+        """Compiles the detector for batches of one size; a smaller batch takes as long.
 
         Args:
-            precision: `auto` is `mixed` where the processor multiplies matrices in bfloat16, else `float32`.
+            precision: `auto` is `mixed` if the processor multiplies matrices in bfloat16, else `float32`.
         """
         device = detector.get_buffer("mean").device
         self.precision: Precision

@@ -1,12 +1,12 @@
-"""The frozen backbone as scoring and feature extraction run it: preprocessing and network for fixed shapes.
+"""The frozen backbone for scoring and feature extraction: preprocessing and network for fixed shapes.
 
 On CPUs OpenVINO compiles the network: it folds batch norms, fuses activations and chooses layouts, and is
 faster than PyTorch's own kernels (docs/performance.md). On GPUs PyTorch compiles it.
 
-The network is run in two parts: layers of large maps, and those behind. Roundings of the first grow on their
-way through the second, so `mixed` precision is float32 in the first and bfloat16 in the second. And large
-maps stay in a CPU's cache only if they are of few images. A network that is no chain of layers, such as a
-vision transformer, is run whole, and in float32 when `mixed`.
+The network runs in two parts: layers of large maps, then layers of small maps. Roundings in the first part
+grow on their way through the second, so `mixed` precision is float32 in the first and bfloat16 in the second.
+Large maps go through in small batches, so that they stay in a CPU's cache. A network that is no chain of
+layers, such as a vision transformer, runs as a whole, and in float32 if `mixed`.
 
 Dimension letters: B batch, C channels, H height, W width.
 """
@@ -203,9 +203,9 @@ def _by_openvino(parts: _Parts, sizes: Sequence[tuple[int, int]], batch: int) ->
 
 @torch.no_grad()
 def _whole_by_openvino(part: _Part, shape: tuple[int, int, int, int]) -> Pass:
-    """A pass for pixels of this shape through a network that is no chain, by PyTorch if it must be.
+    """A pass through a network that is no chain, for pixels of this shape; by PyTorch if OpenVINO fails.
 
-    OpenVINO takes in what depends on the size of images as constants, or not at all. Hence the comparison.
+    OpenVINO turns values that depend on the image size into constants, or fails. So results are compared.
     """
     network = _from_pixels(cast(IntermediateMaps, part.layers).at_size(*shape[1:3]))
     pixel_BHWC = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -255,10 +255,10 @@ def _request(network: openvino.Model, shape: Sequence[int], dtype: torch.dtype) 
 
 
 def _keep_biases(network: openvino.Model) -> None:
-    """Has what is added behind convolutions stay in float32.
+    """Keeps additions behind convolutions in float32.
 
-    OpenVINO makes it the convolution's bias, which it rounds to bfloat16: half of all that bfloat16 would
-    move scores by. A clamp in between that clamps nothing leads it to another way, at no cost.
+    OpenVINO would make them the convolution's bias and round it to bfloat16, which causes half of all that
+    bfloat16 moves scores by. A clamp in between, which clamps nothing, prevents this at no cost.
     """
     for operation in network.get_ops():
         if operation.get_type_name() in {"Add", "BatchNormInference"}:

@@ -1,8 +1,7 @@
-"""The flow as CPUs score with it: γ folded into the last convolutions, no log-determinant, packed weights.
+"""The flow for scoring on CPUs: γ folded into the last convolutions, no log-determinant, packed weights.
 
 Maps are *interleaved*, (H, W, B, C): the pixels of a batch at one place lie side by side. On maps of 8 × 8
-and less a convolution image by image leaves matrix units idle and multiplies padding
-(docs/performance.md).
+and less, a convolution per image would leave matrix units idle and multiply padding (docs/performance.md).
 
 Dimension letters: B batch, C channels, H height, W width (of the scale at hand), K taps of a kernel along one
 side, N columns of a product, P positions, S scales.
@@ -39,7 +38,7 @@ class InterleavedFlow(nn.Module):
         dtype: torch.dtype,
         sizes: Sequence[MapSize],
     ) -> None:
-        """Takes maps of any size without a whitening, and is fastest at these.
+        """Without a whitening, maps may have any size; these sizes are fastest.
 
         Args:
             dtype: of convolutions and matrix products; the flow's state and all sums are float32.
@@ -81,8 +80,8 @@ def _energy_maps(x: Sequence[Tensor]) -> list[Tensor]:
 class _InterleavedGaussians(nn.Module):
     """`Gaussians` on (H, W, B, C) maps.
 
-    The whitening takes channels in the features' own order and gives them in `orders`. Blocks hand on the
-    order of their output as the trained form has it.
+    The whitening takes channels in the order of the features and gives them in `orders`. Blocks return the
+    order that their trained form returns.
     """
 
     def __init__(self, gaussians: Gaussians, orders: Sequence[Tensor], dtype: torch.dtype) -> None:
@@ -221,8 +220,8 @@ def _parameters(convolution: nn.Module, scale: Tensor | float = 1.0) -> tuple[Te
 class _InterleavedConvolution(nn.Module):
     """A convolution of stride 1 with its activation, on interleaved maps (H, W, B, C).
 
-    For a kernel, a row of interleaved maps is one row of W · B pixels in which an image's neighbours are B
-    apart: a convolution of dilation B. oneDNN leaves out multiplications with the padding.
+    A row of interleaved maps is like one row of W · B pixels, in which neighbours in an image are B apart. So
+    the convolution has dilation B. oneDNN leaves out multiplications with the padding.
     """
 
     def __init__(
@@ -276,9 +275,9 @@ class _DownConvolution(nn.Module):
 class _UpConvolution(nn.Module):
     """Bilinear upsampling by 2 and a convolution behind it, on interleaved maps (H, W, B, C).
 
-    Both are linear, so the weights go first, where there are a quarter of the pixels: each pixel gives its
+    Both are linear, so the weights come first, where there are a quarter of the pixels: each pixel makes a
     contribution through each of the k · k taps. Then two small products, along height and width, interpolate
-    the contributions, move them to where their tap puts them and add them up.
+    the contributions, move each to the place of its tap and add them up.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:

@@ -1,7 +1,7 @@
 """The pyramid of features that the flow takes: which maps of the backbone make up which level.
 
-A map's *reduction* is by how much it is smaller than the image at scale 0: the stride of its stage, times
-2^s of an image reduced by 2^s.
+The *reduction* of a map is the size of the image at scale 0 divided by that of the map: the stride of its
+stage, times 2^s if the image is at scale s.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,11 @@ class Pyramid:
         """The levels that these stages give for images of so many scales.
 
         Args:
-            stages: the stride of each by its name.
-            known_stages: those to choose from, for the message.
+            stages: the stride of each stage by its name.
+            known_stages: stages to choose from, for the message.
 
         Raises:
-            ValueError: the levels do not double from one to the next.
+            ValueError: the reductions do not double from one level to the next.
         """
         found: dict[int, list[tuple[int, int]]] = {}
         for scale in range(scales):

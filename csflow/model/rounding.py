@@ -1,9 +1,9 @@
-"""What rounding a network's weights to bfloat16 would shift, and the network without that shift.
+"""Measures how rounding a network's weights to bfloat16 shifts its results, and removes the shift.
 
-Activations are far from zero on average, so that rounded weights shift what a convolution gives by much the
-same for every image, which the flow takes for an anomaly. The shift is measured on images once and
-subtracted from the bias wherever the weights are rounded (bias correction: Nagel, van Baalen, Blankevoort,
-Welling: Data-Free Quantization, ICCV 2019).
+The mean activation is far from zero, so rounded weights shift the result of a convolution by much the same
+for every image, and the flow would take that for an anomaly. The shift is measured on images once, and
+subtracted from the bias where weights are rounded (bias correction: Nagel, van Baalen, Blankevoort, Welling:
+Data-Free Quantization, ICCV 2019).
 
 Dimension letters: B batch, C channels, H height, W width.
 """

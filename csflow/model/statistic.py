@@ -1,15 +1,15 @@
-"""The anomaly statistic: from energies at each place of an image to scores and a map.
+"""The anomaly statistic: turns energies at each place of an image into scores and a map.
 
-An *energy map* is the mean of squares over the channels of a level. A whitened detector reads them twice: of
-the Gaussian at each position, and of the flow's latents. Each sees what the other does not: the Gaussian is
-blind to what is more than covariance, and a flow, which predicts one half of the channels from the other,
-hides what is odd about both.
+An *energy map* is the mean of squares over the channels of a level. A whitened detector has two per level: of
+the Gaussian at each position, and of the flow's latents. Each finds what the other misses. The Gaussian is
+blind to all but covariance; the flow predicts one half of the channels from the other, and so hides what is
+odd about both.
 
-Energies differ in size and spread between places and levels. So each is divided by what is usual at its
-place, and they are averaged with weights that give all the same spread. 1 is usual everywhere.
+Energies differ in size and spread between places and levels. So each is divided by the usual energy of its
+place, and they are averaged with weights that give all the same spread. A value of 1 is usual.
 
 Dimension letters: B batch, H height, W width, P places (H · W), S levels of the pyramid, E energy maps, N
-images that tell what is usual.
+images that define what is usual.
 """
 
 from collections.abc import Sequence
@@ -109,8 +109,8 @@ def fitted_statistic(
 ) -> StandardisedStatistic:
     """The statistic for which these images are usual.
 
-    They should be normal images on which nothing was trained: of those the energies are too small. The
-    p-values hold whatever they are, as long as none of them calibrates.
+    They should be normal images on which nothing was trained, since training images have energies that are
+    too small. P-values hold for any such images, as long as none of them is used for calibration.
 
     Args:
         energies: as `StandardisedStatistic.forward` takes them, (N, H, W).

@@ -1,15 +1,15 @@
-"""What closed forms know: the whitening before the flow, Gaussians of each position beside and behind it.
+"""The closed-form layers: a whitening before the flow, Gaussians of each position beside and behind the flow.
 
-Features of a backbone are far from standard normal: strongly correlated, and of very different spread. A flow
-of few coupling blocks spends its training on that, and stays behind a Gaussian that is known at once. So each
-level of the pyramid is centred, at each position, and multiplied by Σ^(−1/2): a bijection with a constant
-log-determinant. The model is still a normalizing flow, but one that begins where the Gaussian is.
+Features of a backbone are far from standard normal: they are strongly correlated, and their spread varies.
+A flow of few coupling blocks spends its training on that, and stays worse than a Gaussian, which is known at
+once. So each level of the pyramid is centred at each position, and multiplied by Σ^(−1/2): a bijection with a
+constant log-determinant. The model is still a normalizing flow, but one that starts as good as the Gaussian.
 
-On an aligned part the covariance differs from position to position, too (as in PaDiM, Defard et al., arXiv
-2011.08785), and convolutions cannot tell positions apart. So the last layer of the model, fitted to the
-latents of the trained flow, whitens them at each position. The same is done with the whitened features,
-beside the flow: the statistic reads both. A flow that is given features whitened at each position learns
-little more from them (docs/method.md), so no such layer stands in front of it.
+On an aligned part the covariance also differs from position to position (as in PaDiM, Defard et al., arXiv
+2011.08785), but convolutions treat all positions alike. So the last layer of the model whitens the latents of
+the trained flow at each position. Another such layer does the same with the whitened features, beside the
+flow; the statistic reads both. None stands in front of the flow, which would learn little more from features
+that are whitened at each position (docs/method.md).
 
 Dimension letters: B batch, C channels, H height, W width, P positions (H · W, or 1 that stands for all).
 """
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 SMALLEST_SHRINKAGE = 1e-3
-"""Least weight of the mean variance in a covariance, however many images there are: directions that hardly
-vary must not magnify the roundings of cached and of bfloat16 features."""
+"""Smallest weight of the mean variance in a covariance, for any number of images. Directions that hardly vary
+must not magnify the rounding errors of cached features and of bfloat16."""
 HEAVY_TAILS = 1.25
 """How much more covariances of whitened features scatter than a Gaussian's; measured: 1.07 to 1.33 times."""
 MOST_NUMBERS = 1 << 25
@@ -185,9 +185,9 @@ class Moments:
 
 @torch.no_grad()
 def gaussians_of(levels: Sequence[Moments]) -> Gaussians:
-    """What whitens these images' features: at each level, and behind that at each position.
+    """Fits the whitening of each level to these images, and the Gaussians of each position behind it.
 
-    Their latents are known when the flow is trained: `fit_latents`.
+    Their latents are known only when the flow is trained; then `fit_latents` follows.
 
     Raises:
         ValueError: there is no image.
@@ -253,8 +253,8 @@ def _root(covariance_PCC: Tensor, images: int) -> Tensor:
 def _shrinkage(moments: Moments) -> float:
     """Weight of the mean variance in the covariance of a level (Ledoit and Wolf 2004, lemma 3.3).
 
-    An image is one observation, whose own covariance over its positions stands for the product y · yᵀ there:
-    positions of an image are alike, and would count as many times more observations than there are.
+    An image counts as one observation; its own covariance over its positions takes the place of y · yᵀ in the
+    lemma. Positions are not observations, since positions of one image are alike.
     """
     n = moments.images
     second_moment_CC = moments.product_PCC.mean(0) / n

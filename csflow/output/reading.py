@@ -37,7 +37,7 @@ def open_scores(location: Location, model_id: str | None = None) -> ScoringOutpu
     """Opens the output of scoring jobs, or the `scores` folder in it, for one model.
 
     Raises:
-        WrongUse: there are no scores, or of several models and `model_id` names none of them.
+        WrongUse: there are no scores, or scores of several models but not of `model_id`.
     """
     root, models = _find_models(location)
     if model_id is None and len(models) == 1:

@@ -77,11 +77,7 @@ class RunRecord(Record):
 
 
 def read_record(output: Location, run_id: str) -> RunRecord | None:
-    """The record of a run; None if it is still at work, or was cut off.
-
-    Raises:
-        WrongUse: it is damaged, or of a newer format.
-    """
+    """The record of a run; None for a run at work or cut off. Raises WrongUse if it is damaged or newer."""
     file = run_folder(output, run_id) / "run.json"
     try:
         record = RunRecord.model_validate(json.loads(file.read()))

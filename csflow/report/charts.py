@@ -1,4 +1,4 @@
-"""From columns of scores to what the page draws: histogram, time line, folders, and where anomalies occur.
+"""Turns columns of scores into what the page draws: histogram, time line, folders, and where anomalies occur.
 
 A position is a fraction of the plot's width or height.
 """
@@ -59,9 +59,9 @@ def histogram(
     is_anomalous: NDArray[np.bool_],
     calibration_scores: ArrayLike | None = None,
 ) -> Histogram | None:
-    """Counts images by score; a logarithmic scale, as defects score many times what normal images do.
+    """Counts images by score, on a logarithmic scale, since defects score many times what normal images do.
 
-    None if there is nothing to show: only positive, finite scores have a position on the scale.
+    None if no score is positive and finite, since only such scores have a position on the scale.
     """
     scores, flagged = _positive(anomaly_scores), is_anomalous[_is_positive(anomaly_scores)]
     if not len(scores):

@@ -31,9 +31,9 @@ class Listing:
 
     @classmethod
     def freeze(cls, folder: Location, batches: Iterable[pa.RecordBatch], limit: int | None) -> "Listing":
-        """Writes the first `limit` images of a listing, or all, but those whose URI came before.
+        """Writes the first `limit` images of a listing, or all, but each URI only once.
 
-        What is found waits on local disk, since which URIs come twice is only known at its end.
+        The listing waits on local disk, since repeated URIs are only known at its end.
         """
         images, first_uri, last_uri = 0, "", ""
         with tempfile.TemporaryDirectory(prefix="csflow-") as temporary:

@@ -101,7 +101,7 @@ def _score_shards(
 def _follow(
     rows: Iterator[dict[str, Any]], shards: int, tally: Tally, model_id: str, config: ScoreConfig
 ) -> bool:
-    """Counts the results as they come, with a line of progress now and then; returns whether all came.
+    """Counts results as they arrive, with a line of progress now and then; returns whether all arrived.
 
     Raises:
         Failed: see `StopRules`.

@@ -32,9 +32,9 @@ def keys(table: pa.RecordBatch | pa.Table, columns: Sequence[str] = KEY_COLUMNS)
 
 
 class Partitioned:
-    """Numpy records in numbered parts, of which one at a time is in memory; small amounts stay there.
+    """Numpy records in numbered parts. Only one part at a time is in memory, unless all are small.
 
-    What exceeds `BUFFER_ROWS` goes to a temporary folder (TMPDIR), which lasts as long as this object.
+    Records beyond `BUFFER_ROWS` go to a temporary folder (TMPDIR), which lasts as long as this object.
     """
 
     def __init__(self, dtype: np.dtype[Any]) -> None:

@@ -1,11 +1,10 @@
-"""The log of plans, by which every image version comes into the output at most once.
+"""The log of plans, which brings every image version into the output at most once (docs/exactly-once.md).
 
-A plan assigns images to shards; the file name of a shard follows from its number in the plan, so that
-whoever scores it, how often and whenever, one file comes of it. `_plans/model_id=<id>/<number>.json` are
-the entries of the log: created, never changed, numbered without gaps. A run plans only images that are
-not scored, have no permanent error, and are in no unfinished shard of an earlier plan. Should another run
-append its plan first, creating the entry fails and the run plans again. docs/exactly-once.md tells why
-this holds under crashes.
+A plan assigns images to shards. The plan and the shard's number in it name the shard's scores file, so all
+attempts at a shard make one file. The log's entries are `_plans/model_id=<id>/<number>.json`: they are
+created, never changed, and numbered without gaps. A run plans only images that are not scored, have no
+permanent error, and are in no unfinished shard of an earlier plan. If another run adds its plan first,
+creating the entry fails and the run plans again.
 """
 
 import io
@@ -31,8 +30,9 @@ from csflow.scoring.key_sets import KeySet, Omitted, keys
 from csflow.storage import Location
 
 SHARD_STEP, MAX_SHARD_SIZE = 32, 256
-"""A multiple of images, so that the last batches of shards are full, on GPUs too: each takes its time, full
-or not. Enough, too, for an actor to work on while Ray Data looks for finished shards, ten times a second."""
+"""Shards have a multiple of this many images, so that even their last batches are full, also on GPUs: a batch
+takes the same time, full or not. It also gives an actor enough work while Ray Data looks for finished shards,
+ten times a second."""
 LAST = "\U0010ffff"
 """A URI above all others: the last URI of an entry that does not state one."""
 
@@ -95,8 +95,8 @@ class Plan:
 def make_plan(listing: Listing, output: Output, run_id: str, retry_errors: bool) -> list[PlannedShard]:
     """The shards that are left until every listed image is scored or has a permanent error.
 
-    Unfinished shards of earlier plans with listed images among theirs come first, then those of a new
-    plan for the images that are in none yet, if there are any.
+    First come unfinished shards of earlier plans that hold listed images, then shards of a new plan for
+    listed images that are in no shard yet, if there are any.
     """
     while True:
         log = read_log(output.folder("_plans"))
@@ -142,11 +142,7 @@ class Account:
 
 
 def account(listing: Listing, output: Output) -> Account:
-    """Looks up every listed image in the output.
-
-    Raises:
-        RuntimeError: an image version is in the scores twice.
-    """
+    """Looks up every listed image in the output. Raises RuntimeError if an image version has two scores."""
     dates = sorted({plan.date for plan in read_log(output.folder("_plans")) if plan.concerns(listing)})
     scored, failed = KeySet(), KeySet()
     _add(scored_images(list(output.finished_shards(dates).values())), scored)
@@ -168,7 +164,7 @@ def read_log(plans: Location) -> list[Plan]:
     """The entries of the log in order.
 
     Raises:
-        WrongUse: an entry is missing, so that images may be planned that nobody knows of.
+        WrongUse: an entry is missing, so its plan may hold images that no other entry tells of.
     """
     log = [Plan(**json.loads(file.read())) for file in plans.find(".json")]
     missing = set(range(1, len(log) + 1)) - {plan.number for plan in log}
@@ -205,8 +201,8 @@ def _append(output: Output, number: int, run_id: str, images: Iterable[pa.Record
     """Writes a plan's images, `count` of them, then its entry.
 
     Raises:
-        FileExistsError: the log has an entry of that number, maybe this one: a store may fail to tell that
-            it took what it took. Either way the log says what is planned.
+        FileExistsError: the log has an entry with that number. It may be this one, if the store accepted it
+            but its answer was lost. Either way the log says what is planned.
     """
     folder = f"{number:06d}-{secrets.token_hex(4)}"
     shard_size = min(SHARD_STEP * max(1, round(count / (64 * SHARD_STEP))), MAX_SHARD_SIZE)

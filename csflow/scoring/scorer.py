@@ -65,8 +65,9 @@ class ScorableImage(NamedTuple):
 class ShardScorer:
     """The scoring pass in an actor. `CALLS_PER_SCORER` threads call it at once.
 
-    The shard that came first has the model to itself; only while it has to wait for input does the other
-    go on. So the two are never at their ends at the same time, where neither would have work for the model.
+    The earlier shard has the model to itself; the other shard uses the model only while the earlier one waits
+    for input. So the two do not reach their ends at the same time, when neither would have work for the
+    model.
     """
 
     def __init__(self, settings: ScoringSettings, resources: WorkerResources) -> None:
@@ -212,9 +213,9 @@ class ShardScorer:
     def _publish(
         self, shard: PlannedShard, target: Location, scores: pa.Table, errors: list[dict[str, Any]]
     ) -> bool:
-        """Writes the errors, then creates the scores file, which finishes the shard, also without rows.
+        """Writes the errors, then creates the scores file, even without rows, which finishes the shard.
 
-        Returns False if another attempt at this shard finished it first; its rows stand.
+        Returns False if another attempt at this shard finished it first; the rows of that attempt stay.
         """
         output = self._settings.output
         if errors:
@@ -283,10 +284,10 @@ def peak(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Centres (y, x) of the maps' hottest cells, in pixels of the original images.
 
-    Of a cell in the padding of a letterbox, the nearest pixel of the image.
+    A cell in the padding of a letterbox gives the nearest pixel of the image.
 
     Args:
-        box_B4: what each map covers: top, left, bottom and right edge.
+        box_B4: the part that each map covers: top, left, bottom and right edge.
     """
     map_height, map_width = anomaly_map_BHW.shape[1:]
     row_B, column_B = np.divmod(anomaly_map_BHW.reshape(len(anomaly_map_BHW), -1).argmax(1), map_width)

@@ -21,10 +21,10 @@ class StopRules:
     failed_in_a_row: int = 0
 
     def reason(self, tally: Tally, failure: str | None) -> str | None:
-        """Why to stop after this shard, which `failure` says of if it failed; None to go on.
+        """The reason to stop after this shard, or None. `failure` is the shard's error if the shard failed.
 
         Raises:
-            Failed: the first shards all failed as a whole; the rest would too.
+            Failed: the first shards all failed as a whole, so the rest would fail too.
         """
         done = len(tally.shards)
         self.failed_in_a_row = self.failed_in_a_row + 1 if failure else 0

@@ -17,9 +17,9 @@ PARTITION_COLUMNS = ["model_id", "date"]
 
 
 def add_to_delta(folder: Location, files: Sequence[OutputFile], schema: pa.Schema) -> int:
-    """Adds the files that the table at `folder` does not hold yet; returns how many there were.
+    """Adds the files that the table at `folder` does not hold yet; returns their number.
 
-    Two registrations at once are harmless: in Delta's log a path that is added twice is one file.
+    Two registrations at once do no harm: in Delta's log a path that is added twice is one file.
     """
     columns = table_schema(schema)
     table = DeltaTable.create(

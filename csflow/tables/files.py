@@ -28,9 +28,9 @@ def table_schema(schema: pa.Schema) -> pa.Schema:
 
 
 def final_files(output: Location) -> dict[Kind, list[OutputFile]]:
-    """Files of `scores` and `errors` that no run will write again.
+    """The files of `scores` and `errors` that no run will write again.
 
-    A scores file is created once. The errors of a shard may be written again until its scores file is there.
+    A scores file is created once. The errors of a shard may be written again until its scores file exists.
     """
     scores, errors = output_files(output, "scores"), output_files(output, "errors")
     finished = {(file.model_id, file.shard) for file in scores}

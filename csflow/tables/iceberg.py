@@ -36,10 +36,10 @@ def open_catalog(catalog: str, warehouse: Location) -> Catalog:
 def add_to_iceberg(
     catalog: Catalog, identifier: tuple[str, str], files: Sequence[OutputFile], schema: pa.Schema
 ) -> int:
-    """Adds the files that the table does not hold yet; returns how many there were.
+    """Adds the files that the table does not hold yet; returns their number.
 
     Raises:
-        CommitFailedException: other writers were first, again and again.
+        CommitFailedException: other writers were first every time.
     """
     _create(catalog, identifier, table_schema(schema))
     for attempt in range(1, COMMIT_ATTEMPTS + 1):

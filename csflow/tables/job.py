@@ -32,7 +32,7 @@ class RegisterConfig(JobConfig):
 
 
 def register(config: RegisterConfig) -> ExitStatus:
-    """Adds what is new in an output to its tables; a second time it adds nothing.
+    """Adds new files of an output to its tables; a second call adds nothing.
 
     Raises:
         WrongUse: there are no scores, the library is not installed, or a setting is missing.

@@ -20,13 +20,13 @@ def advice(
     gaussian_loss: float | None,
     epochs: int,
 ) -> list[str]:
-    """A line for each thing to do better, with the remedy; none if all is well or nothing can be told.
+    """A line for each thing to do better, with the remedy; empty if all is well or nothing is known.
 
     Args:
-        history: an `Epoch` each as a dictionary.
-        validation_loss: of the finished model; None without validation images.
+        history: each `Epoch` as a dictionary.
+        validation_loss: that of the finished model; None without validation images.
         gaussian_loss: validation loss of the Gaussian of each position; None without whitening.
-        epochs: most epochs that were allowed.
+        epochs: largest number of epochs that was allowed.
     """
     if validation_loss is None:
         return []
@@ -50,11 +50,7 @@ def advice(
 
 
 def stretch_warning(cached: pa.Table, preprocessing: Preprocessing) -> str | None:
-    """What to say of images that are stretched by more than `MOST_DISTORTION`; None if there are none.
-
-    Args:
-        cached: rows in the `INDEX` schema.
-    """
+    """A warning about images (rows of `INDEX`) stretched by more than `MOST_DISTORTION`; None without any."""
     if preprocessing.fit != "stretch":
         return None
     size = preprocessing.image_size

@@ -25,7 +25,7 @@ BRIGHTNESS = 0.1
 class AugmentedFeatures:
     """Features of training images as they look in this epoch: read, decoded, changed, through the backbone.
 
-    What happens to an image is a function of seed, epoch and image, whichever worker takes it.
+    The change of an image depends only on seed, epoch and image, whichever worker makes it.
     """
 
     cache: FeatureCache

@@ -1,8 +1,8 @@
-"""The feature cache: features of single images by content of the image and whatever decides them.
+"""The feature cache: features of single images, by the image's content and everything that decides them.
 
-A cache folder is named by backbone, weights, preprocessing and decoding. Its files hold the features of some
-images each, in the order in which they were extracted; index files say which image is where. A file is
-written whole and never changed, so that an interrupted extraction leaves nothing that is wrong.
+A hash of backbone, weights, preprocessing and decoding names a cache folder. Each file in it holds features
+of some images, in the order of extraction; index files tell the file of each image. A file is written whole
+and never changed, so an interrupted extraction leaves nothing wrong.
 
 Dimension letters: N images, D numbers of one image (all levels, one after the other).
 """
@@ -110,7 +110,7 @@ class FeatureCache:
     def index(self) -> pa.Table:
         """A row in the `INDEX` schema for each cached image, and for each that cannot be read.
 
-        Files that no index file names yet are looked into, and indexed for the next time.
+        Files that are in no index file yet are read and indexed for the next time.
         """
         present = {location.name for location in self.folder.find(SUFFIX)}
         tables = [read_parquet(location, INDEX) for location in self.folder.find(INDEX_SUFFIX)]

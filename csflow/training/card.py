@@ -98,13 +98,13 @@ def model_card(
     calibration: Calibration,
     outliers: Sequence[Mapping[str, Any]],
 ) -> dict[str, bytes]:
-    """Files of the card by name.
+    """The files of the card, by name.
 
     Args:
         data: counts of images and their fingerprint.
-        metrics: `history`, the loss curves, `best_epoch`, `heldout_loss`, `validation_loss`,
+        metrics: `history` (the loss curves), `best_epoch`, `heldout_loss`, `validation_loss`,
             `gaussian_loss`, `warnings` and `evaluation`.
-        outliers: as `outlier_files` gives them.
+        outliers: as from `outlier_files`.
     """
     is_whitened = metrics["gaussian_loss"] is not None
     history, best_epoch = metrics["history"], metrics["best_epoch"]

@@ -18,11 +18,7 @@ PROGRESS_FILE = "progress.json"
 
 @contextmanager
 def written_checkpoint(trainer: Trainer, closing: Mapping[str, Tensor]) -> Iterator[str]:
-    """A temporary folder with all that a trainer needs to go on.
-
-    Args:
-        closing: results of a finished training.
-    """
+    """A temporary folder with all that a trainer needs to continue. `closing`: results of a finished one."""
     with tempfile.TemporaryDirectory() as folder:
         state = {f"flow.{k}": v.contiguous() for k, v in trainer.plain_flow.state_dict().items()}
         state |= {f"best.{k}": v.contiguous() for k, v in trainer.best_state.items()}
@@ -37,8 +33,8 @@ def written_checkpoint(trainer: Trainer, closing: Mapping[str, Tensor]) -> Itera
 def read_checkpoint(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and progress of a checkpoint.
 
-    Tensors' names begin with `flow.`, `best.` (the weights of the epoch to keep) or `optimizer.`, those of a
-    finished training also with `closing.`. Progress holds `history`, the loss curves, and `best_epoch`.
+    Tensors' names begin with `flow.`, `best.` (the weights of the epoch to keep) or `optimizer.`; a finished
+    training also has `closing.`. Progress holds `history` (the loss curves) and `best_epoch`.
     """
     tensors = safetensors.torch.load_file(Path(folder) / STATE_FILE)
     return tensors, json.loads((Path(folder) / PROGRESS_FILE).read_text())

@@ -18,14 +18,14 @@ def closing_tensors(
     gaussians: Gaussians | None,
     feature_shapes: Sequence[Sequence[int]],
 ) -> dict[str, Tensor]:
-    """What a finished training leaves beside the flow, by name.
+    """The results of a finished training besides the flow, by name.
 
-    `state.…` is the state of the detector, `calibration.…` are columns over the held-out images,
-    `heldout_loss` is their mean loss, `usual_loss` that of the usual images, and `gaussian_loss` theirs if
-    the Gaussian of each position were the whole model.
+    `state.…` is the detector's state, and `calibration.…` are columns over the held-out images.
+    `heldout_loss` and `usual_loss` are mean losses of held-out and of usual images; `gaussian_loss` would be
+    that of usual images if the Gaussian of each position were the whole model.
 
     Args:
-        usual: images that tell what is usual, none of them held out.
+        usual: images that define what is usual, none of them held out.
     """
     statistic = (
         fitted_statistic(usual.energies, feature_shapes) if gaussians else PlainStatistic(feature_shapes)

@@ -35,7 +35,7 @@ RESULT = pa.schema(
 def extract(
     images: pa.Table, detector: Detector, cache: FeatureCache, resources: WorkerResources
 ) -> Iterator[dict[str, Any]]:
-    """Puts the features of these images into the cache; yields a `RESULT` row per finished shard.
+    """Writes the features of these images into the cache; yields a `RESULT` row per finished shard.
 
     Args:
         images: `image_uri` and `image_version` of images that the cache lacks.

@@ -81,10 +81,10 @@ def gaussians_of_folds(folds: Sequence[Sequence[Moments]]) -> Gaussians:
 def gaussian_statistic(
     energies: Sequence[Tensor], feature_shapes: Sequence[Sequence[int]]
 ) -> StandardisedStatistic:
-    """The statistic of a detector that is the Gaussian of each position alone.
+    """The statistic of a detector that consists only of the Gaussian of each position.
 
     Args:
-        energies: of the Gaussian in usual images, per level (N, H, W).
+        energies: energy maps (N, H, W) of the Gaussian in usual images, per level.
     """
     # Its own energies stand where those of the latents would.
     return fitted_statistic([*energies, *energies], feature_shapes)
@@ -97,10 +97,10 @@ def gaussian_scores(statistic: StandardisedStatistic, energies: Sequence[Tensor]
 
 
 def gaussian_losses(energies: Sequence[Tensor], gaussians: Gaussians) -> Tensor:
-    """Loss of each image if the Gaussian of each position were the whole model, (N,).
+    """The loss of each image if the Gaussian of each position were the whole model, (N,).
 
     Args:
-        energies: of the Gaussian, per level (N, H, W).
+        energies: energy maps (N, H, W) of the Gaussian, per level.
     """
     sizes = [gaussians.whitening.mean(level).numel() for level in range(len(energies))]
     log_det = gaussians.whitening.log_det() + gaussians.positions.log_det()

@@ -51,7 +51,7 @@ class LabelledImages:
 
     @classmethod
     def read(cls, config: TrainConfig, images: pa.Table) -> "LabelledImages | None":
-        """None without `--evaluate`.
+        """Reads `--evaluate`; None if it is not given.
 
         Args:
             images: the input, in the `LISTING` schema.
@@ -82,11 +82,10 @@ class LabelledImages:
     def measure(
         self, detector: Detector, cache: FeatureCache, cached: pa.Table, data: TrainingData
     ) -> dict[str, Any]:
-        """Prints and returns what metrics.json tells of them.
+        """Measures the detector on the images; prints the AUROC and returns it for metrics.json.
 
         Args:
-            detector: the trained one.
-            cached: rows of them and of the input in the `INDEX` schema.
+            cached: rows of these images and of the input, in the `INDEX` schema.
         """
         found = find_images(self.listed, cached)[0]
         readable = found.filter(pc.is_valid(pc.field("content_digest")))

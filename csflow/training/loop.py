@@ -143,11 +143,7 @@ class Trainer:
         return epochs >= self.settings.epochs or (epochs > 0 and stops)
 
     def run_epoch(self) -> Epoch:
-        """Trains for one more epoch and keeps its weights if they are the best so far.
-
-        Raises:
-            FloatingPointError: the loss is no number any more.
-        """
+        """Trains one more epoch; keeps its weights if they are the best. Raises FloatingPointError for NaN."""
         epoch, started = len(self.history) + 1, time.perf_counter()
         loss_sum, grad_norms = self._train(epoch)
         loss = self._sum(loss_sum) / len(self.training)
@@ -239,8 +235,8 @@ class Trainer:
     def _parts(self, batch: Tensor) -> list[tuple[Tensor, float]]:
         """This worker's share of a global batch in micro-batches, with the weight of each image's loss.
 
-        DDP averages gradients over workers, whose shares may differ in size: each sum is scaled so that
-        the average is the mean over the global batch, whatever the number of workers.
+        DDP averages gradients over workers, whose shares may differ in size. So each sum is scaled such that
+        the average is the mean over the global batch, for any number of workers.
         """
         rank, world_size = self.worker.rank, self.worker.world_size
         share = batch[rank::world_size]

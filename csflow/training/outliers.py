@@ -1,7 +1,7 @@
-"""Training images that are unlike the others: ranked by a leave-out estimate, listed, and trimmed on demand.
+"""Ranks training images by how unlike the others they are, lists them, and trims them on demand.
 
-A Gaussian that has seen a defect takes it for a little more usual. So the images are dealt into folds, and
-each is scored by the Gaussian of the folds that it is not in.
+A Gaussian fitted to a defect finds it a little more usual. So images are dealt into folds, and each image is
+scored by a Gaussian that is fitted to the other folds.
 
 Dimension letters: N images, H height, W width.
 """
@@ -69,10 +69,10 @@ class ClosedForm:
         self._cache, self._images, self._trim = cache, images, trim
 
     def fit(self, resume: bool) -> pa.Table:
-        """Fits on one CPU of the cluster, whatever number trains, and writes `gaussians`.
+        """Fits on one CPU of the cluster, for any number of training workers, and writes `gaussians`.
 
         Args:
-            resume: take what an earlier run has written.
+            resume: read what an earlier run has written.
 
         Returns:
             The images with their `SCORE`, highest first.
@@ -96,10 +96,10 @@ def leave_out_gaussians(source: FeatureSource) -> tuple[Gaussians, list[Gaussian
 
 
 def leave_out_scores(source: FeatureSource, gaussians: Sequence[Gaussians]) -> Tensor:
-    """Anomaly score of each image by the Gaussian that has not seen it, (N,); 1 is usual.
+    """The anomaly score of each image by the Gaussian that has not seen it, (N,); 1 is usual.
 
     Args:
-        gaussians: of all but each fold.
+        gaussians: for each fold, the Gaussians of all other folds.
     """
     images_N = torch.arange(len(source))
     sample = list(_energies(source, gaussians, images_N[:USUAL_IMAGES]))
@@ -114,15 +114,15 @@ def leave_out_scores(source: FeatureSource, gaussians: Sequence[Gaussians]) -> T
 def outlier_files(
     ranking: pa.Table, trimmed: int, storage_options: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-    """What the model card lists, and the files beside it by name.
+    """The list of outliers for the model card, and the files beside the card by name.
 
     Args:
         ranking: training images, highest `SCORE` first.
         trimmed: how many of them were left out.
 
     Returns:
-        Rows of `image_uri`, `score`, `trimmed` and `thumbnail`, a file name or None if the image can no
-        longer be read; and the thumbnails and `outliers.csv`, a manifest.
+        Rows of `image_uri`, `score`, `trimmed` and `thumbnail` (a file name, or None if the image can no
+        longer be read); and the thumbnails and the manifest `outliers.csv`.
     """
     reader = ImageReader(storage_options, deadline_s=READ_DEADLINE_S)
     rows: list[dict[str, Any]] = []

@@ -1,6 +1,6 @@
-"""Where a training worker gets the features of its batches from: memory, or the cache while it trains.
+"""Sources of a training worker's features: memory, or the cache during training.
 
-Whichever it is, the batches are the same: a source is asked for image positions and gives their features.
+All sources give the same batches: the features of the image positions that they are asked for.
 
 Dimension letters: N images, D numbers of one image (all levels, one after the other).
 """
@@ -47,7 +47,7 @@ def open_features(
 
     Args:
         images: rows in the `INDEX` schema.
-        whitening: what the flow is to be given in place of them, on the device.
+        whitening: layer, on the device, whose output replaces the features.
     """
     stored_bytes = sum(DTYPES[dtype].itemsize for dtype in images["dtype"].to_pylist()) * sum(cache.sizes)
     if stored_bytes > memory_bytes:
@@ -86,9 +86,9 @@ class ResidentFeatures:
 
 
 class StreamedFeatures:
-    """Features read from the cache image by image, a few batches ahead; memory stays bounded.
+    """Features read from the cache image by image, a few batches ahead, with bounded memory.
 
-    A worker reads its own images only, so that more workers do not mean more traffic.
+    A worker reads only its own images, so that more workers do not mean more traffic.
     """
 
     def __init__(

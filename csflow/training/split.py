@@ -47,8 +47,8 @@ def split_sizes(images: int, validation: float, holdout: float) -> tuple[int, in
 def split_images(digests: Iterable[str], validation: float, holdout: float, seed: int) -> Split:
     """Divides distinct images by a hash of seed and content.
 
-    The same images give the same split wherever they are stored and however they are packed. Copies of an
-    image are one image, so that none is on two sides. As images are added, hardly any changes sides.
+    The same images give the same split, wherever and however they are stored. Copies of an image count as one
+    image, so they are in one part. When images are added, hardly any image changes its part.
 
     Raises:
         WrongUse: see `split_sizes`.
@@ -75,11 +75,7 @@ class TrainingData:
 
     @classmethod
     def divide(cls, cached: pa.Table, validation: float, holdout: float, seed: int) -> "TrainingData":
-        """Raises WrongUse if too few images are left.
-
-        Args:
-            cached: rows in the `INDEX` schema.
-        """
+        """Divides the images in these rows of `INDEX`. Raises WrongUse if too few images are left."""
         readable = cached.filter(pc.is_valid(pc.field("content_digest")))
         rows: dict[str, int] = {}
         for row, digest in enumerate(readable["content_digest"].to_pylist()):
