@@ -143,7 +143,7 @@ class Trainer:
         return epochs >= self.settings.epochs or (epochs > 0 and stops)
 
     def run_epoch(self) -> Epoch:
-        """Trains one more epoch; keeps its weights if they are the best. Raises FloatingPointError for NaN."""
+        """Trains one more epoch; keeps its weights if they are best. Raises FloatingPointError for NaN."""
         epoch, started = len(self.history) + 1, time.perf_counter()
         loss_sum, grad_norms = self._train(epoch)
         loss = self._sum(loss_sum) / len(self.training)
