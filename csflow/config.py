@@ -58,7 +58,7 @@ class JobConfig(BaseModel):
     """Name of the setting, if any, that is given without a flag."""
 
     storage_options: StorageOptions = {}
-    """Options of the object store client, as JSON, that cannot be given by the AWS_* variables."""
+    """Options of the object store client that the AWS_* variables cannot express, as JSON."""
 
 
 Config = TypeVar("Config", bound=JobConfig)

@@ -109,7 +109,7 @@ def _cells(cells: int, start: float, end: float, side: int) -> tuple[int, float,
 
 
 def box_of(row: Mapping[str, Any], height: int, width: int) -> Box | None:
-    """What the map of a row of `scores` covers, in pixels of its image at this size; None for all of it."""
+    """The box that a row's map covers, in pixels of its image at this size; None for all of it."""
     box = row.get("map_box")  # an older csflow wrote none
     if box is None:
         return None

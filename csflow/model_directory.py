@@ -53,7 +53,7 @@ class Calibration:
     map_maximum: NDArray[np.float64] | None
     """Maximum of each image's anomaly map."""
     table: pa.Table
-    """The same scores with their images, in the `CALIBRATION` schema."""
+    """The scores with their images, in the `CALIBRATION` schema."""
 
     @classmethod
     def of(cls, table: pa.Table) -> "Calibration":

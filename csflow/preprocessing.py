@@ -70,7 +70,7 @@ def whole(height: int, width: int) -> Box:
 
 
 def distortion(image_size: tuple[int, int], height: int, width: int) -> float:
-    """By what factor stretching an original to `image_size` changes its aspect ratio; at least 1."""
+    """The factor by which stretching an original to `image_size` changes its aspect ratio; at least 1."""
     ratio = (image_size[0] / height) / (image_size[1] / width)
     return max(ratio, 1 / ratio)
 

@@ -23,7 +23,7 @@ _MVTEC_TEST_IMAGE = re.compile(r"(?P<root>|.*/)test/(?P<defect_class>[^/]+)/(?P<
 
 @dataclass(frozen=True)
 class Label:
-    """What is known of one image."""
+    """The label of one image, with class and mask of its defect."""
 
     is_defective: bool
     defect_class: str | None = None

@@ -13,7 +13,7 @@ from csflow.inputs.selection import Selection
 
 @dataclass(frozen=True)
 class Exclusion:
-    """Which images to leave out."""
+    """The images to leave out."""
 
     patterns: Sequence[str]
     """Patterns of whole image URIs, as in a `Selection`."""

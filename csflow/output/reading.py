@@ -23,7 +23,7 @@ RUNS_LOOKED_AT = 50
 
 @dataclass(frozen=True)
 class ScoringOutput:
-    """What one model has written below the `--output` of scoring jobs, with a `date` column (date32) each."""
+    """The scores and errors of one model below an `--output`, each with a `date` column (date32)."""
 
     model_id: str
     root: Location

@@ -294,7 +294,7 @@ def _maps(rows: pa.RecordBatch) -> list[NDArray[np.float32]]:
 
 
 def _boxes(rows: pa.RecordBatch) -> list[Box | None]:
-    """What each map covers of its image, in units of the map's cells were they laid over the whole image."""
+    """The box of the image that each map covers, in cells of a map that would cover the whole image."""
     columns = ["image_height", "image_width", "map_box", "map_height", "map_width"]
     return [box_of(row, row["map_height"], row["map_width"]) for row in rows.select(columns).to_pylist()]
 

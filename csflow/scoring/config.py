@@ -31,7 +31,7 @@ class ScoreConfig(JobConfig):
     since: Moment | None = None
     """Take only files changed since this time, such as 2026-11-22T18:00Z, or within 36h or 7d before now."""
     limit: int | None = Field(None, ge=1)
-    """Take only this many images, the first of the listing."""
+    """Take only the first N images of the listing."""
     retry_errors: bool = False
     """Also retry images whose error is permanent."""
     max_error_rate: float = Field(0.5, gt=0, le=1)
@@ -39,8 +39,8 @@ class ScoreConfig(JobConfig):
     batch_size: int | None = Field(None, ge=1)
     """Number of images per forward pass. [default: 8 on CPUs, 32 on GPUs]"""
     precision: PrecisionSetting = "auto"
-    """Precision of convolutions and matrix products; sums are float32. `mixed` is float32 where maps in the
-    backbone are large and bfloat16 behind: scores change by 0.1 %, at most 1 %. `bfloat16` changes scores by
+    """Precision of convolutions and matrix products; sums are float32. `mixed` is float32 in the backbone's
+    layers of large maps, then bfloat16; scores change by 0.1 %, at most 1 %. `bfloat16` changes scores by
     several percent. `auto` is `mixed` if the processor multiplies bfloat16, else `float32`."""
     workers: int | None = Field(None, ge=1)
     """Number of scoring actors. [default: one per GPU, or one per CPU]"""

@@ -61,7 +61,7 @@ class Listing:
 
 
 def rebatched(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
-    """The same rows in tables of `rows`; the last may have fewer, and none is empty."""
+    """The batches' rows in tables of `rows` rows; the last may have fewer, and none is empty."""
     waiting: list[pa.RecordBatch] = []
     for batch in batches:
         waiting.append(batch)

@@ -33,8 +33,8 @@ class TrainConfig(JobConfig):
     backbone: str = "tf_efficientnet_lite0"
     """Frozen feature extractor: name of a timm network, convolutional or a vision transformer."""
     recipe: RecipeName = "default"
-    """Recipe, which sets the optimiser, whether features are whitened, and defaults of other settings (not of
-    backbone, weights and image size). `paper` has the constants of the paper."""
+    """Recipe that sets the optimiser, the whitening of features, and the defaults marked `paper` here.
+    Backbone, weights and image size do not depend on it."""
     cut_after: Stages = None
     """Stages of the backbone whose maps are the features: one or more modules, such as blocks.2 blocks.5.
     [default: blocks.2 blocks.4 blocks.5 for an EfficientNet, the last feature level for other networks;
@@ -74,7 +74,7 @@ class TrainConfig(JobConfig):
     learning_rate: float = Field(3e-3, gt=0)
     """Learning rate of the Adam optimiser. [default: 0.003, falls along a cosine; paper: 0.0002, constant]"""
     holdout: float = Field(0.2, gt=0, lt=1)
-    """Share of the images that training does not see, because calibration needs them."""
+    """Share of the images held out from training, for calibration."""
     validation: float = Field(0.1, ge=0, lt=1)
     """Share of the images for validation. The epoch with their lowest loss is kept; with 0, the last one."""
     workers: int = Field(1, ge=1)

@@ -69,7 +69,7 @@ def fold_moments(source: FeatureSource, folds: int) -> list[list[Moments]]:
 
 
 def fold_batches(images_N: Tensor, folds: int, fold: int) -> list[Tensor]:
-    """Those of these image positions that are in this fold, in batches."""
+    """Batches of those image positions that are in this fold."""
     return [share for share in images_N[images_N % folds == fold].split(BATCH_SIZE) if len(share)]
 
 
