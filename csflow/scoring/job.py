@@ -101,11 +101,7 @@ def _score_shards(
 def _follow(
     rows: Iterator[dict[str, Any]], shards: int, tally: Tally, model_id: str, config: ScoreConfig
 ) -> bool:
-    """Counts results as they arrive, with a line of progress now and then; returns whether all arrived.
-
-    Raises:
-        Failed: see `StopRules`.
-    """
+    """Counts results as they arrive, shows progress; returns whether all arrived. Raises as `StopRules`."""
     metrics, rules = LiveMetrics(model_id), StopRules(shards, config.max_error_rate)
     progress = Progress(shards, "shards")
     try:

@@ -96,11 +96,7 @@ def leave_out_gaussians(source: FeatureSource) -> tuple[Gaussians, list[Gaussian
 
 
 def leave_out_scores(source: FeatureSource, gaussians: Sequence[Gaussians]) -> Tensor:
-    """The anomaly score of each image by the Gaussian that has not seen it, (N,); 1 is usual.
-
-    Args:
-        gaussians: for each fold, the Gaussians of all other folds.
-    """
+    """The anomaly score (N,) of each image by that of `gaussians` which has not seen it; 1 is usual."""
     images_N = torch.arange(len(source))
     sample = list(_energies(source, gaussians, images_N[:USUAL_IMAGES]))
     usual = [torch.cat(maps) for maps in zip(*(energies for _, energies in sample), strict=True)]

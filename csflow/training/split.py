@@ -28,11 +28,7 @@ class Split(NamedTuple):
 
 
 def split_sizes(images: int, validation: float, holdout: float) -> tuple[int, int, int]:
-    """Number of training, validation and held-out images.
-
-    Raises:
-        WrongUse: a part would be empty, or nothing is left to train on.
-    """
+    """Number of training, validation and held-out images. Raises WrongUse if a part would be empty."""
     heldout = round(images * holdout)
     validating = max(1, round(images * validation)) if validation else 0
     training = images - heldout - validating
