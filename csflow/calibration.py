@@ -47,8 +47,8 @@ def choose_defects(p_values: ArrayLike, false_discovery_rate: float) -> NDArray[
 def heldout_needed(images: int, above_all: int, false_discovery_rate: float) -> int:
     """Smallest number of held-out images with which a list can hold `above_all` (at least 1) of `images`.
 
-    The `above_all` images score above every held-out one. They share the smallest possible p-value, 1 / (n +
-    1), which must be at most above_all · rate / images.
+    The `above_all` images score above every held-out one. They share the smallest possible p-value,
+    1 / (n + 1), which must be at most above_all · rate / images.
     """
     return math.ceil(images / (false_discovery_rate * above_all) * (1 - 1e-9)) - 1
 

@@ -31,8 +31,7 @@ class Failed(RuntimeError):
 class StorageFailed(OSError):
     """A file of the job's own cannot be read or written: the disk is full, or the store refuses or is away.
 
-    The message is one line that names the file. Written files stay; the same command continues (exit status
-    3).
+    The message names the file in one line. Written files stay; the same command continues (exit status 3).
     """
 
 

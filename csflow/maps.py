@@ -1,4 +1,4 @@
-"""Anomaly maps laid over images, and drawn there on a colour scale that is the same for every image."""
+"""Draws anomaly maps over images, on a colour scale that can be the same for every image."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Walking folders, prefixes and glob patterns of any store: every file below, with its version, in order."""
+"""Walks folders, prefixes and glob patterns of any store: every file below, with its version, in order."""
 
 import os
 from collections import deque

@@ -45,7 +45,7 @@ class ImageLoader:
     ) -> Iterator[LoadedImage]:
         """Starts to load, and returns the images in order; a failed image is returned with its error.
 
-        Before they are taken, at most `2 · threads` images of a call are in memory.
+        At most `2 · threads` loaded images of a call wait in memory.
 
         Args:
             while_waiting: context that is entered while the next image is not ready.

@@ -43,9 +43,9 @@ class Backbone(nn.Module):
         Args:
             name: name of a timm model.
             cut_after: stages whose maps are wanted: modules such as `blocks.5` or `layer3`, one or several in
-                any order. The network ends after the deepest stage. By default `default_stages`. is_proven:
-                whether this backbone was built before. If so, it skips the pass through the whole network
-                that proves the cut right.
+                any order. The network ends after the deepest stage. By default `default_stages`.
+            is_proven: whether this backbone was built before, so that the pass through the whole network that
+                proves the cut right can be left out.
 
         Raises:
             BackboneError: timm knows no such network, or the network gives no maps of these stages.

@@ -110,7 +110,7 @@ def fitted_statistic(
     """The statistic for which these images are usual.
 
     They should be normal images on which nothing was trained, since training images have energies that are
-    too small. P-values hold for any such images, as long as none of them is used for calibration.
+    too small. P-values hold whatever these images are, as long as none of them is used for calibration.
 
     Args:
         energies: as `StandardisedStatistic.forward` takes them, (N, H, W).

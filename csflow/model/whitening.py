@@ -187,7 +187,7 @@ class Moments:
 def gaussians_of(levels: Sequence[Moments]) -> Gaussians:
     """Fits the whitening of each level to these images, and the Gaussians of each position behind it.
 
-    Their latents are known only when the flow is trained; then `fit_latents` follows.
+    Latents are known only after the flow is trained; then `fit_latents` fits their Gaussians.
 
     Raises:
         ValueError: there is no image.

@@ -32,9 +32,10 @@ def keys(table: pa.RecordBatch | pa.Table, columns: Sequence[str] = KEY_COLUMNS)
 
 
 class Partitioned:
-    """Numpy records in numbered parts. Only one part at a time is in memory, unless all are small.
+    """Numpy records in numbered parts, one of which is in memory at a time.
 
-    Records beyond `BUFFER_ROWS` go to a temporary folder (TMPDIR), which lasts as long as this object.
+    Up to `BUFFER_ROWS` new records wait in memory; more go to a temporary folder (TMPDIR), which lasts as
+    long as this object.
     """
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
