@@ -57,8 +57,8 @@ class TrainConfig(JobConfig):
     """Odd kernel size of each coupling block, or one size for all. [default: 3; the last of several blocks
     has 5]"""
     epochs: int | None = Field(None, ge=1)
-    """Largest number of passes over the training images. [default: 6, or with fewer than 700 images as many
-    as show the flow 4,200 images; paper: 240]"""
+    """Largest number of passes over the training images. [default: 6, but with fewer than 700 images more, so
+    that 4,200 images are shown in total; paper: 240]"""
     patience: int = Field(10, ge=1)
     """Training stops after this many epochs without a lower validation loss. [default: 10; paper: 240]"""
     augment: bool = False
