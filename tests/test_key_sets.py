@@ -64,6 +64,8 @@ def test_a_key_is_in_one_part_of_every_set_with_its_number() -> None:
     parts = list(zip(alone.parts(), together.parts(), strict=True))
     assert len(parts) == KEY_PARTS
     assert sum(len(one) > 0 for one, _ in parts) > 200  # spread evenly
+    # A key whose part nobody visits would be planned every night.
+    assert sorted(number for _, other in parts for number in other["number"].tolist()) == list(range(600))
     for one, other in parts:
         assert one.dtype == other.dtype == KEYED
         assert one["key"].tolist() == other["key"].tolist()

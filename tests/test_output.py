@@ -45,6 +45,13 @@ def test_files_lie_in_partitions_of_model_and_day(output: Output, tmp_path: Path
     assert (prefix, len(digest)) == ("part-000001-ab-000002", 8)
 
 
+def test_plans_and_listings_lie_beside_the_data(output: Output, tmp_path: Path) -> None:
+    plans = tmp_path / "_plans" / f"model_id={MODEL}"
+    assert output.plan_entry(7).path == str(plans / "000007.json")
+    assert output.plan_part("000007-ab", 12).path == str(plans / "000007-ab" / "part-000012.parquet")
+    assert output.listing_folder("20261102T0-a").path == str(tmp_path / "_runs" / "20261102T0-a" / "listing")
+
+
 def test_the_same_failures_go_to_the_same_file_and_others_to_another(output: Output) -> None:
     def name(*rows: dict[str, Any]) -> str:
         return output.errors_file("1", "2026-11-02", errors(*rows)).name

@@ -38,6 +38,14 @@ def test_a_file_is_told_apart_as_it_was_named(tmp_path: Path) -> None:
     assert output.finished_shards(["2026-11-02"]).keys() == {SHARD}
 
 
+def test_a_parquet_file_outside_the_partitions_is_not_taken_for_scores(tmp_path: Path) -> None:
+    output = Output(Location(str(tmp_path)), "1234567890123456")
+    file = output.scores_file(SHARD, "2026-11-02")
+    file.write(b"")
+    (tmp_path / "scores" / "copy.parquet").write_bytes(b"")
+    assert [found.location for found in output_files(output.location, "scores")] == [file]
+
+
 def test_run_json_has_the_keys_that_its_readers_know(tmp_path: Path) -> None:
     write_record(tmp_path, "20261102T020000000000Z-aaaaaaaa")
     content = json.loads((tmp_path / "_runs" / "20261102T020000000000Z-aaaaaaaa" / "run.json").read_text())

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -230,6 +231,17 @@ def test_a_file_is_whole_or_not_there_and_nothing_else_stays(tmp_path, monkeypat
         how(location, b"second")
     assert location.read() == b"first"
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("how", [Location.write, Location.create])
+def test_all_bytes_are_on_the_disk_before_a_file_has_its_name(tmp_path, monkeypatch, how):
+    # Otherwise a power failure could leave an empty file that counts as finished.
+    synced = []
+    monkeypatch.setattr(
+        "os.fsync", lambda fd: synced.append((os.fstat(fd).st_size, (tmp_path / "file").exists()))
+    )
+    how(Location(str(tmp_path / "file")), b"content")
+    assert synced == [(len(b"content"), False)]
 
 
 def full_disk(_: int) -> None:
