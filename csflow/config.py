@@ -58,7 +58,7 @@ class JobConfig(BaseModel):
     """Name of the setting, if any, that is given without a flag."""
 
     storage_options: StorageOptions = {}
-    """Options of the object store client that the AWS_* variables cannot express, as JSON."""
+    """JSON: options of the object store client, if the AWS_* variables lack them."""
 
 
 Config = TypeVar("Config", bound=JobConfig)

@@ -15,7 +15,7 @@ class ScoreConfig(JobConfig):
     """Settings of `jobs/score.py`."""
 
     model: str
-    """Model directory, the --output of jobs/train.py."""
+    """Model directory, the --output of training or import."""
     input: Locations
     """Folders, files, globs, archives or manifests of images; one or more."""
     output: str
@@ -29,19 +29,19 @@ class ScoreConfig(JobConfig):
     exclude: Patterns = Field([])
     """Leave out images whose URI matches one of these patterns."""
     since: Moment | None = None
-    """Take only files changed since this time, such as 2026-11-22T18:00Z, or within 36h or 7d before now."""
+    """Take only files changed since then: a time such as 2026-11-22T18:00Z, or an age such as 36h or 7d."""
     limit: int | None = Field(None, ge=1)
     """Take only the first N images of the listing."""
     retry_errors: bool = False
     """Also retry images whose error is permanent."""
     max_error_rate: float = Field(0.5, gt=0, le=1)
-    """If more than this share of the images fails, the run stops early or ends, with exit status 3."""
+    """If more than this share of the images fails, the run ends, maybe early, with exit status 3."""
     batch_size: int | None = Field(None, ge=1)
     """Number of images per forward pass. [default: 8 on CPUs, 32 on GPUs]"""
     precision: PrecisionSetting = "auto"
     """Precision of convolutions and matrix products; sums are float32. `mixed` is float32 in the backbone's
-    layers of large maps, then bfloat16; scores change by 0.1 %, at most 1 %. `bfloat16` changes scores by
-    several percent. `auto` is `mixed` if the processor multiplies bfloat16, else `float32`."""
+    early layers, then bfloat16; scores change by about 0.2 %, at most 1 %. `bfloat16` changes scores by
+    several percent. `auto` is `mixed` if the device supports bfloat16, else `float32`."""
     workers: int | None = Field(None, ge=1)
     """Number of scoring actors. [default: one per GPU, or one per CPU]"""
     stall_timeout: float = Field(1800.0, gt=0)

@@ -26,8 +26,8 @@ class TrainConfig(JobConfig):
     """Leave out this share of the training images: those that are least like the others. Held-out and
     validation images all stay."""
     evaluate: str | None = None
-    """CSV or Parquet file with the columns image_uri and label (0 normal, 1 defective). The trained model and
-    its Gaussian are compared on these images, which take no part in the training."""
+    """CSV or Parquet file with the columns image_uri and label (0 normal, 1 defective). The flow and a
+    Gaussian alone are compared on these images, which take no part in the training."""
     output: str
     """Model directory to write."""
     backbone: str = "tf_efficientnet_lite0"
@@ -57,8 +57,8 @@ class TrainConfig(JobConfig):
     """Odd kernel size of each coupling block, or one size for all. [default: 3; the last of several blocks
     has 5]"""
     epochs: int | None = Field(None, ge=1)
-    """Largest number of passes over the training images. [default: 6, but with fewer than 700 images more, so
-    that 4,200 images are shown in total; paper: 240]"""
+    """Largest number of passes over the training images. [default: 6; more for fewer than 700 images, to
+    show 4,200 images in total; paper: 240]"""
     patience: int = Field(10, ge=1)
     """Training stops after this many epochs without a lower validation loss. [default: 10; paper: 240]"""
     augment: bool = False
@@ -76,7 +76,7 @@ class TrainConfig(JobConfig):
     holdout: float = Field(0.2, gt=0, lt=1)
     """Share of the images held out from training, for calibration."""
     validation: float = Field(0.1, ge=0, lt=1)
-    """Share of the images for validation. The epoch with their lowest loss is kept; with 0, the last one."""
+    """Share of the images for validation. The epoch of lowest loss on them is kept; with 0, the last one."""
     workers: int = Field(1, ge=1)
     """Number of data-parallel training workers."""
     min_workers: int | None = Field(None, ge=1)
@@ -94,8 +94,8 @@ class TrainConfig(JobConfig):
     checkpoint_epochs: int = Field(10, ge=1)
     """Number of epochs between two checkpoints."""
     features_in_memory: float | None = Field(None, ge=0)
-    """Gigabytes of features that a training worker may keep in memory. If its features are larger, it streams
-    them from the cache. [default: half of a node's memory, divided among its workers]"""
+    """Gigabytes of features that a training worker may keep in memory. If they are larger, it streams them
+    from the cache. [default: half of a node's memory, divided among its workers]"""
 
     @model_validator(mode="before")
     @classmethod
