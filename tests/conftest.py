@@ -92,7 +92,10 @@ def ray_cluster(s3_endpoint: str) -> Iterator[dict[str, str]]:
     command += ["--disable-usage-stats", "--block"]
     # Submitted jobs find `python` through the head's PATH.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    head = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    # With this process's standard error it would keep whoever reads that waiting, should this process crash.
+    with (Path(temporary) / "stderr").open("w") as errors:
+        streams = {"stdout": subprocess.PIPE, "stderr": errors}
+        head = subprocess.Popen(command, start_new_session=True, text=True, cwd=ROOT, **streams)
     assert head.stdout is not None
     for line in head.stdout:
         if "--block" in line:
