@@ -72,7 +72,7 @@ class Training:
         )
         while not self.trainer.is_finished:
             self.trainer.run_epoch()
-        self.trainer.whiten_latents(self._part("training"))
+        self.trainer.whiten_latents(self.trainer.training)
         self.cpu_seconds = time.process_time() - started
         """Gaussians, flow, and reading the features of its images."""
         self.usual = self.trainer.evaluate(self.trainer.validation)

@@ -62,9 +62,11 @@ def train_worker(settings: WorkerSettings, progress: Queue | None) -> None:
             progress.put(asdict(line))
         if not trainer.is_finished and line.epoch % settings.checkpoint_epochs == 0:
             _report(trainer, {})
-    trainer.whiten_latents(parts.open("training"))
+    # Opened once where it can be: in memory, a second time would take as much again.
+    plain = parts.open("training") if settings.augment else training
+    trainer.whiten_latents(plain)
     # Without validation images training ones must tell what is usual.
-    usual = trainer.evaluate(validation if len(validation) else parts.open("training"))
+    usual = trainer.evaluate(validation if len(validation) else plain)
     _report(
         trainer,
         closing_tensors(
