@@ -87,7 +87,7 @@ def _has_room(stream: IO[str]) -> bool:
 
 
 def _coloured(word: str, code: int, stream: IO[str]) -> str:
-    """Whether to use colour: in a terminal whose user has not set NO_COLOR (https://no-color.org)."""
+    """The word, in colour in a terminal whose user has not set NO_COLOR (https://no-color.org)."""
     if _is_terminal(stream) and not os.environ.get("NO_COLOR"):
         return f"\x1b[1;{code}m{word}\x1b[0m"
     return word
