@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Ray reads these when it is imported. A token is what protects a cluster by default.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -166,6 +167,24 @@ def _read_table(url: str, storage_options: dict[str, object]) -> pd.DataFrame:
 
 def names(frame: pd.DataFrame) -> Counter[str]:
     return Counter(Path(uri).name for uri in frame.image_uri)
+
+
+SHARD_ROW: dict[str, Any] = {
+    "failure": None,
+    "is_published": True,
+    "images": 10,
+    "scored": 10,
+    "anomalous": 0,
+    "p_values_below_5_percent": 0,
+    "error_codes": [],
+    "peak_memory_bytes": 0,
+    "seconds": [],
+    "cpu_seconds": [],
+    "first_scored_at": None,
+    "precision": "float32",
+    "anomaly_scores": [],
+}
+"""What a scoring actor gives back of a shard of ten good images, apart from its name."""
 
 
 SMALL_MODEL = ["--image_size", "128", "--hidden_channels", "16", "--epochs", "2", "--learning_rate", "1e-3"]

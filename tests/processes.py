@@ -42,13 +42,16 @@ def workers() -> list[int]:
 
 def _ray_processes(title: bytes) -> Iterator[int]:
     # Every process of this session's clusters has inherited its token.
-    token = f"RAY_AUTH_TOKEN={os.environ['RAY_AUTH_TOKEN']}".encode()
+    found = processes_with(f"RAY_AUTH_TOKEN={os.environ['RAY_AUTH_TOKEN']}")
+    return (pid for pid, command_line in found if re.match(title, command_line))
+
+
+def processes_with(variable: str) -> Iterator[tuple[int, bytes]]:
+    """Id and command line of every process that runs with this `NAME=value` in its environment."""
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
-                if re.match(title, (folder / "cmdline").read_bytes()):
-                    environment = (folder / "environ").read_bytes()
-                    if token in environment.split(b"\0"):
-                        yield int(folder.name)
+                if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    yield int(folder.name), (folder / "cmdline").read_bytes()
             except OSError:
                 continue  # it has just ended

@@ -8,9 +8,9 @@ import subprocess
 import sys
 import termios
 import time
-from pathlib import Path
 
 from conftest import ROOT
+from processes import processes_with
 
 CTRL_C = b"\x03"
 # Not as `preexec_fn`: with it Python forks, which can cut the connections of gRPC's threads in this process.
@@ -54,15 +54,8 @@ class Terminal:
 
     def children(self) -> list[str]:
         """Command lines of what the process has started and what still runs."""
-        found = []
-        for folder in Path("/proc").iterdir():
-            if folder.name.isdigit() and int(folder.name) != self.process.pid:
-                try:
-                    if self._mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                        found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-                except OSError:
-                    continue  # it has just ended
-        return found
+        found = processes_with(self._mark)
+        return [line.replace(b"\0", b" ").decode() for pid, line in found if pid != self.process.pid]
 
     def _read(self, deadline: float) -> bool:
         """Reads what there is; False at the end."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SHARD_ROW
 
 from csflow.cluster import WorkerResources
 from csflow.config import parse
@@ -18,23 +19,8 @@ from csflow.scoring.stopping import FAILED_SHARDS_IN_A_ROW
 from csflow.scoring.tally import Tally
 from csflow.storage import Location
 
-GOOD: dict[str, Any] = {
-    "failure": None,
-    "is_published": True,
-    "images": 10,
-    "scored": 10,
-    "anomalous": 0,
-    "p_values_below_5_percent": 0,
-    "error_codes": [],
-    "peak_memory_bytes": 0,
-    "seconds": [],
-    "cpu_seconds": [],
-    "first_scored_at": None,
-    "precision": "float32",
-    "anomaly_scores": [],
-}
 BAD: dict[str, Any] = {"failure": "OSError: No space left on device", "is_published": False}
-CORRUPT: dict[str, Any] = GOOD | {"scored": 4, "error_codes": [("corrupt", 6)]}
+CORRUPT: dict[str, Any] = SHARD_ROW | {"scored": 4, "error_codes": [("corrupt", 6)]}
 Follow = Callable[..., tuple[Tally, str, list[int]]]
 
 
@@ -68,7 +54,7 @@ def follow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_run_in_which_one_shard_after_the_other_fails_is_stopped(follow: Follow) -> None:
-    tally, printed, given = follow([GOOD] + [BAD] * 40, shards=41)
+    tally, printed, given = follow([SHARD_ROW] + [BAD] * 40, shards=41)
     assert len(tally.shards) == 1 + FAILED_SHARDS_IN_A_ROW == 17
     assert "shard 016 failed: OSError: No space left on device" in printed
     assert "stopped: the last 16 shards failed, see above" in printed
@@ -76,7 +62,7 @@ def test_a_run_in_which_one_shard_after_the_other_fails_is_stopped(follow: Follo
 
 
 def test_failed_shards_among_good_ones_do_not_stop_a_run(follow: Follow) -> None:
-    rows = [GOOD, *[BAD] * 15] * 3
+    rows = [SHARD_ROW, *[BAD] * 15] * 3
     tally, printed, given = follow(rows, shards=48)
     assert (len(tally.shards), tally.failed_shards, tally.scored) == (48, 45, 30)
     assert "stopped" not in printed
@@ -100,7 +86,7 @@ def test_a_run_is_stopped_when_too_large_a_share_of_enough_images_fails(follow: 
 
 
 def test_shards_that_took_their_workers_down_are_tried_once_more(follow: Follow) -> None:
-    tally, printed, given = follow([GOOD] * 3, [GOOD] * 2, shards=5)
+    tally, printed, given = follow([SHARD_ROW] * 3, [SHARD_ROW] * 2, shards=5)
     assert given == [5, 2]
     assert "2 shards took their workers down; their images are now tried one by one" in printed
     assert len(tally.shards) == 5
@@ -108,7 +94,7 @@ def test_shards_that_took_their_workers_down_are_tried_once_more(follow: Follow)
 
 def test_a_run_that_waits_in_vain_ends(follow: Follow) -> None:
     def rows() -> Iterator[dict[str, Any]]:
-        yield GOOD
+        yield SHARD_ROW
         time.sleep(5)
 
     tally, printed, given = follow(rows(), shards=3, stall_timeout=0.2)

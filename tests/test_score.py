@@ -27,6 +27,7 @@ import ray
 import torch
 from conftest import (
     ROOT,
+    SHARD_ROW,
     SMALL_MODEL,
     copy_some,
     names,
@@ -621,20 +622,7 @@ def test_figures_of_a_run_are_offered_to_prometheus(scored):
 
 def test_a_large_run_keeps_a_fair_sample_of_its_scores(monkeypatch):
     monkeypatch.setattr("csflow.scoring.tally.SAMPLE_SIZE", 10)
-    row = {
-        "failure": None,
-        "is_published": True,
-        "images": 5,
-        "scored": 5,
-        "anomalous": 0,
-        "p_values_below_5_percent": 0,
-        "error_codes": [],
-        "peak_memory_bytes": 0,
-        "seconds": [],
-        "cpu_seconds": [],
-        "first_scored_at": None,
-        "precision": "float32",
-    }
+    row = SHARD_ROW | {"images": 5, "scored": 5}
     runs, scores = 4000, 60
     kept = np.zeros(scores)
     for seed in range(runs):
