@@ -38,19 +38,19 @@ from csflow.storage import Location
 def measure_bare(model: str, images: int) -> None:
     """One process of the bare model: waits for a line on standard input, prints images per second."""
     location = Location(model)
-    settings = ScoringSettings(
-        location, Output(location, load_model(location).model_id), "", True, 0.01, None
-    )
+    loaded = load_model(location)
+    settings = ScoringSettings(location, Output(location, loaded.model_id), "", True, 0.01, None)
     scorer = ShardScorer(settings, WorkerResources(workers=1, cpus=1, gpus=0))
-    shape = (scorer._batch_size, *scorer._detector.features.image_shape)
+    detector = scorer._detector
+    shape = (detector.form.batch_size, *detector.image_shape)
     pixels_BHWC = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     batches = max(1, images // len(pixels_BHWC))
-    scorer._forward(pixels_BHWC)
+    detector(pixels_BHWC)
     print("ready", flush=True)
     sys.stdin.readline()
     started = time.perf_counter()
     for _ in range(batches):
-        scorer._forward(pixels_BHWC)
+        detector(pixels_BHWC)
     print(batches * len(pixels_BHWC) / (time.perf_counter() - started))
 
 

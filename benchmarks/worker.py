@@ -41,7 +41,7 @@ def measure(model: str, threads: int, batch_size: int, keeps_memory: bool, image
             process.set_up(threads, gpus=0)
         torch.set_num_threads(threads)
         detector = InferenceDetector(load_model(Location(model)).detector, "auto", batch_size)
-        shape = (batch_size, *detector.features.image_shape)
+        shape = (batch_size, *detector.image_shape)
         pixels_BHWC = torch.randint(0, 256, shape, dtype=torch.uint8)
         for _ in range(max(1, 16 // batch_size)):
             detector(pixels_BHWC)

@@ -1,11 +1,16 @@
 """The inference form: the scores of the trained detector, whatever the model and the batch."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from csflow.images import decode
 from csflow.model import (
@@ -14,16 +19,17 @@ from csflow.model import (
     InferenceDetector,
     Moments,
     Scores,
-    compilation,
     energies,
     fit_latents,
     fitted_statistic,
+    fused_blocks,
     gaussians_of,
+    inference,
 )
 from csflow.model.backbone import IntermediateMaps
-from csflow.model.compilation import compiled
-from csflow.model.inference import _FeatureScorer
-from csflow.model.inference_backbone import _converted, _request, _split
+from csflow.model.fallbacks import Fallbacks
+from csflow.model.gpu import GpuDetector, GpuFeatures, Recorded
+from csflow.model.openvino_backbone import _converted, _request, _split
 from csflow.model.rounding import rounding_shifts, without_shifts
 from csflow.model_directory import load_model
 from csflow.storage import Location
@@ -258,46 +264,121 @@ def test_images_that_the_model_was_not_trained_on_are_refused():
         form(torch.zeros(3, 64, 64, 3, dtype=torch.uint8))
 
 
-def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == compilation.__name__]
+GPU_MODELS = [
+    ("tf_efficientnet_lite0", (128, 192), 2, (5, 3), True),
+    ("tf_efficientnet_b0", (128, 128), 2, (3,), False),
+    ("resnet10t", (64, 64), 1, (3,), True),
+]
 
 
-@pytest.mark.parametrize(("dynamic", "whitening"), [(False, False), (None, True)])
-def test_compiled_or_not_a_module_computes_the_same(dynamic, whitening, caplog):
-    # What GPUs run, compiled for this processor.
-    module = _FeatureScorer(random_detector("resnet10t", (64, 64), 2, (3,), whitening=whitening))
-    run = compiled(module, torch.device("cpu"), torch.float32, dynamic)
-    for batch in (3, 2):
-        y = [torch.randn(batch, 512, 2 >> s, 2 >> s) for s in range(2)]
-        assert_scores_close(run(y), module(y), 1e-5)
-    assert not complaints(caplog)
+@pytest.mark.parametrize(("backbone", "image_size", "scales", "kernel_sizes", "whitening"), GPU_MODELS)
+def test_the_form_for_gpus_gives_the_scores_of_the_trained_form(
+    backbone, image_size, scales, kernel_sizes, whitening
+):
+    # What GPUs run, computed by this processor.
+    detector = random_detector(backbone, image_size, scales, kernel_sizes, whitening=whitening)
+    images = smooth_images(detector, 3, seed=4)
+    with torch.inference_mode():
+        assert_scores_close(GpuDetector(detector, torch.float32, Fallbacks())(images), detector(images), 1e-4)
+
+
+def test_the_form_for_gpus_is_within_one_percent_in_float16():
+    detector = random_detector("mobilenetv2_050", (64, 64), 2, (3,), whitening=True)
+    y = detector.features(smooth_images(detector, 3, seed=4))
+    form = GpuDetector(detector, torch.float16, Fallbacks())
+    for actual, expected in zip(form.score_features(y), detector.score_features(y), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0.01, atol=0)
+        assert actual.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backbone", ["tf_efficientnet_lite0", "tf_efficientnet_b0", "resnet10t"])
+@pytest.mark.parametrize("whitening", [False, True])
+def test_a_recorded_pass_takes_nothing_from_the_host(backbone, whitening):
+    """A CUDA graph replays kernels only: a tensor made on the host would be lost or refused."""
+    detector = Detector(Architecture(backbone, (128, 128), scales=2, hidden_channels=8, whitening=whitening))
+    form = GpuDetector(detector, torch.float32, Fallbacks())
+
+    class OnGpu(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for value in torch.utils._pytree.tree_leaves(result):
+                assert not isinstance(value, Tensor) or value.device.type == "cuda", function
+            return result
+
+    # Fake tensors have a device but no values, so that nothing can ask for one, as `.item()` would.
+    with FakeTensorMode(), torch.inference_mode():
+        state = [*form.named_parameters(), *form.named_buffers()]
+        on_gpu = {name: torch.empty(value.shape, dtype=value.dtype, device="cuda") for name, value in state}
+        image_BHWC = torch.empty(2, 128, 128, 3, dtype=torch.uint8, device="cuda")
+        with OnGpu():
+            scores = torch.func.functional_call(form, on_gpu, image_BHWC)
+    assert scores.anomaly_map_BHW.shape == (2, *detector.feature_shapes[0][1:])
+
+
+def test_a_gpu_without_room_for_a_batch_takes_smaller_ones(monkeypatch):
+    class SmallGpu(Recorded):
+        def __init__(self, function, x, fallbacks):
+            if len(x) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(inference, "Recorded", SmallGpu)
+    detector = random_detector("resnet10t", (64, 64), 1, (3,))
+    batches, fallbacks = inference._Batches(detector, 8), Fallbacks()
+    inference._recorded(detector, batches, fallbacks)
+    assert batches.size == 2
+    assert fallbacks.messages[-1] == "batches have 2 images, more slowly: CUDA out of memory."
+
+
+def test_where_fused_kernels_do_not_run_the_layers_do(monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(fused_blocks, "with_fused_blocks", broken)
+    detector = random_detector("mobilenetv2_050", (64, 64), 2, (3,))
+    fallbacks = Fallbacks()
+    form = GpuDetector(detector, torch.float16, fallbacks)
+    (message,) = fallbacks.messages
+    assert message == "the backbone runs without fused kernels, more slowly: Failed to find C compiler."
+    images = random_images(detector)
+    assert_scores_close(form(images), detector(images), 0.01)
+
+
+def test_fused_kernels_that_compute_something_else_are_not_used(monkeypatch):
+    monkeypatch.setattr(fused_blocks, "with_fused_blocks", lambda network: lambda x: [-y for y in network(x)])
+    fallbacks = Fallbacks()
+    GpuFeatures(random_detector("mobilenetv2_050", (64, 64), 1, (3,)), torch.float16, fallbacks)
+    (message,) = fallbacks.messages
+    assert message.startswith("the backbone runs without fused kernels, more slowly: its maps are off by")
+
+
+def test_float16_is_for_gpus():
+    with pytest.raises(ValueError, match="float16 is for GPUs; on CPUs, choose mixed or bfloat16"):
+        InferenceDetector(random_detector("resnet10t", (64, 64), 1, (3,)), "float16", 2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_the_scores_of_the_trained_form(monkeypatch, caplog):
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-3), ("float16", 0.02)])
+def test_a_gpu_gives_the_scores_of_the_trained_form(monkeypatch, precision, tolerance):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as in actors
-    torch._dynamo.reset()
     detector = random_detector("tf_efficientnet_lite0", (128, 192), 2, (5, 3))
     images = random_images(detector, batch=4)
     expected = detector(images)
-    form = InferenceDetector(detector.to("cuda"), "float32", 4)
-    # Two shapes, each recorded and then replayed with other images.
+    form = InferenceDetector(detector.to("cuda"), precision, 4)
+    # Recorded once, and replayed with other images and smaller batches.
     for some in (slice(4), slice(1), slice(1, 4), slice(1, 2)):
-        scores = Scores(*(values.cpu() for values in form(images[some].to("cuda"))))
-        assert_scores_close(scores, Scores(*(values[some] for values in expected)), 1e-3)
-    assert not complaints(caplog)
+        submitted = form.submit(images[some].pin_memory())
+        assert_scores_close(submitted(), Scores(*(values[some] for values in expected)), tolerance)
+    assert not form.form.fallbacks
 
 
-def test_without_a_compiler_a_module_runs_as_it_is(monkeypatch, caplog):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    torch._dynamo.reset()
-    module = nn.Sequential(nn.Linear(7, 7), nn.SiLU()).requires_grad_(False)
-    run = compiled(module, torch.device("cpu"), torch.float32, dynamic=False)
-    x = torch.randn(5, 7)
-    for _ in range(2):
-        torch.testing.assert_close(run(x), module(x))
-    (complaint,) = complaints(caplog)
-    assert "runs uncompiled" in complaint
+def test_the_benchmark_for_gpus_runs_without_one(tmp_path):
+    program = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+    command = [sys.executable, str(program), "--tiny", "--output", str(tmp_path / "gpu.md")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = (tmp_path / "gpu.md").read_text()
+    assert figures.count("## ") == 7
+    assert "failed" not in figures, figures
 
 
 def test_a_bias_keeps_its_float32_value_in_bfloat16():

@@ -51,8 +51,9 @@ def test_run_json_has_the_keys_that_its_readers_know(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "_runs" / "20261102T020000000000Z-aaaaaaaa" / "run.json").read_text())
     assert list(content) == [
         *("format_version", "run_id", "status", "exit_status", "started_at", "ended_at", "model"),
-        *("configuration", "counts", "precisions", "drift", "peak_memory_bytes", "images_per_second"),
-        *("seconds", "seconds_to_first_image", "seconds_in_workers", "cpu_seconds_in_workers", "libraries"),
+        *("configuration", "counts", "precisions", "forms", "drift", "peak_memory_bytes"),
+        *("images_per_second", "seconds", "seconds_to_first_image", "seconds_in_workers"),
+        *("cpu_seconds_in_workers", "libraries"),
     ]
     assert content["format_version"] == 1
     assert content["model"].keys() == {"location", "model_id"}

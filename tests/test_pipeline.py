@@ -1,8 +1,10 @@
 """Keeping the model busy: shards overlap in an actor, and its time is accounted for."""
 
+import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from csflow.inputs.listing import list_images
 from csflow.inputs.loading import ImageLoader
 from csflow.inputs.reading import ImageReader
 from csflow.maps import box_of, map_of, resample
-from csflow.model import Architecture, Detector, Scores
+from csflow.model import Architecture, Detector, Form, Scores
 from csflow.model_directory import CALIBRATION, load_model, read_model, save_model
 from csflow.output.layout import Output
 from csflow.output.schemas import SCORES
@@ -80,12 +82,13 @@ def scorer(small_model: Location, output: Output) -> ShardScorer:
 class BrightnessDetector:
     """Its maps are 8 by 8 means of the pixels, so that what is bright is anomalous."""
 
-    precision = "float32"
+    form = Form("cpu", "float32", 8, ())
 
-    def __call__(self, pixels_BHWC: torch.Tensor) -> Scores:
+    def submit(self, pixels_BHWC: torch.Tensor) -> Callable[[], Scores]:
         mean_BHW = torch.nn.functional.adaptive_avg_pool2d(pixels_BHWC.float().mean(3), 8)
         score_B = mean_BHW.mean((1, 2))
-        return Scores(score_B, score_B, score_B, score_B[:, None], mean_BHW)
+        scores = Scores(score_B, score_B, score_B, score_B[:, None], mean_BHW)
+        return lambda: scores
 
 
 def call(scorer: ShardScorer, shard: PlannedShard) -> dict[str, object]:
@@ -153,14 +156,14 @@ def test_a_shard_is_read_while_the_model_has_another(scorer, shards, monkeypatch
             second_is_read.set()
         return data
 
-    forward = scorer._forward
+    submit = scorer._detector.submit
 
-    def forward_when_both_are_read(pixels_BHWC: torch.Tensor):
+    def submit_when_both_are_read(pixels_BHWC: torch.Tensor):
         assert second_is_read.wait(PATIENCE_S), "the second shard waits for the first"
-        return forward(pixels_BHWC)
+        return submit(pixels_BHWC)
 
     monkeypatch.setattr(scorer._loader._reader, "read", note)
-    monkeypatch.setattr(scorer, "_forward", forward_when_both_are_read)
+    monkeypatch.setattr(scorer._detector, "submit", submit_when_both_are_read)
     assert len(shards) == 2
     with ThreadPoolExecutor(2) as calls:
         first, second = calls.map(lambda shard: call(scorer, shard), shards)
@@ -200,15 +203,30 @@ def test_one_shard_scored_by_two_calls_at_once_is_published_once(scorer, shards,
 
 def test_batches_are_full_whatever_could_not_be_read(scorer, shards, monkeypatch):
     sizes: list[int] = []
-    forward = scorer._forward
+    submit = scorer._detector.submit
 
     def note(pixels_BHWC: torch.Tensor):
         sizes.append(len(pixels_BHWC))
-        return forward(pixels_BHWC)
+        return submit(pixels_BHWC)
 
-    monkeypatch.setattr(scorer, "_forward", note)
+    monkeypatch.setattr(scorer._detector, "submit", note)
     scored = call(scorer, shards[0])["scored"]
     assert sizes == [8] * (scored // 8) + [scored % 8] * bool(scored % 8)
+
+
+def test_an_image_without_a_score_is_no_normal_image(scorer, shards, output, monkeypatch):
+    submit = scorer._detector.submit
+
+    def beyond_the_range(pixels_BHWC: torch.Tensor):
+        score_B = submit(pixels_BHWC)().anomaly_score_B.clone()
+        score_B[0] = torch.nan  # as activations beyond the range of float16 have it
+        return lambda: submit(pixels_BHWC)()._replace(anomaly_score_B=score_B)
+
+    monkeypatch.setattr(scorer._detector, "submit", beyond_the_range)
+    monkeypatch.setattr(scorer._detector, "form", Form("a GPU", "float16", 8, ()))
+    row = call(scorer, shards[0])
+    assert re.search(r"\.png has the score nan in float16; choose --precision float32", row["failure"])
+    assert not output.scores_file(shards[0].name, shards[0].date).exists()
 
 
 def test_an_image_that_is_late_gives_the_model_to_others_meanwhile(cells, monkeypatch):

@@ -107,8 +107,17 @@ def test_the_model_knows_no_files_no_cluster_and_no_store() -> None:
         "csflow.precision",
         "csflow.preprocessing",
     }
-    values = {"collections", "copy", "dataclasses", "functools", "logging", "typing", "warnings"}
-    assert libraries(known) <= values | {"csflow", "numpy", "openvino", "timm", "torch"}
+    values = {
+        "collections",
+        "contextlib",
+        "copy",
+        "dataclasses",
+        "functools",
+        "logging",
+        "typing",
+        "warnings",
+    }
+    assert libraries(known) <= values | {"csflow", "numpy", "openvino", "timm", "torch", "triton"}
     assert libraries(imports("csflow.precision") | imports("csflow.preprocessing")) <= values | {"torch"}
 
 

@@ -526,24 +526,6 @@ def test_refused_writes_stop_the_run_and_the_next_one_completes(model, archive, 
     assert len(read_scores(tmp_path / "output")) == 40
 
 
-def test_a_batch_too_large_for_the_device_is_halved(model, tmp_path, monkeypatch):
-    loaded = load_model(Location(str(model)))
-    scorer = ShardScorer(settings_of(model, Output(Location(str(tmp_path)), loaded.model_id)), ONE_CPU)
-    pixels_BHWC = torch.randint(0, 256, (5, 128, 128, 3), dtype=torch.uint8)
-    sizes: list[int] = []
-
-    def small_device(batch_BHWC: torch.Tensor):
-        sizes.append(len(batch_BHWC))
-        if len(batch_BHWC) > 2:
-            raise torch.OutOfMemoryError("no room")
-        return loaded.detector(batch_BHWC)
-
-    monkeypatch.setattr(scorer, "_detector", small_device)
-    scores = scorer._forward(pixels_BHWC)
-    assert sizes == [5, 3, 2, 1, 2]
-    torch.testing.assert_close(scores, loaded.detector(pixels_BHWC), rtol=1e-5, atol=1e-6)
-
-
 def test_an_image_that_kills_its_process_gets_an_error_and_its_neighbours_are_scored(
     model, archive, tmp_path
 ):

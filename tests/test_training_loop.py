@@ -33,6 +33,7 @@ from csflow.model import (
 from csflow.preprocessing import Preprocessing
 from csflow.storage import Location
 from csflow.training import cache as cache_module
+from csflow.training import loop
 from csflow.training.advice import stretch_warning
 from csflow.training.augmentation import AugmentedFeatures, augment
 from csflow.training.cache import (
@@ -409,7 +410,9 @@ def test_without_validation_images_the_last_weights_are_kept(cached):
 @pytest.mark.parametrize(
     "settings", [SETTINGS, replace(WHITENED, is_annealed=True)], ids=["plain", "whitened"]
 )
-def test_a_restored_training_goes_on_to_the_very_same_weights(cached, data, settings):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["cpu", "gpu"])
+def test_a_restored_training_goes_on_to_the_very_same_weights(cached, data, settings, layout, monkeypatch):
+    monkeypatch.setattr(loop, "_memory_format", lambda device: layout)
     whole = run(new_trainer(cached[0], data, settings))
     broken, continued = (new_trainer(cached[0], data, settings) for _ in range(2))
     broken.run_epoch()

@@ -1,10 +1,9 @@
-"""The CS-Flow model: torch, timm and OpenVINO only; no Ray, no files, no object store."""
+"""The CS-Flow model: torch, timm, OpenVINO and Triton only; no Ray, no files, no object store."""
 
 from csflow.model.backbone import PAPER_STAGE, Backbone, BackboneError, download_weights, load_weights
 from csflow.model.detector import Architecture, Detector, energies, new_flow
 from csflow.model.flow import CrossScaleFlow, FlowOutput, negative_log_likelihood
-from csflow.model.inference import InferenceDetector
-from csflow.model.inference_backbone import InferenceBackbone
+from csflow.model.inference import Form, InferenceBackbone, InferenceDetector
 from csflow.model.statistic import PlainStatistic, Scores, StandardisedStatistic, fitted_statistic
 from csflow.model.whitening import Gaussians, Moments, Whitening, fit_latents, gaussians_of
 
@@ -16,6 +15,7 @@ __all__ = [
     "CrossScaleFlow",
     "Detector",
     "FlowOutput",
+    "Form",
     "Gaussians",
     "InferenceBackbone",
     "InferenceDetector",

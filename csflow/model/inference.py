@@ -1,18 +1,61 @@
 """The inference form: a trained detector rebuilt for scoring alone, with the same scores."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from csflow.model.compilation import Recorded, compiled
-from csflow.model.detector import Detector, energies
-from csflow.model.inference_backbone import InferenceBackbone
+from csflow.model.cpu_backbone import CpuBackbone
+from csflow.model.detector import Detector
+from csflow.model.fallbacks import Fallbacks
+from csflow.model.gpu import GpuDetector, GpuFeatures, Recorded
 from csflow.model.interleaved_flow import InterleavedFlow
 from csflow.model.statistic import Scores
-from csflow.precision import Precision, PrecisionSetting, multiplies_bfloat16
+from csflow.precision import Precision, PrecisionSetting, resolved
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a model is computed."""
+
+    device: str
+    """Name of the GPU, or `cpu`."""
+    precision: Precision
+    batch_size: int
+    """Number of images in a pass."""
+    fallbacks: tuple[str, ...]
+    """What runs more slowly than it could, and why."""
+
+
+class InferenceBackbone:
+    """`Detector.features` for batches of one size. The detector itself is not changed."""
+
+    def __init__(self, detector: Detector, precision: Precision, batch_size: int) -> None:
+        """Compiles the network, which takes a second or two.
+
+        Args:
+            batch_size: number of images in a pass. A GPU without room for them gets fewer: see `batch_size`.
+        """
+        self._batches, fallbacks = _Batches(detector, batch_size), Fallbacks()
+        self._pass: Callable[[Tensor], Sequence[Tensor]]
+        if self._batches.device.type == "cpu":
+            backbone = CpuBackbone(detector, precision, batch_size, fallbacks)
+            self._pass = _padded(backbone, batch_size)
+        else:
+            form = GpuFeatures(detector, getattr(torch, precision), fallbacks)
+            self._pass = _recorded(form, self._batches, fallbacks)
+
+    @property
+    def batch_size(self) -> int:
+        """Largest number of images in a call."""
+        return self._batches.size
+
+    @torch.inference_mode()
+    def __call__(self, image_BHWC: Tensor) -> list[Tensor]:
+        """The flow's input for up to `batch_size` uint8 RGB images, float32 per level."""
+        self._batches.check(image_BHWC)
+        return list(self._pass(image_BHWC))
 
 
 class InferenceDetector:
@@ -22,31 +65,61 @@ class InferenceDetector:
         """Compiles the detector for batches of one size; a smaller batch takes as long.
 
         Args:
-            precision: `auto` is `mixed` if the processor multiplies matrices in bfloat16, else `float32`.
+            precision: `auto` is float16 on GPUs, and on CPUs `mixed` if they multiply matrices in bfloat16,
+                else `float32`.
+            batch_size: as for `InferenceBackbone`.
+
+        Raises:
+            ValueError: the device does not compute in this precision.
         """
-        device = detector.get_buffer("mean").device
-        self.precision: Precision
-        if precision == "auto":
-            self.precision = "mixed" if multiplies_bfloat16(device) else "float32"
-        else:
-            self.precision = precision
-        self.features = InferenceBackbone(detector, self.precision, batch_size)
-        flow_dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
+        self._batches, fallbacks = _Batches(detector, batch_size), Fallbacks()
+        self.image_shape = self._batches.image_shape
+        device = self._batches.device
+        chosen = resolved(precision, device)
+        self.features: Callable[[Tensor], Sequence[Tensor]]
         self._score: Callable[[Sequence[Tensor]], Scores]
+        self._pass: Callable[[Tensor], Sequence[Tensor]]
         if device.type == "cpu":
+            self.features = CpuBackbone(detector, chosen, batch_size, fallbacks)
             sizes = [(batch_size, height, width) for _, height, width in detector.feature_shapes]
-            flow = InterleavedFlow(detector.gaussians, detector.flow, flow_dtype, sizes)
-            self._score = partial(_then, flow, detector.statistic)
+            dtype = torch.float32 if chosen == "float32" else torch.bfloat16
+            flow = InterleavedFlow(detector.gaussians, detector.flow, dtype, sizes)
+            self._score = lambda y: detector.statistic(flow(y))
+            self._pass = _padded(lambda image_BHWC: self._score(self.features(image_BHWC)), batch_size)
         else:
-            self._score = compiled(_FeatureScorer(detector), device, flow_dtype, dynamic=None)
-        whole = partial(_then, self.features, self._score)
-        self._pass: Callable[[Tensor], Sequence[Tensor]] = whole if device.type == "cpu" else Recorded(whole)
+            form = GpuDetector(detector, getattr(torch, chosen), fallbacks)
+            self.features, self._score = form.features, form.score_features
+            self._pass = _recorded(form, self._batches, fallbacks)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.form = Form(name, chosen, self._batches.size, tuple(fallbacks.messages))
 
     @torch.inference_mode()
     def __call__(self, image_BHWC: Tensor) -> Scores:
-        """Scores of up to `batch_size` uint8 RGB images of `image_size`."""
-        scores = self._pass(self.features.padded(image_BHWC))
-        return Scores(*(value[: len(image_BHWC)] for value in scores))
+        """Scores, on the device, of up to `form.batch_size` uint8 RGB images of `image_size`."""
+        self._batches.check(image_BHWC)
+        return Scores(*self._pass(image_BHWC))
+
+    @torch.inference_mode()
+    def submit(self, image_BHWC: Tensor) -> Callable[[], Scores]:
+        """Begins to score images; the function that is returned waits for the scores, on the CPU.
+
+        A GPU works while its host does other things, if the images are in pinned memory.
+        """
+        scores = self(image_BHWC)
+        if self._batches.device.type == "cpu":
+            return lambda: scores
+        # Copied now: a later copy would wait for the batches that were submitted since.
+        on_host = [torch.empty(value.shape, dtype=value.dtype, pin_memory=True) for value in scores]
+        for host, value in zip(on_host, scores, strict=True):
+            host.copy_(value, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def result() -> Scores:
+            done.synchronize()
+            return Scores(*on_host)
+
+        return result
 
     @torch.inference_mode()
     def score_features(self, y: Sequence[Tensor]) -> Scores:
@@ -54,17 +127,46 @@ class InferenceDetector:
         return self._score(y)
 
 
-def _then(first: Callable[[Any], Any], second: Callable[[Any], Scores], x: Any) -> Scores:
-    return second(first(x))
+class _Batches:
+    """The batches that a form takes."""
+
+    def __init__(self, detector: Detector, size: int) -> None:
+        self.device = detector.get_buffer("mean").device
+        self.image_shape = (*detector.architecture.image_size, 3)
+        self.size = size
+
+    def check(self, image_BHWC: Tensor) -> None:
+        if image_BHWC.dtype != torch.uint8 or tuple(image_BHWC.shape[1:]) != self.image_shape:
+            found = f"{image_BHWC.dtype} of {tuple(image_BHWC.shape)}"
+            raise ValueError(f"expected uint8 images of shape (B, *{self.image_shape}), not {found}")
+        if len(image_BHWC) > self.size:
+            raise ValueError(f"{len(image_BHWC)} images are more than a batch of {self.size}")
 
 
-class _FeatureScorer(nn.Module):
-    """Turns features into scores. A compiler leaves out the log-determinant, which nothing reads."""
+@torch.inference_mode()
+def _recorded(form: nn.Module, batches: _Batches, fallbacks: Fallbacks) -> Recorded:
+    """The form, recorded for batches as large as the GPU has room for; tells `batches` how large."""
+    while True:
+        shape = (batches.size, *batches.image_shape)
+        try:
+            return Recorded(form, torch.zeros(shape, dtype=torch.uint8, device=batches.device), fallbacks)
+        except torch.OutOfMemoryError as error:
+            if batches.size == 1:
+                raise
+            batches.size //= 2
+            fallbacks.add(f"batches have {batches.size} images", error)
+            torch.cuda.empty_cache()
 
-    def __init__(self, detector: Detector) -> None:
-        super().__init__()
-        self.gaussians, self.flow, self.statistic = detector.gaussians, detector.flow, detector.statistic
 
-    def forward(self, y: Sequence[Tensor]) -> Scores:
-        scores: Scores = self.statistic(energies(self.gaussians, self.flow, y))
-        return scores
+def _padded(
+    function: Callable[[Tensor], Sequence[Tensor]], batch_size: int
+) -> Callable[[Tensor], Sequence[Tensor]]:
+    """A function of up to `batch_size` images, made of one of exactly so many."""
+
+    def run(image_BHWC: Tensor) -> Sequence[Tensor]:
+        images, *shape = image_BHWC.shape
+        if images < batch_size:
+            image_BHWC = torch.cat([image_BHWC, image_BHWC.new_zeros((batch_size - images, *shape))])
+        return [value[:images] for value in function(image_BHWC)]
+
+    return run

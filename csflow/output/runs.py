@@ -56,6 +56,9 @@ class RunRecord(Record):
     counts: Counts
     precisions: list[str] = []
     """The precisions that workers computed in."""
+    forms: list[dict[str, Any]] = []
+    """How workers computed the model: `device`, `precision`, `batch_size` (images in a pass), and
+    `fallbacks`, which say what ran more slowly than it could and why."""
     drift: Drift | None
     peak_memory_bytes: dict[str, int]
     """Peak memory of the `driver` and of the largest `worker`."""

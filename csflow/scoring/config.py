@@ -37,11 +37,12 @@ class ScoreConfig(JobConfig):
     max_error_rate: float = Field(0.5, gt=0, le=1)
     """If more than this share of the images fails, the run ends, maybe early, with exit status 3."""
     batch_size: int | None = Field(None, ge=1)
-    """Number of images per forward pass. [default: 8 on CPUs, 32 on GPUs]"""
+    """Number of images per forward pass. [default: 8 on CPUs; on GPUs 128, or fewer large ones]"""
     precision: PrecisionSetting = "auto"
-    """Precision of convolutions and matrix products; sums are float32. `mixed` is float32 in the backbone's
-    early layers, then bfloat16; scores change by about 0.2 %, at most 1 %. `bfloat16` changes scores by
-    several percent. `auto` is `mixed` if the device supports bfloat16, else `float32`."""
+    """Precision of convolutions and matrix products; sums are float32. `mixed`, for CPUs, is float32 in the
+    backbone's early layers, then bfloat16; scores change by about 0.2 %, at most 1 %. `float16`, for GPUs, is
+    as exact. `bfloat16` changes scores by several percent. `auto` is `float16` on GPUs; on CPUs it is `mixed`
+    if they support bfloat16, else `float32`."""
     workers: int | None = Field(None, ge=1)
     """Number of scoring actors. [default: one per GPU, or one per CPU]"""
     stall_timeout: float = Field(1800.0, gt=0)

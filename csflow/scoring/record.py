@@ -1,5 +1,6 @@
 """How a run ends: its exit status, its record in `run.json`, and its summary in the terminal."""
 
+import json
 import platform
 import time
 from collections.abc import Mapping
@@ -58,6 +59,7 @@ def run_record(
     drift: Drift | None,
     clock: Clock,
 ) -> RunRecord:
+    forms = [json.loads(form) for form in sorted(tally.forms)]
     return RunRecord(
         run_id=run_id,
         status=status.name.lower(),
@@ -73,7 +75,8 @@ def run_record(
             errors_in_this_run=dict(tally.error_codes),
             failed_shards_in_this_run=tally.failed_shards,
         ),
-        precisions=sorted(tally.precisions),
+        precisions=sorted({form["precision"] for form in forms}),
+        forms=forms,
         drift=drift,
         peak_memory_bytes={"driver": peak_memory_bytes(), "worker": tally.peak_worker_bytes},
         images_per_second=round(tally.images / clock.seconds["score"], 3),
@@ -103,6 +106,8 @@ def summary(record: RunRecord, output: Output) -> str:
             f"drift     {drift.share_below_5_percent:.1%} of p-values below 0.05; distance from "
             f"calibration {drift.ks_statistic:.3f} (p = {drift.ks_p_value:.2g})"
         )
+    for form in record.forms:
+        lines += [f"slower    on {form['device']}: {fallback}" for fallback in form["fallbacks"]]
     lines.append(f"output    {output.folder('scores')}")
     if counts.missing:
         lines.append(f"INCOMPLETE: {counts.missing} images are missing; the same command continues")

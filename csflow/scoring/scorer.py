@@ -1,8 +1,11 @@
 """The scoring actor: reads, decodes and scores one shard of images, and publishes its rows."""
 
+import json
+import math
 import threading
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -33,8 +36,10 @@ from csflow.storage import Location, to_parquet
 
 READ_THREADS, READ_THREADS_PER_CPU = 8, 2
 """Number of reading threads in a worker: at least the first, since most of them wait for the store."""
-CPU_BATCH_SIZE, GPU_BATCH_SIZE = 8, 32
-"""Default number of images per forward pass. More is slower on CPUs: early activations leave the cache."""
+CPU_BATCH_SIZE = 8
+"""Default number of images per pass on a CPU. More is slower: early activations leave the cache."""
+GPU_BATCH_PIXELS, GPU_BATCH_SIZE = 1 << 24, 128
+"""Default number of pixels, and largest number of images, per pass on a GPU (benchmarks/gpu.md)."""
 RESULT = pa.schema(
     [
         pa.field("shard", pa.string()),
@@ -49,7 +54,7 @@ RESULT = pa.schema(
         pa.field("first_scored_at", pa.timestamp("us", tz="UTC")),
         pa.field("anomaly_scores", pa.list_(pa.float64())),
         pa.field("p_values_below_5_percent", pa.int64()),
-        pa.field("precision", pa.string()),  # of the worker
+        pa.field("form", pa.string()),  # of the worker's model, as JSON
         pa.field("peak_memory_bytes", pa.int64()),  # of the worker process so far
         pa.field("failure", pa.string()),  # why the whole shard failed, if it did
     ]
@@ -81,11 +86,11 @@ class ShardScorer:
             )
         self._calibration = model.calibration
         self._map_threshold = model.calibration.map_threshold(settings.false_positive_rate)
-        self._batch_size = settings.batch_size or (GPU_BATCH_SIZE if resources.gpus else CPU_BATCH_SIZE)
-        detector = model.detector.to(self._device)
-        self._detector = InferenceDetector(detector, settings.precision, self._batch_size)
         storage_options = settings.output.location.storage_options
         preprocessing = model.detector.architecture.preprocessing
+        batch_size = settings.batch_size or default_batch_size(preprocessing.image_size, self._device)
+        detector = model.detector.to(self._device)
+        self._detector = InferenceDetector(detector, settings.precision, batch_size)
         self._loader: ImageLoader | IsolatedLoader
         if settings.is_isolated:
             self._loader = IsolatedLoader(storage_options, preprocessing)
@@ -121,7 +126,8 @@ class ShardScorer:
         )
         with self._model_lock:
             good = self._without_errors(loaded, errors, stages)
-            scored = [self._score(group, stages) for group in batches(good, self._batch_size)]
+            groups = batches(good, self._detector.form.batch_size)
+            scored = [self._rows(*of_batch) for of_batch in self._scored(groups, stages)]
         with stages.measured("write"):
             scores = pa.Table.from_batches(scored, SCORES)
             is_published = self._publish(shard, target, scores, errors)
@@ -136,7 +142,7 @@ class ShardScorer:
             "first_scored_at": scores["scored_at"][0] if scores else None,
             "anomaly_scores": scores["anomaly_score"].to_pylist(),
             "p_values_below_5_percent": pc.sum(pc.less(scores["p_value"], 0.05)).as_py() or 0,
-            "precision": self._detector.precision,
+            "form": json.dumps(asdict(self._detector.form)),
             "peak_memory_bytes": peak_memory_bytes(),
         }
 
@@ -151,13 +157,43 @@ class ShardScorer:
             else:
                 yield ScorableImage(image.image_uri, image.image_version, image.content)
 
-    def _score(self, images: Sequence[ScorableImage], stages: Stages) -> pa.RecordBatch:
-        """Scores the images; returns rows in the `SCORES` schema."""
-        with stages.measured("score"):
-            pixels_BHWC = torch.from_numpy(np.stack([image.decoded.pixels_HWC for image in images]))
-            scores = self._forward(pixels_BHWC)
+    def _scored(
+        self, groups: Iterable[Sequence[ScorableImage]], stages: Stages
+    ) -> Iterator[tuple[Sequence[ScorableImage], Scores]]:
+        """The images of each batch, and their scores.
+
+        A GPU scores one batch while this thread gathers the next and makes rows of the last.
+        """
+        submitted: deque[tuple[Sequence[ScorableImage], Callable[[], Scores]]] = deque()
+        for group in groups:
+            with stages.measured("score"):
+                submitted.append((group, self._detector.submit(self._pixels(group))))
+            if len(submitted) > 1:
+                yield _finished(*submitted.popleft(), stages)
+        while submitted:
+            yield _finished(*submitted.popleft(), stages)
+
+    def _pixels(self, images: Sequence[ScorableImage]) -> Tensor:
+        """The images' pixels (B, H, W, 3), where a GPU can fetch them by itself."""
+        pixels = [image.decoded.pixels_HWC for image in images]
+        shape = (len(pixels), *pixels[0].shape)
+        pixels_BHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        np.stack(pixels, out=pixels_BHWC.numpy())
+        return pixels_BHWC
+
+    def _rows(self, images: Sequence[ScorableImage], scores: Scores) -> pa.RecordBatch:
+        """Rows in the `SCORES` schema.
+
+        Raises:
+            FloatingPointError: an image has no score, since numbers left the range of the precision.
+        """
         anomaly_score_B = scores.anomaly_score_B.double().numpy()
         anomaly_map_BHW = scores.anomaly_map_BHW.float().numpy()
+        for image, score in zip(images, anomaly_score_B, strict=True):
+            if not np.isfinite(score):
+                precision = self._detector.form.precision
+                remedy = "train the model anew" if precision == "float32" else "choose --precision float32"
+                raise FloatingPointError(f"{image.image_uri} has the score {score} in {precision}; {remedy}")
         height_B = np.array([image.decoded.height for image in images], dtype=np.int32)
         width_B = np.array([image.decoded.width for image in images], dtype=np.int32)
         box_B4 = np.array([image.decoded.box for image in images])
@@ -187,17 +223,6 @@ class ShardScorer:
         columns |= _with_p_values("global", scores.global_score_B, self._calibration.global_score, p_value_B)
         columns |= _with_p_values("local", scores.local_score_B, self._calibration.local_score, None)
         return pa.RecordBatch.from_pydict(columns, schema=SCORES)
-
-    @torch.inference_mode()
-    def _forward(self, pixels_BHWC: Tensor) -> Scores:
-        """Scores on the CPU. A batch too large for the device is halved, as often as needed."""
-        try:
-            return Scores(*(value.cpu() for value in self._detector(pixels_BHWC.to(self._device))))
-        except torch.OutOfMemoryError:
-            if len(pixels_BHWC) == 1:
-                raise
-        halves = [self._forward(half) for half in pixels_BHWC.chunk(2)]
-        return Scores(*(torch.cat(parts) for parts in zip(*halves, strict=True)))
 
     def _error_row(self, image: LoadedImage, error: ImageError) -> dict[str, Any]:
         return {
@@ -238,6 +263,20 @@ class ShardScorer:
         seconds["other"] = total - sum(seconds.values())
         seconds["start"], self._start_cpu_seconds = self._start_cpu_seconds, 0.0
         return seconds
+
+
+def default_batch_size(image_size: tuple[int, int], device: torch.device) -> int:
+    """Number of images per pass."""
+    if device.type == "cpu":
+        return CPU_BATCH_SIZE
+    return min(GPU_BATCH_SIZE, max(1, GPU_BATCH_PIXELS // math.prod(image_size)))
+
+
+def _finished(
+    images: Sequence[ScorableImage], result: Callable[[], Scores], stages: Stages
+) -> tuple[Sequence[ScorableImage], Scores]:
+    with stages.measured("score"):
+        return images, result()
 
 
 class _Released:

@@ -33,8 +33,8 @@ class Tally:
     """CPU seconds by stage; the rest of each worker process is `start` and `other`."""
     first_scored_at: datetime | None = None
     """The time when the first images of the run had their scores."""
-    precisions: set[str] = field(default_factory=set)
-    """Precisions that workers computed in; several on a mixed cluster."""
+    forms: set[str] = field(default_factory=set)
+    """How workers computed the model, as JSON; several on a mixed cluster."""
     peak_worker_bytes: int = 0
     sample: list[float] = field(default_factory=list)
     """Anomaly scores; a random sample if there are more than `SAMPLE_SIZE`."""
@@ -51,7 +51,7 @@ class Tally:
         self.anomalous += row["anomalous"]
         self.p_values_below_5_percent += row["p_values_below_5_percent"]
         self.error_codes.update(dict(row["error_codes"]))
-        self.precisions.add(row["precision"])
+        self.forms.add(row["form"])
         self.peak_worker_bytes = max(self.peak_worker_bytes, row["peak_memory_bytes"])
         for stage, seconds in row["seconds"]:
             self.seconds[stage] += seconds

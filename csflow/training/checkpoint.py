@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from csflow.training.loop import Trainer
@@ -48,6 +49,10 @@ def restore(trainer: Trainer, folder: str) -> bool:
     trainer.best_state = {k: v.to(trainer.worker.device) for k, v in with_prefix(tensors, "best.").items()}
     fresh = trainer.optimizer.state_dict()
     trainer.optimizer.load_state_dict(_unflatten_optimizer(fresh, with_prefix(tensors, "optimizer.")))
+    for parameter, state in trainer.optimizer.state.items():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            # In the layout of the weights, which files do not have.
+            state[moment] = torch.empty_like(parameter).copy_(state[moment])
     return bool(with_prefix(tensors, "closing."))
 
 

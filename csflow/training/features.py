@@ -21,7 +21,7 @@ from csflow.training.shards import cut
 
 SHARD_SIZE = 64
 READ_THREADS = 8
-BATCH_SIZE = 8
+CPU_BATCH_SIZE, GPU_BATCH_SIZE = 8, 32
 """Number of images per backbone pass. More is slower on CPUs: early activations leave the cache."""
 
 RESULT = pa.schema(
@@ -70,7 +70,8 @@ class FeatureExtractor:
     def __init__(self, architecture: Architecture, cache: FeatureCache, resources: WorkerResources) -> None:
         self._device = process.set_up(resources.cpus, resources.gpus)
         detector = load_backbone(architecture, cache).to(self._device)
-        self._backbone = InferenceBackbone(detector, "float32", BATCH_SIZE)
+        batch_size = GPU_BATCH_SIZE if resources.gpus else CPU_BATCH_SIZE
+        self._backbone = InferenceBackbone(detector, "float32", batch_size)
         self._cache = cache
         self._reader = _DigestingReader(cache.folder.storage_options)
         self._loader = ImageLoader(self._reader, architecture.preprocessing, READ_THREADS)
@@ -89,7 +90,7 @@ class FeatureExtractor:
         failed: list[tuple[str, str, str]] = []
         failed_for_now: list[str] = []
         parts: list[Tensor] = [torch.empty(0, sum(self._cache.sizes))]
-        for batch in batches(self._loader.load(image_uris, image_versions), BATCH_SIZE):
+        for batch in batches(self._loader.load(image_uris, image_versions), self._backbone.batch_size):
             pixels = []
             for image in batch:
                 if not isinstance(image.content, ImageError):

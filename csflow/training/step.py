@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 MAX_GRAD_NORM = 1.0
 
@@ -22,9 +22,12 @@ def annealed(learning_rate: float, step: int, steps: int) -> float:
     return learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def optimizer_step(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> float:
-    """Clips the gradients, makes a step and clears them; returns their norm before clipping."""
+def optimizer_step(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> Tensor:
+    """Clips the gradients, makes a step and clears them; returns their norm before clipping.
+
+    The norm stays on the device, since reading it would make a GPU wait in every step.
+    """
     norm = nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+    return norm

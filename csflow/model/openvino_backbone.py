@@ -1,7 +1,7 @@
-"""The frozen backbone for scoring and feature extraction: preprocessing and network for fixed shapes.
+"""The backbone on CPUs: OpenVINO compiles the network for fixed shapes.
 
-On CPUs OpenVINO compiles the network: it folds batch norms, fuses activations and chooses layouts, and is
-faster than PyTorch's own kernels (docs/performance.md). On GPUs PyTorch compiles it.
+It folds batch norms, fuses activations and chooses layouts, and is faster than PyTorch's own kernels
+(docs/performance.md).
 
 The network runs in two parts: layers of large maps, then layers of small maps. Roundings in the first part
 grow on their way through the second, so `mixed` precision is float32 in the first and bfloat16 in the second.
@@ -11,7 +11,6 @@ layers, such as a vision transformer, runs as a whole, and in float32 if `mixed`
 Dimension letters: B batch, C channels, H height, W width.
 """
 
-import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,17 +25,17 @@ from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
 from csflow.model.backbone import Backbone, IntermediateMaps, stage_maps
-from csflow.model.compilation import compiled
 from csflow.model.detector import Detector
+from csflow.model.fallbacks import Fallbacks
 from csflow.model.rounding import Layers, without_shifts
 from csflow.precision import Precision
 
-SMALL_MAPS_STRIDE = 16
-"""Maps of at least this reduction are small. They take two thirds of an EfficientNet's products."""
 CACHED_PIXELS = 256 * 256
 """Most pixels that go through the layers of large maps at a time, as one image or several."""
 WHOLE_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Largest error of maps of a network that OpenVINO runs as a whole, relative to the largest activation."""
+SMALL_MAPS_STRIDE = 16
+"""Maps of at least this reduction are small. They take two thirds of an EfficientNet's products."""
 BEYOND = 1e30
 """A bound that no activation reaches."""
 
@@ -44,69 +43,22 @@ Pass = Callable[[Tensor], list[Tensor]]
 """Turns normalised float32 pixels (B, H, W, 3) into each stage's map (B, C, H / stride, W / stride)."""
 
 
-class InferenceBackbone:
-    """`Detector.features` for batches of one size. The detector itself is not changed."""
-
-    def __init__(self, detector: Detector, precision: Precision, batch_size: int) -> None:
-        """Compiles the network, which takes a second or two."""
-        height, width = detector.architecture.image_size
-        self.image_shape = (height, width, 3)
-        self.batch_size = batch_size
-        # Of a row of pixels: three numbers would be too few for vector instructions.
-        self._mean_X, self._std_X = (
-            255 * detector.get_buffer(name).repeat(width) for name in ("mean", "std")
-        )
-        device = self._mean_X.device
-        self._is_fixed = device.type == "cpu"
-        scales = detector.architecture.scales
-        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        # Where it is not known what rounding shifts, `mixed` leaves the small maps in float32 too.
-        is_split = precision == "mixed" and bool(detector.rounding_shifts)
-        dtypes = dtype, torch.bfloat16 if is_split else dtype
-        self._join = detector.pyramid.join
-        self._passes: list[Pass]
-        sizes = [(height >> s, width >> s) for s in range(scales)]
-        parts = _Parts.of(detector.backbone, detector.rounding_shifts, dtypes)
-        if not self._is_fixed:
-            self._passes = [_by_pytorch(parts, device)] * scales
-        elif detector.backbone.is_chain:
-            self._passes = _by_openvino(parts, sizes, batch_size)
-        else:
-            self._passes = [_whole_by_openvino(parts.large, (batch_size, *size, 3)) for size in sizes]
-
-    @torch.inference_mode()
-    def __call__(self, image_BHWC: Tensor) -> list[Tensor]:
-        """The flow's input for up to `batch_size` uint8 RGB images, float32 per level."""
-        if image_BHWC.dtype != torch.uint8 or tuple(image_BHWC.shape[1:]) != self.image_shape:
-            found = f"{image_BHWC.dtype} of {tuple(image_BHWC.shape)}"
-            raise ValueError(f"expected uint8 images of shape (B, *{self.image_shape}), not {found}")
-        images = len(image_BHWC)
-        pixel_BHX = self.padded(image_BHWC).flatten(2).float().sub_(self._mean_X).div_(self._std_X)
-        pixel_BHWC = pixel_BHX.unflatten(2, self.image_shape[1:])
-        maps = []
-        for s, network in enumerate(self._passes):
-            pixel_BHWC = _halved(pixel_BHWC) if s else pixel_BHWC
-            maps.append([map_BCHW[:images] for map_BCHW in network(pixel_BHWC)])
-        return self._join(maps)
-
-    def padded(self, image_BHWC: Tensor) -> Tensor:
-        """The images, and black ones up to the size of a pass. Each size is compiled, so there are few."""
-        images = len(image_BHWC)
-        if images > self.batch_size:
-            raise ValueError(f"{images} images are more than a batch of {self.batch_size}")
-        room = self.batch_size
-        while not self._is_fixed and room // 2 >= max(1, images):
-            room //= 2  # a GPU that had no room for more must not be given more
-        if images == room:
-            return image_BHWC
-        return torch.cat([image_BHWC, image_BHWC.new_zeros((room - images, *image_BHWC.shape[1:]))])
-
-
-def _halved(x_BHWC: Tensor) -> Tensor:
-    """Means of 2 × 2 pixels, since `F.avg_pool2d` takes five times as long on three interleaved channels."""
-    x_BHWC = x_BHWC[:, 0::2] + x_BHWC[:, 1::2]
-    x_BHWC = x_BHWC[:, :, 0::2] + x_BHWC[:, :, 1::2]
-    return x_BHWC.mul_(0.25)
+def openvino_passes(
+    detector: Detector,
+    precision: Precision,
+    sizes: Sequence[tuple[int, int]],
+    batch: int,
+    fallbacks: Fallbacks,
+) -> list[Pass]:
+    """A pass for each of these heights and widths, and for this number of images only."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    # Where it is not known what rounding shifts, `mixed` leaves the small maps in float32 too.
+    is_split = precision == "mixed" and bool(detector.rounding_shifts)
+    dtypes = dtype, torch.bfloat16 if is_split else dtype
+    parts = _Parts.of(detector.backbone, detector.rounding_shifts, dtypes)
+    if detector.backbone.is_chain:
+        return _chain_passes(parts, sizes, batch)
+    return [_whole_pass(parts.large, (batch, *size, 3), fallbacks) for size in sizes]
 
 
 @torch.no_grad()
@@ -161,20 +113,6 @@ class _Parts(NamedTuple):
         return cls(large, sum(is_stage[:border]), small)
 
 
-def _by_pytorch(parts: _Parts, device: torch.device) -> Pass:
-    def fused(part: _Part) -> Callable[[Tensor], list[Tensor]]:
-        return compiled(part.to(memory_format=torch.channels_last), device, part.dtype, dynamic=False)
-
-    large, small = fused(parts.large), parts.small and fused(parts.small)
-
-    def network(pixel_BHWC: Tensor) -> list[Tensor]:
-        maps = large(pixel_BHWC.permute(0, 3, 1, 2))
-        small_maps = small(maps[-1]) if small else []
-        return [map_BCHW.float() for map_BCHW in (*maps[: parts.stages_in_large], *small_maps)]
-
-    return network
-
-
 def _from_pixels(network: Callable[[Tensor], list[Tensor]]) -> Pass:
     def run(pixel_BHWC: Tensor) -> list[Tensor]:
         return network(pixel_BHWC.permute(0, 3, 1, 2))
@@ -182,8 +120,7 @@ def _from_pixels(network: Callable[[Tensor], list[Tensor]]) -> Pass:
     return run
 
 
-def _by_openvino(parts: _Parts, sizes: Sequence[tuple[int, int]], batch: int) -> list[Pass]:
-    """A pass for each of these heights and widths, and for this number of images only."""
+def _chain_passes(parts: _Parts, sizes: Sequence[tuple[int, int]], batch: int) -> list[Pass]:
     # The smallest size and one image give the same graph as the largest, in less time.
     pixel_BHWC = torch.zeros(1, *sizes[-1], 3)
     with torch.no_grad():
@@ -202,7 +139,7 @@ def _by_openvino(parts: _Parts, sizes: Sequence[tuple[int, int]], batch: int) ->
 
 
 @torch.no_grad()
-def _whole_by_openvino(part: _Part, shape: tuple[int, int, int, int]) -> Pass:
+def _whole_pass(part: _Part, shape: tuple[int, int, int, int], fallbacks: Fallbacks) -> Pass:
     """A pass through a network that is no chain, for pixels of this shape; by PyTorch if OpenVINO fails.
 
     OpenVINO turns values that depend on the image size into constants, or fails. So results are compared.
@@ -224,7 +161,7 @@ def _whole_by_openvino(part: _Part, shape: tuple[int, int, int, int]) -> Pass:
         if off <= WHOLE_TOLERANCES[part.dtype]:
             return run
         problem = f"its maps are off by {off:.1e}"
-    logging.getLogger(__name__).warning("the backbone runs without OpenVINO, more slowly: %s", problem)
+    fallbacks.add("the backbone runs without OpenVINO", problem)
     return network
 
 
