@@ -9,13 +9,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import ray
 import ray.data
 
 from csflow.console import is_verbose
+from csflow.precision import Device
 
 T = TypeVar("T")
 
@@ -25,6 +26,8 @@ MAX_BLOCKS = 4096
 BACKEND_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 SHARD_RETRIES = 2
 """How often a shard is tried again after its actor died. Ray's own default has no limit."""
+START_RETRIES = 10
+"""How many actors of a pool may fail to start, one after the other. Ray's own default is none."""
 
 
 def connect() -> None:
@@ -40,6 +43,11 @@ def connect() -> None:
     context.enable_progress_bars = False
     # A block that fails after its retries is missing from the results, where the job accounts for it.
     context.max_errored_blocks = -1
+    # A pool grows when its actors have all the shards that they may have. By default it waits for more than
+    # two shards for each thread, which actors of several threads never have.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
+    # One node on which no actor can start must not end a run that others carry on.
+    context.max_consecutive_actor_init_deaths = START_RETRIES
     logging.getLogger("ray.data").setLevel(level)
 
 
@@ -70,31 +78,55 @@ def _quiet_backend() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class WorkerResources:
-    """An equal share of the cluster for each worker."""
+    """What each worker has, the same for all, and how many workers there are."""
 
     workers: int
+    """Number of workers to begin with."""
     cpus: int
     gpus: int
+    memory: int = 0
+    """Bytes that a worker needs, 0 if that is not known."""
+    most: int | None = None
+    """Largest number of workers when nodes join; None if there is no limit."""
 
 
-def share_out(workers: int | None, worker_bytes: int = 0) -> WorkerResources:
-    """Divides the cluster among `workers`; by default one per GPU, or one per CPU.
+def share_out(workers: int | None, worker_bytes: int = 0, device: Device = "auto") -> WorkerResources:
+    """Divides the cluster among `workers`; by default one per GPU, or one per CPU, and more as nodes join.
 
     Many workers of one thread are faster than few of several threads, which wait for each other at every
     layer. There are no more workers than fit into memory.
 
     Args:
+        workers: number of workers. Those for which there is no room yet start when there is.
         worker_bytes: memory that one worker needs.
+        device: `auto` is `gpu` if a node has one.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-    if gpus and gpus >= (workers or 1):
-        nodes = [node for node in nodes if node.get("GPU")]
-        return _fit(nodes, workers or gpus, gpus=1)
-    fitting = (
-        min(int(node.get("CPU", 0)), int(node.get("memory", 0)) // max(1, worker_bytes)) for node in nodes
-    )
-    return _fit(nodes, workers or max(1, sum(fitting)), gpus=0)
+    with_gpu = [node for node in nodes if node.get("GPU")]
+    if device == "gpu" or (device == "auto" and with_gpu):
+        gpus = max(1, sum(int(node["GPU"]) for node in with_gpu))
+        fitting = _fit(with_gpu, min(workers or gpus, gpus), gpus=1)
+        return replace(fitting, workers=workers or gpus, most=workers)
+    rooms = [int(node.get("memory", 0)) // max(1, worker_bytes) for node in nodes]
+    room = sum(min(int(node.get("CPU", 0)), of_memory) for node, of_memory in zip(nodes, rooms, strict=True))
+    fitting = _fit(nodes, workers or max(1, room), gpus=0)
+    # Ray keeps to memory when nodes join, if there is a node that has enough for one.
+    is_bounded = bool(worker_bytes) and max(rooms, default=0) > 0 and workers is None
+    memory = worker_bytes if is_bounded else 0
+    return replace(fitting, memory=memory, most=None if is_bounded else fitting.workers)
+
+
+def on_this_node(resources: WorkerResources) -> WorkerResources:
+    """What a worker has on the node where it runs: beside a GPU, an equal share of the node's CPUs.
+
+    Nodes differ, and all workers ask for what the smallest share is.
+    """
+    if not resources.gpus:
+        return resources
+    here = ray.get_runtime_context().get_node_id()
+    node = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    share = int(node["CPU"]) * resources.gpus // int(node["GPU"])
+    return replace(resources, cpus=max(resources.cpus, share))
 
 
 def _fit(nodes: Sequence[Mapping[str, float]], workers: int, gpus: int) -> WorkerResources:
@@ -147,7 +179,8 @@ def map_shards(
         fn_constructor_args=tuple(constructor_args),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
-            size=min(resources.workers, blocks),
+            min_size=min(resources.workers, blocks),
+            max_size=min(resources.most or blocks, blocks),
             # A shard that waits for its actor could have gone to a faster one, and would die with this one.
             max_tasks_in_flight_per_actor=max(2, calls_per_worker),
             max_concurrent_calls_per_actor=calls_per_worker,
@@ -155,18 +188,23 @@ def map_shards(
         ),
         num_cpus=resources.cpus,
         num_gpus=resources.gpus,
+        memory=resources.memory or None,
         max_restarts=-1,
         max_task_retries=SHARD_RETRIES,
     )
     yield from results.iter_rows()
 
 
-def with_timeout(rows: Iterator[T], seconds: float | None) -> Iterator[T]:
+def with_timeout(rows: Iterator[T], seconds: float | None, first: float | None = None) -> Iterator[T]:
     """Yields the rows of an iterator that may hang.
+
+    Args:
+        first: seconds until the first row, if they are others.
 
     Raises:
         TimeoutError: the next row takes longer. The iterator stays behind in its thread.
     """
+    timeout = seconds if first is None else first
     results: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(maxsize=1)
 
     def pull() -> None:
@@ -180,9 +218,10 @@ def with_timeout(rows: Iterator[T], seconds: float | None) -> Iterator[T]:
     threading.Thread(target=pull, daemon=True).start()
     while True:
         try:
-            result = results.get(timeout=seconds)
+            result = results.get(timeout=timeout)
         except queue.Empty:
             raise TimeoutError from None
+        timeout = seconds
         if result is None:
             return
         if isinstance(result, BaseException):

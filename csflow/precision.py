@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:  # settings know the names of precisions without it
     import torch
 
+Device = Literal["auto", "cpu", "gpu"]
+"""What workers compute on; `auto` is `gpu` if the cluster has one."""
 Precision = Literal["float32", "mixed", "bfloat16", "float16"]
 """Precision of scoring. `mixed`, for CPUs, is float32 where the backbone's maps are large, since the flow
 would take the rounding errors there for anomalies, and bfloat16 behind. float16 is for GPUs, and as exact."""

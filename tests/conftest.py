@@ -181,7 +181,7 @@ SHARD_ROW: dict[str, Any] = {
     "seconds": [],
     "cpu_seconds": [],
     "first_scored_at": None,
-    "precision": "float32",
+    "form": "{}",
     "anomaly_scores": [],
 }
 """What a scoring actor gives back of a shard of ten good images, apart from its name."""

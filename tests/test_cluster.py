@@ -109,18 +109,18 @@ def test_overlays_render_as_kustomize_renders_them(name):
     assert sorted(ours, key=key) == sorted(yaml.safe_load_all(rendered), key=key)
 
 
-def test_jobs_wait_for_workers_that_a_group_can_give(overlay):
-    groups = {}
+def test_jobs_ask_for_workers_that_a_group_can_give(overlay):
+    room = {"cpu": 0, "gpu": 0}
     for group in only(overlay, "RayCluster")["spec"]["workerGroupSpecs"]:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        share = (int(limits["cpu"]), int(limits.get("nvidia.com/gpu", 0)))
-        groups[share] = group["maxReplicas"]
+        gpus = int(limits.get("nvidia.com/gpu", 0))
+        room["gpu" if gpus else "cpu"] += group["maxReplicas"] * (gpus or int(limits["cpu"]))
         assert group["minReplicas"] == group["replicas"] == 0  # nothing runs when nothing is to do
     for words in command_lines(overlay):
         words = [part for word in words for part in word.split("=", 1)]
-        asked = {name: int(words[words.index(f"--{name}") + 1]) for name in ("workers", "cpus")}
-        gpus = int(words[words.index("--gpus") + 1]) if "--gpus" in words else 0
-        assert asked["workers"] <= groups[asked["cpus"], gpus]
+        workers = int(words[words.index("--workers") + 1]) if "--workers" in words else 1
+        # Said and not left to `auto`, which sees no GPU before its node has started.
+        assert workers <= room[words[words.index("--device") + 1]]
 
 
 def test_jobs_run_files_and_settings_that_exist(overlay, tmp_path):
@@ -444,7 +444,6 @@ def test_the_working_folder_is_small_and_holds_the_jobs(tmp_path):
     with zipfile.ZipFile(tmp_path / "package.zip") as package:
         names = set(package.namelist())
     assert {"jobs/score.py", "csflow/scoring/job.py", "csflow/report/page.html.jinja"} <= names
-    assert "cluster/wait_for_workers.py" in names
     assert not [name for name in names if name.startswith(("tests/", "docs/", ".git/", "cluster/kuberay/"))]
 
 

@@ -100,3 +100,14 @@ def test_a_run_that_waits_in_vain_ends(follow: Follow) -> None:
     tally, printed, given = follow(rows(), shards=3, stall_timeout=0.2)
     assert "stalled: no shard finished for 0 s, 2 are still waited for" in printed
     assert (len(tally.shards), given) == (1, [3])
+
+
+def test_a_run_to_which_no_worker_comes_ends_and_says_what_it_waited_for(follow: Follow) -> None:
+    def rows() -> Iterator[dict[str, Any]]:
+        time.sleep(5)
+        yield SHARD_ROW
+
+    tally, printed, given = follow(rows(), shards=3, start_timeout=0.2)
+    assert "no shard finished within 0 s of the start" in printed
+    assert "room for workers of 1 CPUs and 0 GPUs" in printed
+    assert (len(tally.shards), given) == (0, [3])

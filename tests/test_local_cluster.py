@@ -251,18 +251,15 @@ def test_three_nights_over_growing_input_score_what_is_new(local_cluster, cells,
 
 
 @pytest.mark.soak
-def test_a_job_does_not_start_where_its_workers_never_come(local_cluster):
-    waiting = [sys.executable, "cluster/wait_for_workers.py", "--workers", "50", "--cpus", "1"]
+def test_a_job_ends_where_its_workers_never_come(local_cluster, model, good_cells, tmp_path):
+    command = [sys.executable, "jobs/score.py", "--model", str(model), "--input", str(good_cells)]
+    command += ["--output", str(tmp_path), "--limit", "1", "--device", "gpu", "--start_timeout", "15"]
     ran = subprocess.run(
-        [*waiting, "--timeout", "1", "--", "echo", "started"],
-        cwd=ROOT,
-        env=local_cluster.environment,
-        capture_output=True,
-        text=True,
+        command, cwd=ROOT, env=local_cluster.environment, capture_output=True, text=True, timeout=250
     )
     assert ran.returncode == 3, ran.stderr
-    assert "no room for 50 workers of 1 CPUs" in ran.stderr
-    assert "started" not in ran.stdout
+    assert "within 15 s of the start; `ray status` shows" in ran.stdout + ran.stderr
+    assert "room for workers of 1 CPUs and 1 GPUs" in ran.stdout + ran.stderr
 
 
 @pytest.mark.soak

@@ -138,31 +138,45 @@ def test_a_creation_that_fails_for_good_says_so(monkeypatch, pauses, answers, pu
     assert store.puts == puts
 
 
+CPUS, GPUS = {"CPU": 64.0, "memory": 999.0}, {"CPU": 8.0, "GPU": 2.0, "memory": 99.0}
+
+
 @pytest.mark.parametrize(
-    ("nodes", "workers", "worker_bytes", "resources"),
+    ("nodes", "workers", "worker_bytes", "device", "resources"),
     [
-        # One a CPU, but no more than memory holds, node by node.
-        ([{"CPU": 8.0, "memory": 100.0}], None, 10, WorkerResources(8, 1, 0)),
-        ([{"CPU": 8.0, "memory": 39.0}], None, 10, WorkerResources(3, 2, 0)),
-        ([{"CPU": 4.0, "memory": 20.0}, {"CPU": 4.0, "memory": 90.0}], None, 10, WorkerResources(6, 1, 0)),
-        ([{"CPU": 4.0, "memory": 5.0}], None, 10, WorkerResources(1, 4, 0)),
-        ([{"CPU": 4.0, "memory": 5.0}], None, 0, WorkerResources(4, 1, 0)),
-        ([{"CPU": 4.0}], None, 10, WorkerResources(1, 4, 0)),
+        # One a CPU, but no more than memory holds, node by node; more when nodes join, if memory bounds them.
+        ([{"CPU": 8.0, "memory": 100.0}], None, 10, "auto", WorkerResources(8, 1, 0, 10, None)),
+        ([{"CPU": 8.0, "memory": 39.0}], None, 10, "auto", WorkerResources(3, 2, 0, 10, None)),
+        (
+            [{"CPU": 4.0, "memory": 20.0}, {"CPU": 4.0, "memory": 90.0}],
+            None,
+            10,
+            "auto",
+            WorkerResources(6, 1, 0, 10, None),
+        ),
+        ([{"CPU": 4.0, "memory": 5.0}], None, 10, "auto", WorkerResources(1, 4, 0, 0, 1)),
+        ([{"CPU": 4.0, "memory": 5.0}], None, 0, "auto", WorkerResources(4, 1, 0, 0, 4)),
+        ([{"CPU": 4.0}], None, 10, "auto", WorkerResources(1, 4, 0, 0, 1)),
         # As many as were asked for.
-        ([{"CPU": 8.0, "memory": 39.0}], 8, 10, WorkerResources(8, 1, 0)),
-        # One a GPU; nodes without one take no part, unless more workers are wanted than there are GPUs.
-        ([{"CPU": 8.0, "GPU": 2.0}, {"CPU": 64.0}], None, 10, WorkerResources(2, 4, 1)),
-        ([{"CPU": 8.0, "GPU": 2.0}, {"CPU": 64.0}], 1, 10, WorkerResources(1, 8, 1)),
-        ([{"CPU": 8.0, "GPU": 2.0}, {"CPU": 64.0}], 3, 10, WorkerResources(3, 21, 0)),
+        ([{"CPU": 8.0, "memory": 39.0}], 8, 10, "auto", WorkerResources(8, 1, 0, 0, 8)),
+        # One a GPU, and no more than were asked for when nodes join; nodes without one take no part.
+        ([GPUS, CPUS], None, 10, "auto", WorkerResources(2, 4, 1, 0, None)),
+        ([GPUS, CPUS], 1, 10, "auto", WorkerResources(1, 8, 1, 0, 1)),
+        # More workers than GPUs never become workers without one: they start as GPUs come.
+        ([GPUS, CPUS], 3, 10, "auto", WorkerResources(3, 4, 1, 0, 3)),
+        ([GPUS] * 2, 8, 10, "auto", WorkerResources(8, 4, 1, 0, 8)),
+        ([CPUS], 4, 10, "gpu", WorkerResources(4, 1, 1, 0, 4)),
+        ([], None, 10, "gpu", WorkerResources(1, 1, 1, 0, None)),
+        ([GPUS, CPUS], 9, 10, "cpu", WorkerResources(9, 8, 0, 0, 9)),
     ],
 )
 def test_there_are_as_many_workers_as_gpus_or_as_cpus_and_memory(
-    monkeypatch, nodes, workers, worker_bytes, resources
+    monkeypatch, nodes, workers, worker_bytes, device, resources
 ):
     dead = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 9.0, "memory": 999.0}}
     alive = [{"Alive": True, "Resources": node} for node in nodes]
     monkeypatch.setattr("ray.nodes", lambda: [dead, *alive])
-    assert share_out(workers, worker_bytes) == resources
+    assert share_out(workers, worker_bytes, device) == resources
 
 
 def test_options_and_fresh_listings_go_to_stores_and_not_to_disks(tmp_path):

@@ -151,7 +151,7 @@ def _with_ray(rows: pa.Table, maker: PictureMaker) -> list[Pictures]:
     ]
     made = {
         result["shard"]: pq.read_table(io.BytesIO(result["pictures"])).to_pylist()
-        for result in map_shards(shards, PictureMaker, maker.arguments, share_out(None))
+        for result in map_shards(shards, PictureMaker, maker.arguments, share_out(None, device="cpu"))
     }
     return list(_in_order(made, rows, starts))
 

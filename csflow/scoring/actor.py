@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from csflow.cluster import WorkerResources
+from csflow.cluster import WorkerResources, on_this_node
 from csflow.scoring.config import ScoringSettings
 
 CALLS_PER_SCORER = 2
@@ -18,7 +18,7 @@ class ScoringActor:
     def __init__(self, settings: ScoringSettings, resources: WorkerResources) -> None:
         from csflow.scoring.scorer import ShardScorer
 
-        self._scorer = ShardScorer(settings, resources)
+        self._scorer = ShardScorer(settings, on_this_node(resources))
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         return self._scorer(batch)

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from csflow.config import JobConfig, Locations, Moment, Patterns
 from csflow.output.layout import Output
-from csflow.precision import PrecisionSetting
+from csflow.precision import Device, PrecisionSetting
 from csflow.storage import Location
 
 
@@ -44,7 +44,13 @@ class ScoreConfig(JobConfig):
     as exact. `bfloat16` changes scores by several percent. `auto` is `float16` on GPUs; on CPUs it is `mixed`
     if they support bfloat16, else `float32`."""
     workers: int | None = Field(None, ge=1)
-    """Number of scoring actors. [default: one per GPU, or one per CPU]"""
+    """Number of scoring actors. Those for which the cluster has no room yet start when it has. [default: one
+    per GPU, or one per CPU, and more when nodes join]"""
+    device: Device = "auto"
+    """What the actors compute on. `gpu` waits for GPU nodes that an autoscaler has yet to start, `cpu` leaves
+    GPUs alone, `auto` is `gpu` if the cluster has one."""
+    start_timeout: float = Field(1800.0, gt=0)
+    """If no shard is finished after this many seconds, no worker came: the run ends with exit status 3."""
     stall_timeout: float = Field(1800.0, gt=0)
     """If no shard finishes for this many seconds, the run ends with exit status 3 instead of hanging."""
     exit_on_drift: bool = False

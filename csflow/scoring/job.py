@@ -43,7 +43,7 @@ def score(config: ScoreConfig) -> ExitStatus:
     tally = Tally()
     if shards:
         connect()
-        resources = share_out(config.workers, model.worker_bytes)
+        resources = share_out(config.workers, model.worker_bytes, config.device)
         _score_shards(shards, _settings(config, output, run_id), resources, config, tally)
     clock.lap("score")
     accounted = account(listing, output)
@@ -88,24 +88,29 @@ def _score_shards(
     """Scores the shards; then those again that took their workers down, image by image in a child process."""
     work = [shard.to_row() for shard in shards]
     rows = map_shards(work, ScoringActor, [settings, resources], resources, CALLS_PER_SCORER)
-    if not _follow(rows, len(shards), tally, settings.output.model_id, config):
+    if not _follow(rows, len(shards), tally, settings.output.model_id, config, resources):
         return
     lost = [shard.to_row() for shard in shards if shard.name not in tally.shards]
     if lost:
         warn(f"{len(lost)} shards took their workers down; their images are now tried one by one")
         isolated = replace(settings, is_isolated=True)
         rows = map_shards(lost, ScoringActor, [isolated, resources], resources)
-        _follow(rows, len(shards), tally, settings.output.model_id, config)
+        _follow(rows, len(shards), tally, settings.output.model_id, config, resources)
 
 
 def _follow(
-    rows: Iterator[dict[str, Any]], shards: int, tally: Tally, model_id: str, config: ScoreConfig
+    rows: Iterator[dict[str, Any]],
+    shards: int,
+    tally: Tally,
+    model_id: str,
+    config: ScoreConfig,
+    resources: WorkerResources,
 ) -> bool:
     """Counts results as they arrive, shows progress; returns whether all arrived. Raises as `StopRules`."""
     metrics, rules = LiveMetrics(model_id), StopRules(shards, config.max_error_rate)
     progress = Progress(shards, "shards")
     try:
-        for row in with_timeout(rows, config.stall_timeout):
+        for row in with_timeout(rows, config.stall_timeout, config.start_timeout):
             tally.add(row)
             metrics.add(row)
             if row["failure"]:
@@ -119,7 +124,14 @@ def _follow(
             )
     except TimeoutError:
         waiting = shards - len(tally.shards)
-        warn(f"stalled: no shard finished for {config.stall_timeout:.0f} s, {waiting} are still waited for")
+        if tally.shards:
+            since = f"for {config.stall_timeout:.0f} s, {waiting} are still waited for"
+        else:
+            since = (
+                f"within {config.start_timeout:.0f} s of the start; `ray status` shows whether the cluster "
+                f"has room for workers of {resources.cpus} CPUs and {resources.gpus} GPUs"
+            )
+        warn(f"stalled: no shard finished {since}")
         return False
     finally:
         progress.close()

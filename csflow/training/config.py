@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from csflow.config import JobConfig, Locations, Patterns, Stages
 from csflow.errors import WrongUse
-from csflow.precision import TrainingPrecision
+from csflow.precision import Device, TrainingPrecision
 from csflow.preprocessing import Fit
 from csflow.training.recipe import RECIPES, RecipeName
 
@@ -82,6 +82,9 @@ class TrainConfig(JobConfig):
     min_workers: int | None = Field(None, ge=1)
     """Smallest number of workers to train with if the cluster has no room for --workers, for instance after a
     node has died. The result is the same. [default: --workers]"""
+    device: Device = "auto"
+    """What the workers compute on. `gpu` waits for GPU nodes that an autoscaler has yet to start, `cpu`
+    leaves GPUs alone, `auto` is `gpu` if the cluster has one."""
     seed: int = Field(0, ge=0)
     """Seed of the initial weights, the permutations, the batches, and the choice of validation and held-out
     images."""

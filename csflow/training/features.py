@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from csflow import process
-from csflow.cluster import WorkerResources, map_shards
+from csflow.cluster import WorkerResources, map_shards, on_this_node
 from csflow.errors import ImageError
 from csflow.inputs.loading import ImageLoader, batches
 from csflow.inputs.reading import ImageReader
@@ -68,6 +68,7 @@ class FeatureExtractor:
     """The actor of the extraction pass."""
 
     def __init__(self, architecture: Architecture, cache: FeatureCache, resources: WorkerResources) -> None:
+        resources = on_this_node(resources)
         self._device = process.set_up(resources.cpus, resources.gpus)
         detector = load_backbone(architecture, cache).to(self._device)
         batch_size = GPU_BATCH_SIZE if resources.gpus else CPU_BATCH_SIZE

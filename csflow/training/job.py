@@ -19,6 +19,7 @@ from csflow.inputs.loading import ImageLoader
 from csflow.inputs.reading import ImageReader
 from csflow.model import BackboneError, Detector, load_weights
 from csflow.model_directory import Calibration, holds_model, save_model, worker_bytes
+from csflow.precision import Device
 from csflow.storage import Location
 from csflow.training.advice import advice, stretch_warning
 from csflow.training.cache import FeatureCache, find_images
@@ -53,7 +54,7 @@ def train(config: TrainConfig) -> ExitStatus:
     work_dir = Location(config.work_dir, config.storage_options) if config.work_dir else output / "_work"
     cache = FeatureCache.of(work_dir / "features", detector)
     all_images = pa.concat_tables([images, labelled.listed]) if labelled else images
-    all_cached = _extract_features(all_images, detector, cache)
+    all_cached = _extract_features(all_images, detector, cache, config.device)
     if all_cached is None:
         return ExitStatus.INCOMPLETE
     cached = find_images(images, all_cached)[0]
@@ -80,7 +81,9 @@ def train(config: TrainConfig) -> ExitStatus:
         "validation_loss": result.validation_loss,
         "gaussian_loss": result.gaussian_loss,
         "warnings": [warning, *lines] if warning else lines,
-        "evaluation": labelled.measure(detector, cache, all_cached, data) if labelled else None,
+        "evaluation": labelled.measure(detector, cache, all_cached, data, config.device)
+        if labelled
+        else None,
     }
     # The model says how many epochs the recipe allowed.
     config = config.model_copy(update={"epochs": run.epochs})
@@ -119,12 +122,14 @@ def build_detector(config: TrainConfig) -> Detector:
     return detector
 
 
-def _extract_features(images: pa.Table, detector: Detector, cache: FeatureCache) -> pa.Table | None:
+def _extract_features(
+    images: pa.Table, detector: Detector, cache: FeatureCache, device: Device
+) -> pa.Table | None:
     """Fills the feature cache; returns the images' rows of its index, or None if it is not complete."""
     started = time.monotonic()
     missing = find_images(images, cache.index())[1]
     extracted, failed_for_now = 0, []
-    resources = share_out(None, worker_bytes(detector.state_dict()))
+    resources = share_out(None, worker_bytes(detector.state_dict()), device)
     with closing(Progress(missing.num_rows, "images")) as progress:
         for row in extract(missing, detector, cache, resources):
             extracted += row["images"]

@@ -17,6 +17,7 @@ from csflow.evaluate import image_metrics
 from csflow.evaluate.labels import Label, read_labels
 from csflow.inputs.listing import list_table
 from csflow.model import Detector
+from csflow.precision import Device
 from csflow.storage import Location
 from csflow.training.cache import FeatureCache, find_images
 from csflow.training.config import TrainConfig
@@ -80,7 +81,12 @@ class LabelledImages:
         )
 
     def measure(
-        self, detector: Detector, cache: FeatureCache, cached: pa.Table, data: TrainingData
+        self,
+        detector: Detector,
+        cache: FeatureCache,
+        cached: pa.Table,
+        data: TrainingData,
+        device: Device,
     ) -> dict[str, Any]:
         """Measures the detector on the images; prints the AUROC and returns it for metrics.json.
 
@@ -104,7 +110,7 @@ class LabelledImages:
         if is_defective_N.all() or not is_defective_N.any():
             print(f"warning: --evaluate {self.table}: images of both labels are needed, and one is left")
             return {"labels": self.table} | counts
-        auroc = _measured(detector, cache, data, own, is_defective_N.tolist())
+        auroc = _measured(detector, cache, data, own, is_defective_N.tolist(), device)
         print(auroc_line(auroc.flow, auroc.gaussian, own.num_rows))
         return {"labels": self.table, **counts, "flow_auroc": auroc.flow, "gaussian_auroc": auroc.gaussian}
 
@@ -126,11 +132,16 @@ def _summary(counts: dict[str, int]) -> str:
 
 
 def _measured(
-    detector: Detector, cache: FeatureCache, data: TrainingData, images: pa.Table, labels: Sequence[bool]
+    detector: Detector,
+    cache: FeatureCache,
+    data: TrainingData,
+    images: pa.Table,
+    labels: Sequence[bool],
+    device: Device,
 ) -> Measured:
     # As at the end of training: without validation images training ones must tell what is usual.
     usual = data.part("validation") if data.part("validation").num_rows else data.part("training")
-    resources = share_out(1)
+    resources = share_out(1, device=device)
     flow_scores, gaussian_scores = run_task(
         _scores, detector, cache, usual, images, resources, resources=resources
     )

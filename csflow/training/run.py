@@ -114,7 +114,7 @@ class Run:
         )
 
     def _trainer(self, progress: Queue) -> ray.train.torch.TorchTrainer:
-        resources = share_out(self._config.workers)
+        resources = share_out(self._config.workers, device=self._config.device)
         settings = WorkerSettings(
             loop=self._loop,
             cache=self._cache,

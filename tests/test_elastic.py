@@ -1,0 +1,90 @@
+"""Pools of actors on clusters whose nodes differ and come and go; each test has a cluster of its own."""
+
+import subprocess
+import sys
+from collections import Counter
+
+PROGRAM = """
+import os, shutil, tempfile, time
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+from csflow.cluster import WorkerResources, connect, map_shards, on_this_node, share_out
+
+folder = Path(tempfile.mkdtemp(prefix="csflow-nodes-", dir="/tmp"))
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "temp_dir": str(folder),
+                                                        "include_dashboard": False})
+
+class Worker:
+    def __init__(self, resources, fails_once):
+        if fails_once:
+            try:
+                Path(fails_once).touch(exist_ok=False)
+            except FileExistsError:
+                pass
+            else:
+                raise OSError("a blip of the store")
+        self.node = ray.get_runtime_context().get_node_id()
+        self.cpus = on_this_node(resources).cpus
+        self.gpus = len(ray.get_gpu_ids())
+
+    def __call__(self, batch):
+        import pyarrow as pa
+        time.sleep(0.2)
+        row = {"shard": int(batch["shard"][0]), "node": self.node, "cpus": self.cpus, "gpus": self.gpus}
+        return pa.Table.from_pylist([row])
+
+def run(shards, resources, fails_once=""):
+    return map_shards([{"shard": i} for i in range(shards)], Worker, (resources, fails_once), resources, 2)
+
+try:
+    SCENARIO
+finally:
+    ray.shutdown()
+    cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+"""
+
+
+def printed_by(scenario: str) -> list[str]:
+    program = PROGRAM.replace("SCENARIO", scenario.replace("\n", "\n    "))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    # Ray prints what its nodes say to the same place.
+    rows = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("row ")]
+    return [word for row in rows for word in row]
+
+
+def test_a_node_that_joins_takes_part_and_one_that_cannot_start_an_actor_ends_nothing():
+    scenario = """
+cluster.add_node(num_cpus=1)
+os.environ["RAY_ADDRESS"] = cluster.address
+connect()
+resources = share_out(None, worker_bytes=1 << 20)
+for row in run(240, resources, fails_once=str(folder / "failed")):
+    if row["shard"] == 20:
+        cluster.add_node(num_cpus=1)
+    print("row", row["shard"], row["node"])
+"""
+    words = printed_by(scenario)
+    assert sorted(map(int, words[::2])) == list(range(240))
+    assert len(set(words[1::2])) == 2
+    assert min(Counter(words[1::2]).values()) >= 20
+
+
+def test_more_workers_than_gpus_are_workers_with_a_gpu_and_each_has_its_share_of_cpus():
+    scenario = """
+cluster.add_node(num_cpus=2, num_gpus=1)
+cluster.add_node(num_cpus=12, num_gpus=2)
+cluster.add_node(num_cpus=4)
+os.environ["RAY_ADDRESS"] = cluster.address
+connect()
+for row in run(60, share_out(8)):
+    print("row", row["gpus"], row["cpus"])
+"""
+    words = printed_by(scenario)
+    assert set(words[::2]) == {"1"}
+    # Asked for 2, what the smaller node has; on the larger one, half of its 12.
+    assert set(words[1::2]) == {"2", "6"}
