@@ -2,8 +2,8 @@
 
 import hashlib
 import io
-import time
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from pydantic import Field
 
 import csflow
 from csflow.config import JobConfig, Locations
+from csflow.console import Progress, say, warn
 from csflow.errors import ExitStatus, ImageError, WrongUse
 from csflow.images import DecodedImage
 from csflow.importing.checkpoints import SCALES, ForeignModel, ForeignModelError, load_extractor, read_foreign
@@ -36,8 +37,6 @@ REPRESENTED = {"Compose", "Normalize", "Resize", "ToDtype", "ToImage"}
 
 READ_THREADS = 8
 BATCH_SIZE = 8
-PROGRESS_SECONDS = 10.0
-
 CARD = """\
 # Imported: {source} CS-Flow, {blocks} coupling blocks, {height} × {width} px
 
@@ -100,9 +99,9 @@ def import_model(config: ImportConfig) -> ExitStatus:
     except ForeignModelError as error:
         raise WrongUse(f"--checkpoint {location}: {error}") from None
     height, width = detector.architecture.image_size
-    print(f"{foreign.source} flow of {len(foreign.kernel_sizes)} coupling blocks, {height} x {width} px")
+    say(f"{foreign.source} flow of {len(foreign.kernel_sizes)} coupling blocks, {height} x {width} px")
     for name in foreign.preprocessing.keys() - REPRESENTED:
-        print(f"warning: the model was trained on images after {name}, which csflow does not do")
+        warn(f"the model was trained on images after {name}, which csflow does not do")
     images = pa.Table.from_batches(list_images(config.calibrate, config.storage_options))
     calibration, failed = calibrate(detector, images, config.storage_options)
     for image in failed:
@@ -194,24 +193,25 @@ def calibrate(
     loaded = loader.load(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
     rows: list[dict[str, Any]] = []
     failed: list[LoadedImage] = []
-    last_line = time.monotonic()
-    for group in batches(loaded, BATCH_SIZE):
-        good = [image for image in group if isinstance(image.content, DecodedImage)]
-        failed += [image for image in group if isinstance(image.content, ImageError)]
-        if good:
-            pixels = [image.content.pixels_HWC for image in good if isinstance(image.content, DecodedImage)]
-            image_BHWC = torch.from_numpy(np.stack(pixels)).to(device)
-            if not rows:
-                detector.measure_rounding(image_BHWC)
-            with torch.inference_mode():
-                scores_B = detector(image_BHWC).anomaly_score_B
-            rows += [
-                {"image_uri": i.image_uri, "image_version": i.image_version, "anomaly_score": score}
-                for i, score in zip(good, scores_B.double().tolist(), strict=True)
-            ]
-        if time.monotonic() - last_line >= PROGRESS_SECONDS:
-            last_line = time.monotonic()
-            print(f"{len(rows) + len(failed)}/{images.num_rows} images scored for calibration", flush=True)
+    with closing(Progress(images.num_rows, "images")) as progress:
+        for group in batches(loaded, BATCH_SIZE):
+            good = [image for image in group if isinstance(image.content, DecodedImage)]
+            failed += [image for image in group if isinstance(image.content, ImageError)]
+            if good:
+                pixels = [
+                    image.content.pixels_HWC for image in good if isinstance(image.content, DecodedImage)
+                ]
+                image_BHWC = torch.from_numpy(np.stack(pixels)).to(device)
+                if not rows:
+                    detector.measure_rounding(image_BHWC)
+                with torch.inference_mode():
+                    scores_B = detector(image_BHWC).anomaly_score_B
+                rows += [
+                    {"image_uri": i.image_uri, "image_version": i.image_version, "anomaly_score": score}
+                    for i, score in zip(good, scores_B.double().tolist(), strict=True)
+                ]
+            done = len(rows) + len(failed)
+            progress.update(done, f"{done / progress.seconds:.1f} images/s")
     detector.to("cpu")
     return pa.Table.from_pylist(rows, schema=CALIBRATION), failed
 
