@@ -116,6 +116,14 @@ def share_out(workers: int | None, worker_bytes: int = 0, device: Device = "auto
     return replace(fitting, memory=memory, most=None if is_bounded else fitting.workers)
 
 
+def has_room(resources: WorkerResources) -> bool:
+    """Whether the cluster has a node for such a worker now; an autoscaler may be yet to start one."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return any(
+        node.get("CPU", 0) >= resources.cpus and node.get("GPU", 0) >= resources.gpus for node in nodes
+    )
+
+
 def on_this_node(resources: WorkerResources) -> WorkerResources:
     """What a worker has on the node where it runs: beside a GPU, an equal share of the node's CPUs.
 

@@ -258,8 +258,7 @@ def test_a_job_ends_where_its_workers_never_come(local_cluster, model, good_cell
         command, cwd=ROOT, env=local_cluster.environment, capture_output=True, text=True, timeout=250
     )
     assert ran.returncode == 3, ran.stderr
-    assert "within 15 s of the start; `ray status` shows" in ran.stdout + ran.stderr
-    assert "room for workers of 1 CPUs and 1 GPUs" in ran.stdout + ran.stderr
+    assert "no worker came within 15 s: the cluster had no node with 1 CPUs and 1 GPUs" in ran.stdout
 
 
 @pytest.mark.soak

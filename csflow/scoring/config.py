@@ -50,7 +50,8 @@ class ScoreConfig(JobConfig):
     """What the actors compute on. `gpu` waits for GPU nodes that an autoscaler has yet to start, `cpu` leaves
     GPUs alone, `auto` is `gpu` if the cluster has one."""
     start_timeout: float = Field(1800.0, gt=0)
-    """If no shard is finished after this many seconds, no worker came: the run ends with exit status 3."""
+    """If the cluster has no node for a worker yet, and none has finished a shard after this many seconds, the
+    run ends with exit status 3."""
     stall_timeout: float = Field(1800.0, gt=0)
     """If no shard finishes for this many seconds, the run ends with exit status 3 instead of hanging."""
     exit_on_drift: bool = False

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from csflow.calibration import drift
-from csflow.cluster import WorkerResources, connect, map_shards, share_out, with_timeout
+from csflow.cluster import WorkerResources, connect, has_room, map_shards, share_out, with_timeout
 from csflow.console import Progress, say, warn
 from csflow.errors import ExitStatus
 from csflow.inputs.listing import list_images
@@ -88,14 +88,15 @@ def _score_shards(
     """Scores the shards; then those again that took their workers down, image by image in a child process."""
     work = [shard.to_row() for shard in shards]
     rows = map_shards(work, ScoringActor, [settings, resources], resources, CALLS_PER_SCORER)
-    if not _follow(rows, len(shards), tally, settings.output.model_id, config, resources):
+    awaited = None if has_room(resources) else resources
+    if not _follow(rows, len(shards), tally, settings.output.model_id, config, awaited):
         return
     lost = [shard.to_row() for shard in shards if shard.name not in tally.shards]
     if lost:
         warn(f"{len(lost)} shards took their workers down; their images are now tried one by one")
         isolated = replace(settings, is_isolated=True)
         rows = map_shards(lost, ScoringActor, [isolated, resources], resources)
-        _follow(rows, len(shards), tally, settings.output.model_id, config, resources)
+        _follow(rows, len(shards), tally, settings.output.model_id, config)
 
 
 def _follow(
@@ -104,13 +105,17 @@ def _follow(
     tally: Tally,
     model_id: str,
     config: ScoreConfig,
-    resources: WorkerResources,
+    awaited: WorkerResources | None = None,
 ) -> bool:
-    """Counts results as they arrive, shows progress; returns whether all arrived. Raises as `StopRules`."""
+    """Counts results as they arrive, shows progress; returns whether all arrived. Raises as `StopRules`.
+
+    Args:
+        awaited: what the first worker is to have, if the cluster has no room for it yet.
+    """
     metrics, rules = LiveMetrics(model_id), StopRules(shards, config.max_error_rate)
     progress = Progress(shards, "shards")
     try:
-        for row in with_timeout(rows, config.stall_timeout, config.start_timeout):
+        for row in with_timeout(rows, config.stall_timeout, config.start_timeout if awaited else None):
             tally.add(row)
             metrics.add(row)
             if row["failure"]:
@@ -124,14 +129,15 @@ def _follow(
             )
     except TimeoutError:
         waiting = shards - len(tally.shards)
-        if tally.shards:
-            since = f"for {config.stall_timeout:.0f} s, {waiting} are still waited for"
-        else:
-            since = (
-                f"within {config.start_timeout:.0f} s of the start; `ray status` shows whether the cluster "
-                f"has room for workers of {resources.cpus} CPUs and {resources.gpus} GPUs"
+        if awaited and not tally.shards:
+            warn(
+                f"no worker came within {config.start_timeout:.0f} s: the cluster had no node with "
+                f"{awaited.cpus} CPUs and {awaited.gpus} GPUs; `ray status` shows what its autoscaler does"
             )
-        warn(f"stalled: no shard finished {since}")
+        else:
+            warn(
+                f"stalled: no shard finished for {config.stall_timeout:.0f} s, {waiting} are still waited for"
+            )
         return False
     finally:
         progress.close()
