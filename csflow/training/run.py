@@ -12,6 +12,7 @@ import ray.train
 import ray.train.torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from csflow.cluster import in_thread, share_out
@@ -84,7 +85,9 @@ class Run:
         if not self._config.resume and self._folder.exists():
             self._folder.fs.rm(self._folder.path, recursive=True)
         self._split.write(to_parquet(self._data.split))
-        progress = Queue(actor_options={"num_cpus": 0})
+        # Beside this process, without which the training ends anyway; any other node may be lost.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
         follower = threading.Thread(target=self._follow, args=(progress,), daemon=True)
         follower.start()
         try:
