@@ -62,7 +62,6 @@ class FixedCostScorer(ShardScorer):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._loader: Any = BlankLoader()
-
         self._detector: Any = FixedCostDetector(self._detector.form)
 
 

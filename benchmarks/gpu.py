@@ -30,9 +30,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from model import anomalib_model, draw_gammas, multiplications
 from PIL import Image
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from csflow.images import decode
 from csflow.model import (
@@ -80,9 +80,7 @@ def detector(setting: str, side: int) -> Detector:
     """With random weights, on the device."""
     torch.manual_seed(0)
     model = Detector(architecture(setting, side)).requires_grad_(False)
-    for block in model.flow.blocks:
-        for subnetwork in (block.subnetwork_first, block.subnetwork_second):
-            torch.nn.init.uniform_(subnetwork.gamma_S, 0.2, 0.5)
+    draw_gammas(model.flow, 0.2, 0.5)
     return model.to(DEVICE)
 
 
@@ -149,18 +147,21 @@ def fitted(weights: str | None, train: Tensor, usual: Tensor, side: int) -> Dete
     model = detector(DEFAULT, side)
     if weights:
         load_weights(model.backbone, torch.load(weights, map_location=DEVICE))
-    y = features_of(model, train)
-    gaussians = gaussians_of([Moments.around(y_BCHW).with_images(y_BCHW) for y_BCHW in y]).to(DEVICE)
-    z = model.flow(gaussians.whitening(y)).z
+    fit(model, features_of(model, train), features_of(model, usual))
+    return model
+
+
+def fit(model: Detector, y_training: Sequence[Tensor], y_usual: Sequence[Tensor]) -> None:
+    """Fits whitening, Gaussians and statistic to features, as a training leaves them."""
+    moments = [Moments.around(y_BCHW).with_images(y_BCHW) for y_BCHW in y_training]
+    gaussians = gaussians_of(moments).to(y_training[0].device)
     moments = []
-    for z_BCHW in z:
-        zero_C = torch.zeros(z_BCHW.shape[1], dtype=torch.float64, device=DEVICE)
+    for z_BCHW in model.flow(gaussians.whitening(y_training)).z:
+        zero_C = z_BCHW.new_zeros(z_BCHW.shape[1], dtype=torch.float64)
         moments.append(Moments.about(zero_C, z_BCHW.shape[1:]).with_images(z_BCHW))
     fit_latents(gaussians.latents, moments)
     model.gaussians = gaussians
-    y = features_of(model, usual)
-    model.statistic = fitted_statistic(energies(gaussians, model.flow, y), model.feature_shapes)
-    return model
+    model.statistic = fitted_statistic(energies(gaussians, model.flow, y_usual), model.feature_shapes)
 
 
 def features_of(model: Detector, images: Tensor) -> list[Tensor]:
@@ -232,22 +233,6 @@ def capturing(arguments: argparse.Namespace) -> Iterator[str]:
     yield f"- a batch of 3 in place of 8 gives the same scores: {torch.equal(small, expected[0][:3])}"
 
 
-def anomalib_model(side: int) -> Any:
-    from anomalib.models.image.csflow import torch_model
-
-    # Its weights are a download; speed does not depend on them.
-    build = torch_model.efficientnet_b5
-    torch_model.efficientnet_b5 = lambda weights: build(weights=None)
-    try:
-        model = torch_model.CsFlowModel((side, side), 1024).eval().to(DEVICE)
-    finally:
-        torch_model.efficientnet_b5 = build
-    for name, value in model.named_parameters():
-        if "gamma" in name:
-            torch.nn.init.uniform_(value, 0.1, 0.3)
-    return model
-
-
 def anomalib_pass(model: Any, image_BCHW: Tensor, dtype: torch.dtype | None) -> None:
     torch.backends.cudnn.allow_tf32 = True  # PyTorch's default, which anomalib keeps
     with torch.autocast(DEVICE.type, dtype, enabled=dtype is not None):
@@ -258,18 +243,18 @@ def anomalib_pass(model: Any, image_BCHW: Tensor, dtype: torch.dtype | None) -> 
 def speed(setting: str, side: int, batches: Sequence[int], with_anomalib: bool) -> Iterator[str]:
     """Images per second of the bare model, pixels and scores staying on the card."""
     model = detector(setting, side)
-    with FlopCounterMode(display=False) as of_backbone:
-        y = model.features(pixels(1, side))
-    with FlopCounterMode(display=False) as of_flow:
-        model.score_features(y)
-    gigaflops = {"backbone": of_backbone.get_total_flops() / 1e9, "flow": of_flow.get_total_flops() / 1e9}
+    counts = multiplications(model, pixels(1, side))
+    gigaflops = {part: 2 * count / 1e9 for part, count in counts.items()}
     yield (
         " and ".join(f"{count:.1f} GFLOP an image in the {part}" for part, count in gigaflops.items()) + ".\n"
     )
     yield "| batch | model | images/s | TFLOP/s | backbone, images/s | TFLOP/s | flow, images/s | TFLOP/s |"
     yield "|---|---|---|---|---|---|---|---|"
     precision = "float16" if DEVICE.type == "cuda" else "float32"
-    other = anomalib_model(side) if with_anomalib else None
+    other = None
+    if with_anomalib:
+        other = anomalib_model((side, side), 1024).eval().to(DEVICE)
+        draw_gammas(other, 0.1, 0.3)
     for batch in batches:
         image_BHWC = pixels(batch, side)
         form = InferenceDetector(model, precision, batch)

@@ -96,14 +96,10 @@ def _pixels(image_size: int, batch: int) -> Any:
 
 
 def _detector(image_size: int) -> Any:
-    import torch
-
     from csflow.model import Architecture, Detector
 
     detector = Detector(Architecture("tf_efficientnet_b5", (image_size, image_size)))
-    for block in detector.flow.blocks:
-        for subnetwork in (block.subnetwork_first, block.subnetwork_second):
-            torch.nn.init.uniform_(subnetwork.gamma_S, 0.1, 0.3)
+    draw_gammas(detector.flow, 0.1, 0.3)
     detector.measure_rounding(_pixels(image_size, 1))
     return detector.eval().requires_grad_(False)
 
@@ -133,29 +129,41 @@ def _parts(detector: Any, image_size: int, batch: int) -> dict[str, Any]:
 
 
 def _anomalib(precision: str, image_size: int, batch: int) -> dict[str, Any]:
-    import torch
-    from anomalib.models.image.csflow import torch_model
-
-    # Its weights are a download; speed does not depend on them.
-    build = torch_model.efficientnet_b5
-    torch_model.efficientnet_b5 = lambda weights: build(weights=None)
-    model = torch_model.CsFlowModel((image_size, image_size), 1024).eval()
+    model = anomalib_model((image_size, image_size), 1024).eval()
     image_BCHW = _pixels(image_size, batch).permute(0, 3, 1, 2).float() / 255
-    for name, value in model.named_parameters():
-        if "gamma" in name:
-            torch.nn.init.uniform_(value, 0.1, 0.3)
+    draw_gammas(model, 0.1, 0.3)
     return {"whole": lambda: model(image_BCHW)}
 
 
-def multiplications(image_size: int) -> dict[str, float]:
-    """Multiply-adds of the trained form's convolutions for one image, backbone and flow."""
+def anomalib_model(*arguments: Any) -> Any:
+    """anomalib's `CsFlowModel`. Its backbone has random weights: others are a download, and as fast."""
+    from anomalib.models.image.csflow import torch_model
+
+    build = torch_model.efficientnet_b5
+    torch_model.efficientnet_b5 = lambda weights: build(weights=None)
+    try:
+        return torch_model.CsFlowModel(*arguments)
+    finally:
+        torch_model.efficientnet_b5 = build
+
+
+def draw_gammas(flow: Any, low: float, high: float) -> None:
+    """Draws every γ of a flow, csflow's or anomalib's: at 0, as before training, its blocks do nothing."""
+    import torch
+
+    for name, value in flow.named_parameters():
+        if "gamma" in name:
+            torch.nn.init.uniform_(value, low, high)
+
+
+def multiplications(detector: Any, image_BHWC: Any) -> dict[str, float]:
+    """Multiply-adds of the trained form's convolutions for this image, backbone and flow."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    detector = _detector(image_size)
     counts = {}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        y = detector.features(_pixels(image_size, 1))
+        y = detector.features(image_BHWC)
     counts["backbone"] = counter.get_total_flops() / 2
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         detector.score_features(y)
@@ -170,7 +178,7 @@ def answers(processes: list[Any]) -> list[str]:
 
 def speed(arguments: argparse.Namespace) -> list[str]:
     """Lines of a table: a row per variant."""
-    counts = multiplications(arguments.image_size)
+    counts = multiplications(_detector(arguments.image_size), _pixels(arguments.image_size, 1))
     servers = {}
     for name, (program, precision, count) in VARIANTS.items():
         python = arguments.anomalib_python if program == "anomalib" else sys.executable

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from model import anomalib_model
 from results import record
 
 CHANNELS = {"tf_efficientnet_lite0": 192, "tf_efficientnet_b5": 304}
@@ -97,15 +98,11 @@ def csflow(arguments: argparse.Namespace, rank: int = 0, workers: int = 1) -> Ca
 
 def anomalib(arguments: argparse.Namespace) -> Callable[[], None]:
     """anomalib's model, loss and optimiser as its Lightning module uses them."""
-    import torchvision.models
-    from anomalib.models.image.csflow import torch_model
     from anomalib.models.image.csflow.loss import CsFlowLoss
 
     torch.set_num_threads(arguments.threads)
-    # Its weights cannot be downloaded without a network, and do not matter here.
-    torch_model.efficientnet_b5 = lambda weights: torchvision.models.efficientnet_b5(weights=None)
     size = (arguments.size, arguments.size)
-    model = torch_model.CsFlowModel(size, arguments.hidden, arguments.blocks).train()
+    model = anomalib_model(size, arguments.hidden, arguments.blocks).train()
     model.feature_extractor.eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-4, eps=1e-4, weight_decay=1e-5, betas=(0.5, 0.9))
     images = torch.rand(arguments.images, 3, *size)

@@ -90,6 +90,11 @@ class WorkerResources:
     """Largest number of workers when nodes join; None if there is no limit."""
 
 
+def node_resources() -> list[dict[str, float]]:
+    """What each node of the cluster has, by the name of the resource."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def share_out(workers: int | None, worker_bytes: int = 0, device: Device = "auto") -> WorkerResources:
     """Divides the cluster among `workers`; by default one per GPU, or one per CPU, and more as nodes join.
 
@@ -101,7 +106,7 @@ def share_out(workers: int | None, worker_bytes: int = 0, device: Device = "auto
         worker_bytes: memory that one worker needs.
         device: `auto` is `gpu` if a node has one.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = node_resources()
     with_gpu = [node for node in nodes if node.get("GPU")]
     if device == "gpu" or (device == "auto" and with_gpu):
         gpus = max(1, sum(int(node["GPU"]) for node in with_gpu))
@@ -118,9 +123,9 @@ def share_out(workers: int | None, worker_bytes: int = 0, device: Device = "auto
 
 def has_room(resources: WorkerResources) -> bool:
     """Whether the cluster has a node for such a worker now; an autoscaler may be yet to start one."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return any(
-        node.get("CPU", 0) >= resources.cpus and node.get("GPU", 0) >= resources.gpus for node in nodes
+        node.get("CPU", 0) >= resources.cpus and node.get("GPU", 0) >= resources.gpus
+        for node in node_resources()
     )
 
 

@@ -17,13 +17,8 @@ from csflow.model import (
     Architecture,
     Detector,
     InferenceDetector,
-    Moments,
     Scores,
-    energies,
-    fit_latents,
-    fitted_statistic,
     fused_blocks,
-    gaussians_of,
     inference,
 )
 from csflow.model.backbone import IntermediateMaps
@@ -33,6 +28,10 @@ from csflow.model.openvino_backbone import _converted, _request, _split
 from csflow.model.rounding import rounding_shifts, without_shifts
 from csflow.model_directory import load_model
 from csflow.storage import Location
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import gpu
 
 
 def random_detector(
@@ -67,24 +66,9 @@ def random_detector(
             module.weight.uniform_(0.8, 1.2)
             module.bias.normal_(0, 0.1)
     if whitening:
-        fit_to_images(detector)
+        images = (smooth_images(detector, 24, seed=2), smooth_images(detector, 12, seed=3))
+        gpu.fit(detector, *map(detector.features, images))
     return detector
-
-
-def fit_to_images(detector: Detector) -> None:
-    """Whitening, Gaussians and statistic of some images, as a training leaves them."""
-    y = detector.features(smooth_images(detector, 24, seed=2))
-    gaussians = gaussians_of([Moments.around(y_BCHW).with_images(y_BCHW) for y_BCHW in y])
-    z = detector.flow(gaussians.whitening(y)).z
-    zero = [torch.zeros(len(z_BCHW[0])).double() for z_BCHW in z]
-    moments = [
-        Moments.about(o, z_BCHW[0].shape).with_images(z_BCHW) for o, z_BCHW in zip(zero, z, strict=True)
-    ]
-    fit_latents(gaussians.latents, moments)
-    detector.gaussians = gaussians
-    y = detector.features(smooth_images(detector, 12, seed=3))
-    usual = energies(gaussians, detector.flow, y)
-    detector.statistic = fitted_statistic(usual, detector.feature_shapes)
 
 
 def random_images(detector: Detector, batch: int = 3) -> Tensor:
@@ -372,8 +356,7 @@ def test_a_gpu_gives_the_scores_of_the_trained_form(monkeypatch, precision, tole
 
 
 def test_the_benchmark_for_gpus_runs_without_one(tmp_path):
-    program = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-    command = [sys.executable, str(program), "--tiny", "--output", str(tmp_path / "gpu.md")]
+    command = [sys.executable, gpu.__file__, "--tiny", "--output", str(tmp_path / "gpu.md")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = (tmp_path / "gpu.md").read_text()

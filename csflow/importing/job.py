@@ -37,6 +37,7 @@ REPRESENTED = {"Compose", "Normalize", "Resize", "ToDtype", "ToImage"}
 
 READ_THREADS = 8
 BATCH_SIZE = 8
+
 CARD = """\
 # Imported: {source} CS-Flow, {blocks} coupling blocks, {height} × {width} px
 

@@ -139,10 +139,7 @@ class Detector(nn.Module):
 
     def _normalised(self, image_BHWC: Tensor) -> Tensor:
         """The normalised pixels (B, C, H, W) that the backbone takes."""
-        shape = (*self.architecture.image_size, 3)
-        if image_BHWC.dtype != torch.uint8 or tuple(image_BHWC.shape[1:]) != shape:
-            found = f"{image_BHWC.dtype} of {tuple(image_BHWC.shape)}"
-            raise ValueError(f"expected uint8 images of shape (B, *{shape}), not {found}")
+        check_pixels(image_BHWC, (*self.architecture.image_size, 3))
         pixel_BHWC = image_BHWC.float() / 255
         pixel_BHWC = (pixel_BHWC - self.get_buffer("mean")) / self.get_buffer("std")
         return pixel_BHWC.permute(0, 3, 1, 2)
@@ -156,6 +153,13 @@ class Detector(nn.Module):
     def forward(self, image_BHWC: Tensor) -> Scores:
         """Scores of uint8 RGB images of `image_size`."""
         return self.score_features(self.features(image_BHWC))
+
+
+def check_pixels(image_BHWC: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless these are uint8 images of this height, width and number of channels."""
+    if image_BHWC.dtype != torch.uint8 or tuple(image_BHWC.shape[1:]) != shape:
+        found = f"{image_BHWC.dtype} of {tuple(image_BHWC.shape)}"
+        raise ValueError(f"expected uint8 images of shape (B, *{shape}), not {found}")
 
 
 def energies(gaussians: Gaussians | None, flow: CrossScaleFlow, y: Sequence[Tensor]) -> list[Tensor]:

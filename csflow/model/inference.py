@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from csflow.model.cpu_backbone import CpuBackbone
-from csflow.model.detector import Detector
+from csflow.model.detector import Detector, check_pixels
 from csflow.model.fallbacks import Fallbacks
 from csflow.model.gpu import GpuDetector, GpuFeatures, Recorded
 from csflow.model.interleaved_flow import InterleavedFlow
@@ -136,9 +136,7 @@ class _Batches:
         self.size = size
 
     def check(self, image_BHWC: Tensor) -> None:
-        if image_BHWC.dtype != torch.uint8 or tuple(image_BHWC.shape[1:]) != self.image_shape:
-            found = f"{image_BHWC.dtype} of {tuple(image_BHWC.shape)}"
-            raise ValueError(f"expected uint8 images of shape (B, *{self.image_shape}), not {found}")
+        check_pixels(image_BHWC, self.image_shape)
         if len(image_BHWC) > self.size:
             raise ValueError(f"{len(image_BHWC)} images are more than a batch of {self.size}")
 

@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ACTIVATIONS = ("none", "relu", "relu6", "silu")
-"""What both kernels can apply to their results."""
 CHANNEL_MULTIPLE = 8
 """Channels come in multiples of 16 bytes, so that memory is read and written in pieces of that size."""
 TILE_HEIGHT, TILE_WIDTH = 4, 16
@@ -104,14 +102,14 @@ def pointwise(
         bias_N: float32, as the gate.
     """
     batch, inputs, height, width = x_BCHW.shape
-    outputs, rows = len(weight_NK), batch * height * width
+    outputs, places = len(weight_NK), height * width
+    rows = batch * places
     y_BCHW = torch.empty(
         (batch, outputs, height, width),
         dtype=x_BCHW.dtype,
         device=x_BCHW.device,
         memory_format=torch.channels_last,
     )
-    places = height * width
     # All rows of a program are of one image if possible, so that it reads one row of the gate.
     block_m = 128 if places % 128 == 0 else 64
     block_n = min(128, max(32, triton.next_power_of_2(outputs)))

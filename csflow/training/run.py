@@ -15,7 +15,7 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
-from csflow.cluster import in_thread, share_out
+from csflow.cluster import in_thread, node_resources, share_out
 from csflow.model import Architecture
 from csflow.storage import Location, to_parquet
 from csflow.training.cache import FeatureCache
@@ -152,7 +152,7 @@ class Run:
         if self._config.features_in_memory is not None:
             return int(self._config.features_in_memory * 1e9)
         # All workers may come to one node.
-        smallest = min(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+        smallest = min(node.get("memory", 0) for node in node_resources())
         return int(smallest * MEMORY_SHARE / workers)
 
     def _follow(self, progress: Queue) -> None:
