@@ -73,6 +73,7 @@ def architecture(setting: str, side: int) -> Architecture:
         hidden_channels=256,
         kernel_sizes=(3,),
         whitening=True,
+        latent_window=3,
     )
 
 
@@ -161,7 +162,8 @@ def fit(model: Detector, y_training: Sequence[Tensor], y_usual: Sequence[Tensor]
         moments.append(Moments.about(zero_C, z_BCHW.shape[1:]).with_images(z_BCHW))
     fit_latents(gaussians.latents, moments)
     model.gaussians = gaussians
-    model.statistic = fitted_statistic(energies(gaussians, model.flow, y_usual), model.feature_shapes)
+    usual = energies(gaussians, model.flow, y_usual, model.architecture.latent_window)
+    model.statistic = fitted_statistic(usual, model.feature_shapes)
 
 
 def features_of(model: Detector, images: Tensor) -> list[Tensor]:

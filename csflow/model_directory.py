@@ -23,9 +23,10 @@ from csflow.storage import Location, read_parquet, to_parquet
 if TYPE_CHECKING:  # the driver of a scoring run needs no torch, which takes seconds and 500 MB
     from csflow.model import Detector
 
-FORMAT_VERSION = 3
-READABLE_VERSIONS = (1, 2, 3)
-"""Version 1 has no rounding shifts; models before version 3 have no whitening and only one score."""
+FORMAT_VERSION = 4
+READABLE_VERSIONS = (1, 2, 3, 4)
+"""Version 1 has no rounding shifts; models before version 3 have no whitening and only one score, and before
+version 4 one average of energies and no windows."""
 ROUNDING = "rounding."
 """Prefix of the names of `rounding_shifts` among the detector's tensors."""
 LIBRARIES = ("torch", "timm", "safetensors", "pillow", "pyarrow", "ray")

@@ -54,6 +54,7 @@ def random_detector(
         kernel_sizes=kernel_sizes,
         seed=seed,
         whitening=whitening,
+        latent_window=3 if whitening else 1,
     )
     detector = Detector(architecture).eval().requires_grad_(False)
     for name, value in detector.named_parameters():

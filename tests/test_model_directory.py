@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -159,20 +160,54 @@ OLD_MAP_ROWS = [[1.3715672, 1.3912129, 1.3888613, 1.3922286], [1.3772322, 1.3923
 
 
 def write_version_2(folder: Path) -> None:
-    """A model directory of version 2, with numbers that need no random generator."""
     architecture = {"backbone": "resnet10t", "image_size": [64, 128], "cut_after": "layer4", "scales": 2}
     architecture |= {"hidden_channels": 4, "kernel_sizes": [3, 5], "seed": 0}
-    detector = Detector(Architecture.from_json(architecture))
-    state = {name: plain_numbers(name, value) for name, value in detector.state_dict().items()}
-    safetensors.torch.save_file(state, folder / "model.safetensors")
     images = {"image_uri": ["a.png", "b.png"], "image_version": ["1", "2"], "anomaly_score": [0.5, 1.5]}
-    pq.write_table(pa.table(images), folder / "calibration.parquet")
+    shapes = [[512, 2, 4], [512, 1, 2]]
+    write_old_model(
+        folder, 2, OLD_ID, architecture, {"fit": "letterbox", "interpolation": "bilinear"}, shapes, images
+    )
+
+
+WHITENED_ID = "f364b52cdee433b2"
+WHITENED_SCORES = [11.495262, 10.032226]
+WHITENED_LOCAL_SCORES = [7.1999779, 6.4714622]
+WHITENED_SCALE_SCORES = [[0.70985931, 0.86016488], [0.69556028, 0.75706029]]
+"""The same for version 3."""
+
+
+def write_version_3(folder: Path) -> None:
+    architecture = {"backbone": "resnet10t", "image_size": [64, 128], "cut_after": ["layer3", "layer4"]}
+    architecture |= {"scales": 1, "hidden_channels": 4, "kernel_sizes": [3], "seed": 0, "whitening": True}
+    images = {"image_uri": ["a.png"], "image_version": ["1"], "anomaly_score": [0.5]}
+    images |= {"global_score": [0.7], "local_score": [0.6], "map_maximum": [2.0]}
+    write_old_model(folder, 3, WHITENED_ID, architecture, {"fit": "crop"}, [[256, 4, 8], [512, 2, 4]], images)
+
+
+def write_old_model(
+    folder: Path,
+    version: int,
+    model_id: str,
+    architecture: dict[str, Any],
+    preprocessing: dict[str, Any],
+    feature_shapes: list[list[int]],
+    calibration: dict[str, list[Any]],
+) -> None:
+    """A model directory of an older version, with numbers that need no random generator."""
+    detector = Detector(Architecture.from_json(architecture))
+    state = {
+        name: plain_numbers(name, value)
+        for name, value in detector.state_dict().items()
+        if not name.startswith("statistic.fine_")  # since version 4
+    }
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    pq.write_table(pa.table(calibration), folder / "calibration.parquet")
     config = {
-        "format_version": 2,
-        "model_id": OLD_ID,
-        "architecture": architecture | {"fit": "letterbox", "interpolation": "bilinear"},
+        "format_version": version,
+        "model_id": model_id,
+        "architecture": architecture | preprocessing,
         "preprocessing": {"decoding_version": 1, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
-        "feature_shapes": [[512, 2, 4], [512, 1, 2]],
+        "feature_shapes": feature_shapes,
         "training": {"epochs": 1},
         "data": {},
     }
@@ -185,7 +220,7 @@ def plain_numbers(name: str, value: torch.Tensor) -> torch.Tensor:
     if name in ("mean", "std") or not value.is_floating_point():
         return value
     number = ((torch.arange(value.numel(), dtype=torch.float64) * 7919) % 257 - 128) / 1024
-    offset = 1 if "running_var" in name else 0.5 if name.endswith("gamma_S") else 0
+    offset = 1 if "running_var" in name or "statistic." in name else 0.5 if name.endswith("gamma_S") else 0
     return (number + offset).to(value.dtype).view(value.shape)
 
 
@@ -210,9 +245,33 @@ def test_a_model_of_version_2_keeps_its_id_and_its_scores(tmp_path):
         np.testing.assert_allclose(scores.anomaly_map_BHW[:, 0], OLD_MAP_ROWS, rtol=1e-5)
 
 
+def test_a_model_of_version_3_keeps_its_id_and_its_scores(tmp_path):
+    write_version_3(tmp_path)
+    model = load_model(Location(str(tmp_path)))
+    assert model.model_id == WHITENED_ID
+    y = [
+        torch.linspace(-1, 1, 2 * 256 * 4 * 8).view(2, 256, 4, 8),
+        torch.linspace(1, -1, 2 * 512 * 2 * 4).view(2, 512, 2, 4),
+    ]
+    for form in (model.detector, InferenceDetector(model.detector, "float32", 2)):
+        scores = form.score_features(y)
+        np.testing.assert_allclose(scores.anomaly_score_B, WHITENED_SCORES, rtol=1e-4)
+        np.testing.assert_allclose(scores.local_score_B, WHITENED_LOCAL_SCORES, rtol=1e-4)
+        np.testing.assert_allclose(scores.scale_scores_BS, WHITENED_SCALE_SCORES, rtol=1e-4)
+
+
 def test_a_whitened_model_is_saved_with_all_that_decides_its_scores(tmp_path):
     detector = Detector(
-        Architecture("resnet10t", (64, 64), ("layer3", "layer4"), 1, 4, kernel_sizes=(3,), whitening=True)
+        Architecture(
+            "resnet10t",
+            (64, 64),
+            ("layer3", "layer4"),
+            1,
+            4,
+            kernel_sizes=(3,),
+            whitening=True,
+            latent_window=3,
+        )
     )
     for module in (detector.gaussians, detector.statistic):
         for value in module.buffers():
@@ -284,11 +343,11 @@ def test_a_directory_is_no_model_until_all_its_files_are_there(detector, tmp_pat
         ),
         ("config.json", b"{}", r"is damaged \(config.json: KeyError: 'format_version'\)"),
         ("config.json", b"[]", r"is damaged \(config.json: TypeError"),
-        ("config.json", b'{"format_version": 3}', r"is damaged \(KeyError: 'architecture'\)"),
+        ("config.json", b'{"format_version": 4}', r"is damaged \(KeyError: 'architecture'\)"),
         (
             "config.json",
-            b'{"format_version": 4}',
-            "has format version 4, this csflow reads 3; use the csflow",
+            b'{"format_version": 5}',
+            "has format version 5, this csflow reads 4; use the csflow",
         ),
         ("model.safetensors", b"torn", r"is damaged \(SafetensorError"),
         ("calibration.parquet", b"torn", r"is damaged \(ArrowInvalid"),
@@ -377,7 +436,7 @@ def test_a_directory_holds_what_it_was_given(detector, tmp_path):
     model_id = save_model(location, detector, CALIBRATION.empty_table(), card=card, **given)
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["training"], config["data"]) == (given["training"], given["data"])
-    assert (config["format_version"], config["model_id"]) == (3, model_id)
+    assert (config["format_version"], config["model_id"]) == (4, model_id)
     assert config["preprocessing"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
     assert config["preprocessing"]["std"] == pytest.approx([0.229, 0.224, 0.225])
     assert config["libraries"]["torch"].startswith(torch.__version__.partition("+")[0])

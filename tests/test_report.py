@@ -316,7 +316,7 @@ def write_model(tmp_path: Path, heldout_scores: list[float], model_id: str = "m1
     """The two files of a model directory that a report reads."""
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps({"format_version": 3, "model_id": model_id}))
+    (model / "config.json").write_text(json.dumps({"format_version": 4, "model_id": model_id}))
     pq.write_table(pa.table({"anomaly_score": heldout_scores}), model / "calibration.parquet")
     return model
 

@@ -3,6 +3,8 @@
 Energies are drawn here: of an own size at each place, alike within an image, exchangeable between images.
 """
 
+import copy
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from csflow.calibration import p_values
 from csflow.model import Gaussians, PlainStatistic, Scores, StandardisedStatistic
-from csflow.model.statistic import fitted_statistic
+from csflow.model.statistic import energy_map, fitted_statistic
 from csflow.model_directory import CALIBRATION, Calibration
 from csflow.training.closing import calibration_columns, closing_tensors
 from csflow.training.loop import Evaluation
@@ -65,6 +67,33 @@ def test_a_small_hot_spot_is_found_by_the_local_score_and_not_by_the_mean(statis
     assert (hottest_B == 5 * 16 + 7).float().mean() >= 0.9
 
 
+@pytest.mark.parametrize(
+    ("energy", "missed_by"), [(0, "broad"), (3, "fine")], ids=["finest Gaussian", "coarsest latents"]
+)
+def test_what_one_average_misses_the_other_finds(statistic, energy, missed_by):
+    def local_p(statistic: StandardisedStatistic) -> float:
+        energies = normal_energies(20, seed=3)
+        energies[energy][:, 5, 7] *= 8
+        normal = statistic(normal_energies(1000, seed=2)).local_score_B
+        return float(np.median(p_values(statistic(energies).local_score_B, normal)))
+
+    alone = copy.deepcopy(statistic)
+    weight_E = alone.weight_E if missed_by == "broad" else alone.fine_weight_E
+    alone.weight_E.copy_(weight_E)
+    alone.fine_weight_E.copy_(weight_E)
+    alone.fine_line_2.copy_(torch.tensor([1.0, 0.0]))
+    assert local_p(statistic) < 0.01 < 0.05 < local_p(alone)
+
+
+def test_an_energy_is_of_means_over_the_window_that_lies_inside_of_the_map():
+    x_BCHW = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(9))
+    for row, column in ((0, 0), (1, 4), (2, 2), (3, 1)):
+        rows, columns = slice(max(row - 1, 0), row + 2), slice(max(column - 1, 0), column + 2)
+        expected_B = x_BCHW[:, :, rows, columns].mean((2, 3)).square().mean(1)
+        torch.testing.assert_close(energy_map(x_BCHW, 3)[:, row, column], expected_B)
+    torch.testing.assert_close(energy_map(x_BCHW), x_BCHW.square().mean(1))
+
+
 def test_an_image_that_is_unusual_everywhere_is_found_by_the_global_score(statistic):
     normal = statistic(normal_energies(1000, seed=2))
     dim = statistic([1.4 * energy_NHW for energy_NHW in normal_energies(20, seed=3)])
@@ -101,7 +130,8 @@ def test_p_values_of_normal_images_are_uniform_and_flag_as_many_as_wanted(calibr
     calibration, unseen = calibrated
     p = p_values(unseen[name], getattr(calibration, name))
     # All share one draw of held-out images, whose own scatter is that of as many images.
-    assert kstest(p, "uniform").statistic < 1.63 * np.sqrt(1 / HELDOUT + 1 / UNSEEN)
+    # The limit is that of a test at 0.1 %.
+    assert kstest(p, "uniform").statistic < 1.95 * np.sqrt(1 / HELDOUT + 1 / UNSEEN)
     for rate in (0.01, 0.05, 0.1, 0.2):
         assert within_interval((p <= rate).sum(), rate)
 

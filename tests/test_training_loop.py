@@ -66,7 +66,7 @@ SETTINGS = LoopSettings(
     adam_epsilon=1e-4,
     precision="float32",
 )
-WHITENED = replace(SETTINGS, architecture=replace(ARCHITECTURE, whitening=True))
+WHITENED = replace(SETTINGS, architecture=replace(ARCHITECTURE, whitening=True, latent_window=3))
 CPU = Worker(rank=0, world_size=1, device=torch.device("cpu"))
 ROOMY = 1 << 40
 
@@ -557,7 +557,12 @@ def test_the_gaussian_of_each_position_alone_is_what_a_flow_is_measured_by(cache
 
 def test_whitened_latents_are_the_last_layer_of_the_model(cached, data):
     cache = cached[0]
-    trainer = run(new_trainer(cache, data, WHITENED))
+    # Energies are part of the loss only without windows.
+    windows = {
+        side: replace(WHITENED, architecture=replace(WHITENED.architecture, latent_window=side))
+        for side in (1, 3)
+    }
+    trainer = run(new_trainer(cache, data, windows[1]))
     before = trainer.evaluate(trainer.validation)
     trainer.whiten_latents(trainer.training)
     # As many numbers as images tell little of a position, yet of the training images enough to gain from.
@@ -567,9 +572,12 @@ def test_whitened_latents_are_the_last_layer_of_the_model(cached, data):
     images = torch.arange(len(trainer.validation))
     trainer.plain_flow.load_state_dict(trainer.best_state)
     raw = next(opened(cache, data.part("validation")).batches(0, [images]))
-    expected = energies(trainer.gaussians, trainer.plain_flow, raw)
-    for energy_NHW, expected_NHW in zip(after.energies, expected, strict=True):
-        torch.testing.assert_close(energy_NHW, expected_NHW, rtol=1e-3, atol=1e-4)
+    for side, settings in windows.items():
+        trainer.settings = settings
+        found = trainer.evaluate(trainer.validation).energies
+        expected = energies(trainer.gaussians, trainer.plain_flow, raw, side)
+        for energy_NHW, expected_NHW in zip(found, expected, strict=True):
+            torch.testing.assert_close(energy_NHW, expected_NHW, rtol=1e-3, atol=1e-4)
     gained = [
         channels * (was_NHW - is_NHW).sum((1, 2))
         for (channels, _, _), was_NHW, is_NHW in zip(

@@ -15,11 +15,11 @@ from csflow.model.backbone import Backbone
 from csflow.model.flow import CrossScaleFlow
 from csflow.model.pyramid import Pyramid
 from csflow.model.rounding import rounding_shifts
-from csflow.model.statistic import PlainStatistic, Scores, StandardisedStatistic, energy_map
+from csflow.model.statistic import PlainStatistic, Scores, StandardisedStatistic, energy_maps
 from csflow.model.whitening import Gaussians
 from csflow.preprocessing import Fit, Interpolation, Preprocessing
 
-OLD_DEFAULTS = {"fit": "stretch", "interpolation": "bilinear", "whitening": False}
+OLD_DEFAULTS = {"fit": "stretch", "interpolation": "bilinear", "whitening": False, "latent_window": 1}
 """Values for models whose config.json does not have these keys."""
 
 
@@ -46,6 +46,8 @@ class Architecture:
     """The resizing filter, with a default for models that do not say."""
     whitening: bool = False
     """Whether features are whitened before the flow and scores standardised; default as above."""
+    latent_window: int = 1
+    """Side in places of the windows over which latents are averaged for scores; default as above."""
 
     def __post_init__(self) -> None:
         # A single stage is a string, as it always was: the id of a model depends on it.
@@ -147,7 +149,9 @@ class Detector(nn.Module):
     @torch.no_grad()
     def score_features(self, y: Sequence[Tensor]) -> Scores:
         """Scores of images, given their features."""
-        scores: Scores = self.statistic(energies(self.gaussians, self.flow, y))
+        scores: Scores = self.statistic(
+            energies(self.gaussians, self.flow, y, self.architecture.latent_window)
+        )
         return scores
 
     def forward(self, image_BHWC: Tensor) -> Scores:
@@ -162,15 +166,17 @@ def check_pixels(image_BHWC: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"expected uint8 images of shape (B, *{shape}), not {found}")
 
 
-def energies(gaussians: Gaussians | None, flow: CrossScaleFlow, y: Sequence[Tensor]) -> list[Tensor]:
+def energies(
+    gaussians: Gaussians | None, flow: CrossScaleFlow, y: Sequence[Tensor], latent_window: int
+) -> list[Tensor]:
     """The input of the statistic, given features: energy maps (B, H, W) of each level.
 
     If features are whitened, those of the Gaussian at each position come first, then those of the latents.
     """
     if gaussians is None:
-        return [energy_map(z_BCHW) for z_BCHW in flow(y).z]
+        return energy_maps([], flow(y).z, latent_window)
     x = gaussians.whitening(y)
-    return [energy_map(x_BCHW) for x_BCHW in [*gaussians.positions(x), *gaussians.latents(flow(x).z)]]
+    return energy_maps(gaussians.positions(x), gaussians.latents(flow(x).z), latent_window)
 
 
 def new_flow(architecture: Architecture, channels: Sequence[int]) -> CrossScaleFlow:

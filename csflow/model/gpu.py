@@ -90,6 +90,7 @@ class GpuDetector(nn.Module):
         self.dtype = dtype
         self.features = GpuFeatures(detector, dtype, fallbacks)
         self.gaussians, self.statistic = detector.gaussians, detector.statistic
+        self.latent_window = detector.architecture.latent_window
         self.flow = rounded(detector.flow, dtype)
 
     def forward(self, image_BHWC: Tensor) -> Scores:
@@ -99,7 +100,7 @@ class GpuDetector(nn.Module):
     def score_features(self, y: Sequence[Tensor]) -> Scores:
         """Scores of images, given their features."""
         with _autocast(self.dtype, y[0].device):
-            scores: Scores = self.statistic(energies(self.gaussians, self.flow, y))
+            scores: Scores = self.statistic(energies(self.gaussians, self.flow, y, self.latent_window))
         return scores
 
 

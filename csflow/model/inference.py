@@ -83,7 +83,8 @@ class InferenceDetector:
             self.features = CpuBackbone(detector, chosen, batch_size, fallbacks)
             sizes = [(batch_size, height, width) for _, height, width in detector.feature_shapes]
             dtype = torch.float32 if chosen == "float32" else torch.bfloat16
-            flow = InterleavedFlow(detector.gaussians, detector.flow, dtype, sizes)
+            window = detector.architecture.latent_window
+            flow = InterleavedFlow(detector.gaussians, detector.flow, window, dtype, sizes)
             self._score = lambda y: detector.statistic(flow(y))
             self._pass = _padded(lambda image_BHWC: self._score(self.features(image_BHWC)), batch_size)
         else:

@@ -35,6 +35,7 @@ class InterleavedFlow(nn.Module):
         self,
         gaussians: Gaussians | None,
         flow: CrossScaleFlow,
+        latent_window: int,
         dtype: torch.dtype,
         sizes: Sequence[MapSize],
     ) -> None:
@@ -45,6 +46,7 @@ class InterleavedFlow(nn.Module):
             sizes: of each scale's maps.
         """
         super().__init__()
+        self.latent_window = latent_window
         self.blocks = nn.ModuleList(
             _InterleavedBlock(cast(CouplingBlock, block), dtype, sizes) for block in flow.blocks
         )
@@ -60,11 +62,11 @@ class InterleavedFlow(nn.Module):
     def forward(self, y: Sequence[Tensor]) -> list[Tensor]:
         x = [y_BCHW.permute(2, 3, 0, 1).float() for y_BCHW in y]
         if self.gaussians is None:
-            return _energy_maps(self._latents(self._block(0).ordered(x)))
+            return self._energy_maps([], self._latents(self._block(0).ordered(x)))
         x = self.gaussians.whitening(x)
         # The blocks write in place of their input: it is read first.
         read = self.gaussians.positions(x)
-        return _energy_maps([*read, *self.gaussians.latents(self._latents(x))])
+        return self._energy_maps(read, self.gaussians.latents(self._latents(x)))
 
     def _latents(self, z: list[Tensor]) -> list[Tensor]:
         """Latents of maps whose channels are in the order of the first block; overwrites the maps."""
@@ -72,9 +74,19 @@ class InterleavedFlow(nn.Module):
             z = self._block(number)(z if number == 0 else self._block(number).ordered(z))
         return z
 
+    def _energy_maps(self, read: Sequence[Tensor], latents: Sequence[Tensor]) -> list[Tensor]:
+        """As `statistic.energy_maps`."""
+        means = [_window_means(z_HWBC, self.latent_window) for z_HWBC in latents]
+        return [x_HWBC.square().mean(3).permute(2, 0, 1) for x_HWBC in [*read, *means]]
 
-def _energy_maps(x: Sequence[Tensor]) -> list[Tensor]:
-    return [x_HWBC.square().mean(3).permute(2, 0, 1) for x_HWBC in x]
+
+def _window_means(z_HWBC: Tensor, window: int) -> Tensor:
+    if window == 1:
+        return z_HWBC
+    # All images and channels are channels of one image.
+    z_1CHW = z_HWBC.flatten(2).permute(2, 0, 1).unsqueeze(0)
+    means_1CHW = F.avg_pool2d(z_1CHW, window, 1, window // 2, count_include_pad=False)
+    return means_1CHW[0].permute(1, 2, 0).view_as(z_HWBC)
 
 
 class _InterleavedGaussians(nn.Module):

@@ -1,19 +1,22 @@
 """The anomaly statistic: turns energies at each place of an image into scores and a map.
 
 An *energy map* is the mean of squares over the channels of a level. A whitened detector has two per level: of
-the Gaussian at each position, and of the flow's latents. Each finds what the other misses. The Gaussian is
-blind to all but covariance; the flow predicts one half of the channels from the other, and so hides what is
-odd about both.
+the Gaussian at each position, and of the flow's latents, averaged over windows of a few places. Each finds
+what the other misses. The Gaussian is blind to all but covariance; the flow predicts one half of the channels
+from the other, and so hides what is odd about both. At one place latents are mostly noise; the mean over a
+window lowers the noise, and keeps what neighbours have in common.
 
 Energies differ in size and spread between places and levels. So each is divided by the usual energy of its
-place, and they are averaged with weights that give all the same spread. A value of 1 is usual.
+place, and they are averaged with weights that give all the same spread. A value of 1 is usual. A second
+average, the *fine* one, has larger weights for larger maps and smaller ones for latents: it finds small
+defects, which levels of few places dilute.
 
 Dimension letters: B batch, H height, W width, P places (H · W), S levels of the pyramid, E energy maps, N
 images that define what is usual.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,8 @@ LOCAL_SHARE = 0.005
 """Share of an image's area that the local score averages: the most unusual places."""
 GLOBAL_WEIGHT = 0.1
 """Weight of the global score in the anomaly score; the local score has weight 1, and both the same spread."""
+FINE_LATENTS = 0.5
+"""Weight of latents in the fine average, relative to that of the Gaussian."""
 PRIOR_IMAGES = 10
 """The usual energy of a place is drawn towards that of its level as if by this many images."""
 SMALLEST = 1e-6
@@ -37,14 +42,29 @@ class Scores(NamedTuple):
     local_score_B: Tensor
     """How unusual the worst places are: the mean over `LOCAL_SHARE` of them. NaN without whitening."""
     scale_scores_BS: Tensor
-    """The mean of z²/2 of each level, largest map first."""
+    """Half of each level's mean latent energy, largest map first. Without windows, it is the mean of z²/2."""
     anomaly_map_BHW: Tensor
     """How unusual each place is, in the resolution of level 0. Without whitening, it is the mean of z²."""
 
 
-def energy_map(x_BCHW: Tensor) -> Tensor:
-    """The mean of squares over the channels, (B, H, W), float32."""
-    return x_BCHW.float().square().mean(1)
+def energy_map(x_BCHW: Tensor, window: int = 1) -> Tensor:
+    """The mean of squares over the channels, (B, H, W), float32, of maps averaged over windows.
+
+    Args:
+        window: odd side of the square around each place over which maps are averaged; less at borders.
+    """
+    x_BCHW = x_BCHW.float()
+    if window > 1:
+        x_BCHW = F.avg_pool2d(x_BCHW, window, 1, window // 2, count_include_pad=False)
+    return x_BCHW.square().mean(1)
+
+
+def energy_maps(read: Sequence[Tensor], latents: Sequence[Tensor], latent_window: int) -> list[Tensor]:
+    """The input of a statistic: energy maps of what the Gaussian reads, if there is one, then of latents."""
+    return [
+        *(energy_map(x_BCHW) for x_BCHW in read),
+        *(energy_map(z_BCHW, latent_window) for z_BCHW in latents),
+    ]
 
 
 class PlainStatistic(nn.Module):
@@ -76,16 +96,20 @@ class StandardisedStatistic(nn.Module):
             self.register_buffer(f"usual_{e}", torch.ones(height, width))
         self.weight_E = nn.Buffer(torch.full((2 * self.levels,), 1 / (2 * self.levels)))
         """Weights of the energy maps in the scores; their sum is 1."""
+        self.fine_weight_E = nn.Buffer(self.weight_E.clone())
+        """The same for the fine average."""
+        self.fine_line_2 = nn.Buffer(torch.tensor([1.0, 0.0]))
+        """Slope and intercept that give the fine average's local score the mean and spread of the other's."""
         self.map_weight_E = nn.Buffer(self.weight_E.clone())
         """Weights of the energy maps in the anomaly map."""
         self.score_weight_2 = nn.Buffer(torch.tensor([1.0, 0.0]))
         """Weights of the local and the global score in the anomaly score."""
+        self.register_load_state_dict_pre_hook(_without_fine_average)
 
     def forward(self, energies: Sequence[Tensor]) -> Scores:
-        """Scores, given energy maps (B, H, W): of each level's Gaussian, then of its latents."""
+        """Scores, given `energy_maps`: (B, H, W) of each level's Gaussian, then of its latents."""
         relative_EBHW = self.relative(energies)
-        scored_BHW = _weighted(self.weight_E, relative_EBHW)
-        local_B, global_B = local_score(scored_BHW), scored_BHW.mean((1, 2))
+        local_B, global_B = self.local_and_global(relative_EBHW)
         return Scores(
             anomaly_score_B=self.score_weight_2[0] * local_B + self.score_weight_2[1] * global_B,
             global_score_B=global_B,
@@ -94,6 +118,14 @@ class StandardisedStatistic(nn.Module):
             anomaly_map_BHW=_weighted(self.map_weight_E, relative_EBHW),
         )
 
+    def local_and_global(self, relative_EBHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The two scores (B,), given what `relative` returns."""
+        scored_BHW = _weighted(self.weight_E, relative_EBHW)
+        fine_B = _most_unusual(_weighted(self.fine_weight_E, relative_EBHW))
+        slope, intercept = self.fine_line_2
+        local_B = torch.maximum(_most_unusual(scored_BHW), slope * fine_B + intercept)
+        return local_B, scored_BHW.mean((1, 2))
+
     def relative(self, energies: Sequence[Tensor]) -> Tensor:
         """Energies (E, B, H, W) divided by the usual ones, all in the resolution of level 0."""
         relative = [
@@ -101,6 +133,13 @@ class StandardisedStatistic(nn.Module):
             for e, energy_BHW in enumerate(energies)
         ]
         return torch.stack(relative)
+
+
+def _without_fine_average(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Lets the state of an older model, which has no fine average, give the scores that it gave."""
+    if f"{prefix}fine_weight_E" not in state and f"{prefix}weight_E" in state:
+        state[f"{prefix}fine_weight_E"] = state[f"{prefix}weight_E"]
+        state[f"{prefix}fine_line_2"] = torch.tensor([1.0, 0.0])
 
 
 @torch.no_grad()
@@ -116,34 +155,48 @@ def fitted_statistic(
         energies: as `StandardisedStatistic.forward` takes them, (N, H, W).
     """
     statistic = StandardisedStatistic(feature_shapes).to(energies[0].device)
-    images = len(energies[0])
+    images, levels = len(energies[0]), len(feature_shapes)
     trust = images / (images + PRIOR_IMAGES)
     for e, energy_NHW in enumerate(energies):
         usual_HW = trust * energy_NHW.mean(0) + (1 - trust) * energy_NHW.mean()
         statistic.get_buffer(f"usual_{e}").copy_(usual_HW.clamp(min=SMALLEST))
     relative_ENHW = statistic.relative(energies)
     weight_E = 1 / relative_ENHW.flatten(1).std(1, correction=0).clamp(min=SMALLEST)
-    statistic.weight_E.copy_(weight_E / weight_E.sum())
+    places_E = torch.tensor([float(energy_NHW[0].numel()) for energy_NHW in energies]).to(weight_E)
+    is_latent_E = torch.arange(2 * levels, device=weight_E.device) >= levels
+    _set_shares(statistic.weight_E, weight_E)
+    of_kind_E = torch.where(is_latent_E, FINE_LATENTS, 1)
+    _set_shares(statistic.fine_weight_E, weight_E * places_E.sqrt() * of_kind_E)
     # Where a defect is, the finest levels know best: each weighs as much as it has places. Latents spread it
     # over the reach of the flow's kernels (benchmarks/quality.md), so the map is the Gaussian's.
-    places = [float(energy_NHW[0].numel()) for energy_NHW in energies[: len(feature_shapes)]]
-    places += [0.0] * len(feature_shapes)
-    map_weight_E = weight_E * torch.tensor(places).to(weight_E)
-    statistic.map_weight_E.copy_(map_weight_E / map_weight_E.sum())
-    scored_NHW = _weighted(statistic.weight_E, relative_ENHW)
-    pair_2N = torch.stack([local_score(scored_NHW), scored_NHW.mean((1, 2))])
-    spread_2 = pair_2N.std(1, correction=0).clamp(min=SMALLEST)
-    share_2 = torch.tensor([1.0, GLOBAL_WEIGHT]).to(spread_2) / spread_2
+    _set_shares(statistic.map_weight_E, weight_E * places_E * ~is_latent_E)
+    broad_N, fine_N = (
+        _most_unusual(_weighted(shares_E, relative_ENHW))
+        for shares_E in (statistic.weight_E, statistic.fine_weight_E)
+    )
+    slope = _spread(broad_N) / _spread(fine_N)
+    statistic.fine_line_2.copy_(torch.stack([slope, broad_N.mean() - slope * fine_N.mean()]))
+    local_N, global_N = statistic.local_and_global(relative_ENHW)
+    share_2 = torch.stack([1 / _spread(local_N), GLOBAL_WEIGHT / _spread(global_N)])
     # 1 for an image whose two scores are the usual ones.
-    statistic.score_weight_2.copy_(share_2 / (share_2 @ pair_2N.mean(1).clamp(min=SMALLEST)))
+    usual_2 = torch.stack([local_N.mean(), global_N.mean()])
+    statistic.score_weight_2.copy_(share_2 / (share_2 @ usual_2.clamp(min=SMALLEST)))
     return statistic
 
 
-def local_score(scored_BHW: Tensor) -> Tensor:
+def _most_unusual(scored_BHW: Tensor) -> Tensor:
     """The mean (B,) over the most unusual `LOCAL_SHARE` of each image's places, at least one place."""
     place_BP = scored_BHW.flatten(1)
     most = max(1, round(LOCAL_SHARE * place_BP.shape[1]))
     return place_BP.topk(most, dim=1).values.mean(1)
+
+
+def _spread(values_N: Tensor) -> Tensor:
+    return values_N.std(correction=0).clamp(min=SMALLEST)
+
+
+def _set_shares(shares_E: Tensor, weight_E: Tensor) -> None:
+    shares_E.copy_(weight_E / weight_E.sum())
 
 
 def _weighted(weight_E: Tensor, maps_EBHW: Tensor) -> Tensor:

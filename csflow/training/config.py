@@ -133,4 +133,5 @@ class TrainConfig(JobConfig):
             seed=self.seed,
             fit=self.fit,
             whitening=recipe.whitening,
+            latent_window=recipe.latent_window,
         )

@@ -21,7 +21,7 @@ from csflow.model import (
     negative_log_likelihood,
     new_flow,
 )
-from csflow.model.statistic import energy_map
+from csflow.model.statistic import energy_maps
 from csflow.model.whitening import PositionGaussian
 from csflow.precision import TrainingPrecision, uses_bfloat16
 from csflow.training.config import TrainConfig
@@ -196,7 +196,7 @@ class Trainer:
                 output, read = self.plain_flow(x), []
                 if self.gaussians:
                     read, output = self.gaussians.positions(x), _whitened(output, self.gaussians.latents)
-                energies = [energy_map(x_BCHW) for x_BCHW in [*read, *output.z]]
+                energies = energy_maps(read, output.z, self.settings.architecture.latent_window)
                 for column, value in zip(columns, [*energies, self._losses(output)], strict=True):
                     column[share] = value
         if self.worker.world_size > 1:

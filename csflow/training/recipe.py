@@ -19,6 +19,7 @@ class Recipe:
     efficientnet_stages: tuple[str, ...]
     """Stages of an EfficientNet whose maps are the features; other backbones have their last level."""
     whitening: bool
+    latent_window: int
     adam_epsilon: float
     is_annealed: bool
     """Whether the learning rate falls to 0 along a cosine; otherwise it is constant."""
@@ -44,6 +45,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         passes=4200,
         efficientnet_stages=("blocks.2", "blocks.4", "blocks.5"),
         whitening=True,
+        latent_window=3,
         adam_epsilon=1e-8,
         is_annealed=True,
     ),
@@ -58,6 +60,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         passes=0,
         efficientnet_stages=("blocks.5",),
         whitening=False,
+        latent_window=1,
         adam_epsilon=1e-4,
         is_annealed=False,
     ),
