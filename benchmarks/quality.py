@@ -13,6 +13,7 @@ folder. Features are extracted once, are the same for all but anomalib, and thei
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "patience": 10,
         "learning_rate": 2e-4,
     },
-    "default, 2 blocks": {"coupling_blocks": 2},
+    "default, 1 block": {"coupling_blocks": 1},
     "default, 4 blocks": {"coupling_blocks": 4},
     # Its 240 epochs would take a core the better part of a day.
     "paper, 4 epochs": {"recipe": "paper", "epochs": 4},
@@ -87,6 +88,11 @@ class Training:
             return None
         levels = len(self._images.cache.feature_shapes)
         return float(gaussian_losses(self.usual.energies[:levels], self.gaussians).mean())
+
+    def batches(self, part: str) -> Iterator[list[torch.Tensor]]:
+        """Whitened features of a part of the training job's images."""
+        source = self._part(part)
+        return source.batches(0, list(torch.arange(len(source)).split(32)))
 
     def heldout(self) -> Scores:
         return self._scores(self._part("heldout"))

@@ -31,6 +31,8 @@ import torch
 from model import anomalib_model
 from results import record
 
+from csflow.training.recipe import RECIPES
+
 CHANNELS = {"tf_efficientnet_lite0": 192, "tf_efficientnet_b5": 304}
 STRIDE = 32
 SCALES = 3
@@ -41,17 +43,15 @@ def feature_shapes(arguments: argparse.Namespace) -> list[tuple[int, int, int]]:
     return [(CHANNELS[arguments.backbone], side, side) for side in sides]
 
 
-def kernel_sizes(blocks: int) -> list[int]:
-    return [3] * (blocks - 1) + [5 if blocks > 1 else 3]
-
-
 def plain(arguments: argparse.Namespace) -> Callable[[], None]:
     """What one would write in an afternoon."""
     from csflow.model import CrossScaleFlow, negative_log_likelihood
 
     torch.set_num_threads(arguments.threads)
     features = [torch.randn(arguments.images, *shape) for shape in feature_shapes(arguments)]
-    flow = CrossScaleFlow(features[0].shape[1], SCALES, arguments.hidden, kernel_sizes(arguments.blocks))
+    flow = CrossScaleFlow(
+        features[0].shape[1], SCALES, arguments.hidden, RECIPES["paper"].kernel_sizes(arguments.blocks)
+    )
     optimizer = torch.optim.Adam(flow.parameters(), lr=2e-4, eps=1e-4, weight_decay=1e-5)
 
     def epoch() -> None:
@@ -81,9 +81,20 @@ def csflow(arguments: argparse.Namespace, rank: int = 0, workers: int = 1) -> Ca
         arguments.backbone,
         (arguments.size, arguments.size),
         hidden_channels=arguments.hidden,
-        kernel_sizes=tuple(kernel_sizes(arguments.blocks)),
+        kernel_sizes=tuple(RECIPES["paper"].kernel_sizes(arguments.blocks)),
     )
-    loop = LoopSettings(architecture, 1000, 1000, arguments.batch, None, 2e-4, arguments.precision)
+    loop = LoopSettings(
+        architecture,
+        epochs=1000,
+        patience=1000,
+        batch_size=arguments.batch,
+        micro_batch_size=None,
+        learning_rate=2e-4,
+        is_annealed=False,
+        adam_epsilon=1e-4,
+        dropout=0.0,
+        precision=arguments.precision,
+    )
     worker = Worker(rank, workers, torch.device("cpu"))
     training, validation = (
         ResidentFeatures(cache, part_ND, worker.device) for part_ND in (features_ND, features_ND[:0])

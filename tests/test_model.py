@@ -181,6 +181,22 @@ def test_a_batch_equals_its_samples_one_by_one():
     torch.testing.assert_close(together, torch.cat(alone))
 
 
+def test_a_dropped_hidden_channel_is_one_without_weights():
+    flow, y = random_flow((4, 6), 2, (3, 1)), random_features((4, 6), 2)
+    keep_BK = torch.ones(3, flow.hidden_count, dtype=torch.float64)
+    torch.testing.assert_close(flow(y, keep_BK).z, flow(y).z, rtol=0, atol=0)
+    last = flow.blocks[-1].subnetwork_second.enter[-1]  # the last of all hidden channels is its last one
+    keep_BK[0, -1] = 0
+    dropped = flow(y, keep_BK)
+    with torch.no_grad():
+        last.weight[-1], last.bias[-1] = 0, 0
+    without = flow(y)
+    for images, expected in ((slice(0, 1), without), (slice(1, 3), random_flow((4, 6), 2, (3, 1))(y))):
+        for z_BCHW, expected_BCHW in zip(dropped.z, expected.z, strict=True):
+            torch.testing.assert_close(z_BCHW[images], expected_BCHW[images])
+    torch.testing.assert_close(dropped.log_det_B[:1], without.log_det_B[:1])
+
+
 def test_permutations_are_buffers_that_differ_per_scale_and_block():
     flow = CrossScaleFlow(32, 3, 8, (3, 3))
     permutations = [value for name, value in flow.state_dict().items() if "permutation" in name]

@@ -64,9 +64,10 @@ SETTINGS = LoopSettings(
     learning_rate=1e-3,
     is_annealed=False,
     adam_epsilon=1e-4,
+    dropout=0.0,
     precision="float32",
 )
-WHITENED = replace(SETTINGS, architecture=replace(ARCHITECTURE, whitening=True, latent_window=3))
+WHITENED = replace(SETTINGS, architecture=replace(ARCHITECTURE, whitening=True, latent_window=3), dropout=0.2)
 CPU = Worker(rank=0, world_size=1, device=torch.device("cpu"))
 ROOMY = 1 << 40
 
@@ -488,7 +489,7 @@ def test_the_recipe_of_the_paper_has_its_constants():
     architecture = paper.architecture
     assert (architecture.hidden_channels, architecture.kernel_sizes) == (1024, (3, 3, 3, 5))
     assert (architecture.cut_after, architecture.scales) == ("blocks.5", 3)
-    assert not architecture.whitening
+    assert (architecture.whitening, architecture.latent_window, paper.dropout) == (False, 1, 0)
 
 
 def test_the_default_recipe_is_whitened_annealed_and_of_several_stages():
@@ -497,7 +498,12 @@ def test_the_default_recipe_is_whitened_annealed_and_of_several_stages():
     assert default.epochs == 6
     assert LoopSettings.of(parse(TrainConfig, None, NEEDED), 100).epochs == 42
     architecture = default.architecture
-    assert (architecture.hidden_channels, architecture.kernel_sizes) == (256, (3,))
+    assert (architecture.hidden_channels, architecture.kernel_sizes) == (192, (3, 1))
+    assert configured("--coupling_blocks", "4").architecture.kernel_sizes == (3, 1, 1, 1)
+    assert configured("--coupling_blocks", "1").architecture.kernel_sizes == (3,)
+    assert architecture.latent_window == 3
+    assert default.dropout == 0
+    assert LoopSettings.of(parse(TrainConfig, None, NEEDED), 350).dropout == 0.25
     assert (architecture.cut_after, architecture.scales) == (("blocks.2", "blocks.4", "blocks.5"), 2)
     assert architecture.whitening
     assert configured("--backbone", "resnet10t").architecture.cut_after is None

@@ -173,10 +173,23 @@ def energies(
 
     If features are whitened, those of the Gaussian at each position come first, then those of the latents.
     """
+    x = gaussians.whitening(y) if gaussians else y
+    return energies_of(gaussians, x, flow(x).z, latent_window)
+
+
+def energies_of(
+    gaussians: Gaussians | None, x: Sequence[Tensor], z: Sequence[Tensor], latent_window: int
+) -> list[Tensor]:
+    """`energies`, given the input and the output of the flow.
+
+    Windows are of the flow's own latents. Behind the last layer they tell no more (benchmarks/statistic.py),
+    and its matrices of each position would take as long as the Gaussian's, and as much memory.
+    """
     if gaussians is None:
-        return energy_maps([], flow(y).z, latent_window)
-    x = gaussians.whitening(y)
-    return energy_maps(gaussians.positions(x), gaussians.latents(flow(x).z), latent_window)
+        return energy_maps([], z, latent_window)
+    return energy_maps(
+        gaussians.positions(x), z if latent_window > 1 else gaussians.latents(z), latent_window
+    )
 
 
 def new_flow(architecture: Architecture, channels: Sequence[int]) -> CrossScaleFlow:

@@ -1,10 +1,11 @@
 """The cross-scale normalizing flow of CS-Flow (Rudolph et al., WACV 2022, arXiv 2110.02855, section 3).
 
-Dimension letters: B batch, C channels, H height, W width (of the scale at hand), S scales.
+Dimension letters: B batch, C channels, H height, W width (of the scale at hand), K hidden channels, S scales.
 Scale 0 is the largest; scale s + 1 has half its height and width.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -57,14 +58,19 @@ class CrossScaleFlow(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         hidden = [max(1, round(hidden_channels * count / max(channels))) for count in channels]
         self.blocks = nn.ModuleList(CouplingBlock(channels, hidden, k, generator) for k in kernel_sizes)
+        self.hidden_count = len(self.blocks) * 2 * sum(hidden)
+        """Number K of hidden channels of all subnetworks."""
 
-    def forward(self, y: Sequence[Tensor]) -> FlowOutput:
+    def forward(self, y: Sequence[Tensor], keep_BK: Tensor | None = None) -> FlowOutput:
         """Maps features to latents.
 
         Args:
             y: a tensor (B, C, H, W) per scale, each with half the height and width of the one before.
+            keep_BK: factors of each image's hidden channels, for dropout.
         """
-        return self._run([cast(CouplingBlock, block).forward for block in self.blocks], y)
+        keeps = _chunks(keep_BK, len(self.blocks))
+        blocks = (cast(CouplingBlock, block) for block in self.blocks)
+        return self._run([partial(block, keep_BK=keep) for block, keep in zip(blocks, keeps, strict=True)], y)
 
     def inverse(self, z: Sequence[Tensor]) -> FlowOutput:
         """Maps latents back to features; the log-determinant is that of the inverse."""
@@ -105,11 +111,12 @@ class CouplingBlock(nn.Module):
         self.subnetwork_first = CrossScaleSubnetwork(second, first, hidden_channels, kernel_size)
         self.subnetwork_second = CrossScaleSubnetwork(first, second, hidden_channels, kernel_size)
 
-    def forward(self, y: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    def forward(self, y: Sequence[Tensor], keep_BK: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
         permuted = [y_BCHW[:, self.get_buffer(f"permutation_{s}")] for s, y_BCHW in enumerate(y)]
         first, second = self._split(permuted)
-        first, log_det_first_B = _transform(first, self.subnetwork_first(second))
-        second, log_det_second_B = _transform(second, self.subnetwork_second(first))
+        keep_first, keep_second = _chunks(keep_BK, 2)
+        first, log_det_first_B = _transform(first, self.subnetwork_first(second, keep_first))
+        second, log_det_second_B = _transform(second, self.subnetwork_second(first, keep_second))
         return _join(first, second), log_det_first_B + log_det_second_B
 
     def inverse(self, z: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -150,10 +157,15 @@ class CrossScaleSubnetwork(nn.Module):
         """up[s] feeds scale s from scale s + 1."""
         self.gamma_S = nn.Parameter(torch.zeros(len(given)))
 
-    def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, x: Sequence[Tensor], keep_BK: Tensor | None = None) -> list[Tensor]:
         hidden = [
             F.leaky_relu(enter(x_BCHW), LEAKY_SLOPE) for enter, x_BCHW in zip(self.enter, x, strict=True)
         ]
+        if keep_BK is not None:
+            keeps = keep_BK.to(hidden[0].dtype).split([hidden_BCHW.shape[1] for hidden_BCHW in hidden], dim=1)
+            hidden = [
+                h_BCHW * keep_BC[:, :, None, None] for h_BCHW, keep_BC in zip(hidden, keeps, strict=True)
+            ]
         out = []
         for s, hidden_BCHW in enumerate(hidden):
             out_BCHW = self.same[s](hidden_BCHW)
@@ -189,6 +201,10 @@ def negative_log_likelihood(output: FlowOutput) -> Tensor:
     dimensions = sum(z_BCHW[0].numel() for z_BCHW in output.z)
     loss_B: Tensor = (energy_B - output.log_det_B) / dimensions
     return loss_B
+
+
+def _chunks(keep_BK: Tensor | None, number: int) -> Sequence[Tensor | None]:
+    return [None] * number if keep_BK is None else keep_BK.chunk(number, dim=1)
 
 
 def _transform(x: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -54,7 +54,7 @@ class InterleavedFlow(nn.Module):
         if gaussians is not None:
             # The order of channels that the first block wants: one pass over memory permutes and transposes.
             orders = [self._block(0).get_buffer(name) for name in self._block(0).permutations]
-            self.gaussians = _InterleavedGaussians(gaussians, orders, dtype)
+            self.gaussians = _InterleavedGaussians(gaussians, orders, latent_window == 1, dtype)
 
     def _block(self, number: int) -> "_InterleavedBlock":
         return cast(_InterleavedBlock, self.blocks[number])
@@ -66,7 +66,8 @@ class InterleavedFlow(nn.Module):
         x = self.gaussians.whitening(x)
         # The blocks write in place of their input: it is read first.
         read = self.gaussians.positions(x)
-        return self._energy_maps(read, self.gaussians.latents(self._latents(x)))
+        z = self._latents(x)
+        return self._energy_maps(read, self.gaussians.latents(z) if self.gaussians.latents else z)
 
     def _latents(self, z: list[Tensor]) -> list[Tensor]:
         """Latents of maps whose channels are in the order of the first block; overwrites the maps."""
@@ -96,11 +97,17 @@ class _InterleavedGaussians(nn.Module):
     order that their trained form returns.
     """
 
-    def __init__(self, gaussians: Gaussians, orders: Sequence[Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self, gaussians: Gaussians, orders: Sequence[Tensor], reads_last: bool, dtype: torch.dtype
+    ) -> None:
+        """`reads_last` tells whether scores are of latents behind the last layer."""
         super().__init__()
         self.whitening = _InterleavedWhitening(gaussians.whitening, orders)
         self.positions = _InterleavedGaussian(gaussians.positions, orders, dtype)
-        self.latents = _InterleavedGaussian(gaussians.latents, map(torch.arange, map(len, orders)), dtype)
+        self.latents: _InterleavedGaussian | None = None
+        if reads_last:
+            as_trained = map(torch.arange, map(len, orders))
+            self.latents = _InterleavedGaussian(gaussians.latents, as_trained, dtype)
 
 
 class _InterleavedWhitening(nn.Module):

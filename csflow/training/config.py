@@ -49,13 +49,13 @@ class TrainConfig(JobConfig):
     scales: int | None = Field(None, ge=1, le=4)
     """Number of sizes in which the backbone sees an image; each is half the one before. [default: 3, or 2
     with several stages]"""
-    coupling_blocks: int = Field(1, ge=1)
-    """Number of coupling blocks of the flow. [default: 1; paper: 4]"""
-    hidden_channels: int = Field(256, ge=1)
-    """Number of channels inside the coupling blocks' subnetworks. [default: 256; paper: 1024]"""
+    coupling_blocks: int = Field(2, ge=1)
+    """Number of coupling blocks of the flow. [default: 2; paper: 4]"""
+    hidden_channels: int = Field(192, ge=1)
+    """Number of channels inside the coupling blocks' subnetworks. [default: 192; paper: 1024]"""
     kernel_sizes: list[int] | None = None
-    """Odd kernel size of each coupling block, or one size for all. [default: 3; the last of several blocks
-    has 5]"""
+    """Odd kernel size of each coupling block, or one size for all. [default: 3 for the first block and 1 for
+    others; paper: 3, and 5 for the last of several]"""
     epochs: int | None = Field(None, ge=1)
     """Largest number of passes over the training images. [default: 6; more for fewer than 700 images, to
     show 4,200 images in total; paper: 240]"""
@@ -111,9 +111,8 @@ class TrainConfig(JobConfig):
         """The detector's architecture. Raises WrongUse if the kernel sizes do not fit the blocks."""
         from csflow.model import Architecture
 
-        kernel_sizes = self.kernel_sizes or [3] * (self.coupling_blocks - 1) + [
-            5 if self.coupling_blocks > 1 else 3
-        ]
+        recipe = RECIPES[self.recipe]
+        kernel_sizes = self.kernel_sizes or recipe.kernel_sizes(self.coupling_blocks)
         if len(kernel_sizes) == 1:
             kernel_sizes = kernel_sizes * self.coupling_blocks
         if len(kernel_sizes) != self.coupling_blocks:
@@ -121,7 +120,6 @@ class TrainConfig(JobConfig):
                 f"--kernel_sizes names {len(kernel_sizes)} sizes for {self.coupling_blocks} coupling blocks; "
                 "give one for each, or one for all"
             )
-        recipe = RECIPES[self.recipe]
         stages = tuple(self.cut_after or ()) or recipe.stages(self.backbone)
         return Architecture(
             backbone=self.backbone,

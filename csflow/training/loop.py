@@ -21,7 +21,7 @@ from csflow.model import (
     negative_log_likelihood,
     new_flow,
 )
-from csflow.model.statistic import energy_maps
+from csflow.model.detector import energies_of
 from csflow.model.whitening import PositionGaussian
 from csflow.precision import TrainingPrecision, uses_bfloat16
 from csflow.training.config import TrainConfig
@@ -46,6 +46,7 @@ class LoopSettings:
     learning_rate: float
     is_annealed: bool
     adam_epsilon: float
+    dropout: float
     precision: TrainingPrecision
 
     @classmethod
@@ -61,6 +62,7 @@ class LoopSettings:
             learning_rate=config.learning_rate,
             is_annealed=recipe.is_annealed,
             adam_epsilon=recipe.adam_epsilon,
+            dropout=recipe.dropout(training_images),
             precision=config.precision,
         )
 
@@ -193,10 +195,10 @@ class Trainer:
         shares = self._shares_of_all(source)
         with self._best_weights():
             for share, x in zip(shares, source.batches(0, shares), strict=True):
-                output, read = self.plain_flow(x), []
+                output, window = self.plain_flow(x), self.settings.architecture.latent_window
+                energies = energies_of(self.gaussians, x, output.z, window)
                 if self.gaussians:
-                    read, output = self.gaussians.positions(x), _whitened(output, self.gaussians.latents)
-                energies = energy_maps(read, output.z, self.settings.architecture.latent_window)
+                    output = _whitened(output, self.gaussians.latents)
                 for column, value in zip(columns, [*energies, self._losses(output)], strict=True):
                     column[share] = value
         if self.worker.world_size > 1:
@@ -223,36 +225,46 @@ class Trainer:
         grad_norms = []
         seed = self.settings.architecture.seed
         batches = epoch_batches(len(self.training), self.settings.batch_size, seed, epoch)
-        parts = [self._parts(batch) for batch in batches]
-        features = self.training.batches(epoch, [indices for part in parts for indices, _ in part])
-        for step, part in enumerate(parts, start=(epoch - 1) * len(parts)):
+        shares = [self._share(batch) for batch in batches]
+        features = self.training.batches(epoch, [part for share in shares for part in share])
+        for step, batch in enumerate(batches, start=(epoch - 1) * len(batches)):
             if self.settings.is_annealed:
-                rate = annealed(self.settings.learning_rate, step, self.settings.epochs * len(parts))
+                rate = annealed(self.settings.learning_rate, step, self.settings.epochs * len(batches))
                 self.optimizer.param_groups[0]["lr"] = rate
-            for number, (_, weight) in enumerate(part):
-                with self._accumulating(number + 1 < len(part)):
-                    loss_sum += self._backward(next(features), weight)
+            # DDP averages gradients over workers, whose shares may differ in size. So each sum is scaled such
+            # that the average is the mean over the global batch, for any number of workers.
+            weight = self.worker.world_size / len(batch) if self.worker.rank < len(batch) else 0.0
+            keeps = self._kept_channels(step, len(batch))
+            for number, keep_BK in enumerate(keeps):
+                with self._accumulating(number + 1 < len(keeps)):
+                    loss_sum += self._backward(next(features), keep_BK, weight)
             grad_norms.append(optimizer_step(self.plain_flow.parameters(), self.optimizer))
         return loss_sum, grad_norms
 
-    def _parts(self, batch: Tensor) -> list[tuple[Tensor, float]]:
-        """This worker's share of a global batch in micro-batches, with the weight of each image's loss.
-
-        DDP averages gradients over workers, whose shares may differ in size. So each sum is scaled such that
-        the average is the mean over the global batch, for any number of workers.
-        """
-        rank, world_size = self.worker.rank, self.worker.world_size
-        share = batch[rank::world_size]
+    def _share(self, of_batch: Tensor) -> Sequence[Tensor]:
+        """This worker's micro-batches of what a global batch has for each of its images."""
+        share = of_batch[self.worker.rank :: self.worker.world_size]
         if not len(share):
             # A last batch may be smaller than the number of workers, yet all must join the all-reduce.
-            return [(batch[:1], 0.0)]
-        size = self.settings.micro_batch_size or len(share)
-        return [(part, world_size / len(batch)) for part in share.split(size)]
+            share = of_batch[:1]
+        return share.split(self.settings.micro_batch_size or len(share))
 
-    def _backward(self, y: Sequence[Tensor], weight: float) -> Tensor:
+    def _kept_channels(self, step: int, images: int) -> Sequence[Tensor | None]:
+        """For dropout, the factors of hidden channels of each micro-batch; None without it.
+
+        They depend on seed and step only, so that they are the same for any number of workers and after a
+        resumption.
+        """
+        dropout, seed = self.settings.dropout, self.settings.architecture.seed
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        kept_BK = torch.rand(images, self.plain_flow.hidden_count, generator=generator) >= dropout
+        parts = self._share(kept_BK / (1 - dropout))
+        return [part_BK.to(self.worker.device) if dropout else None for part_BK in parts]
+
+    def _backward(self, y: Sequence[Tensor], keep_BK: Tensor | None, weight: float) -> Tensor:
         """Adds the gradients of the weighted sum of losses; returns the sum of losses."""
         with self._autocast():
-            output = self._flow([y_BCHW.contiguous(memory_format=self._format) for y_BCHW in y])
+            output = self._flow([y_BCHW.contiguous(memory_format=self._format) for y_BCHW in y], keep_BK)
         loss_B = self._losses(output)
         (loss_B.sum() * weight).backward()
         return loss_B.detach().sum() * (weight > 0)

@@ -20,6 +20,10 @@ class Recipe:
     """Stages of an EfficientNet whose maps are the features; other backbones have their last level."""
     whitening: bool
     latent_window: int
+    kernel_size: tuple[int, int, int]
+    """Kernel size of the first coupling block, of the blocks after it, and of the last of several."""
+    most_dropout: float
+    """Limit of the dropout for ever fewer images."""
     adam_epsilon: float
     is_annealed: bool
     """Whether the learning rate falls to 0 along a cosine; otherwise it is constant."""
@@ -27,6 +31,18 @@ class Recipe:
     def epochs(self, training_images: int) -> int:
         """Default of `--epochs`, which is larger for few images."""
         return max(self.fewest_epochs, math.ceil(self.passes / training_images))
+
+    def dropout(self, training_images: int) -> float:
+        """Share of the subnetworks' hidden channels that each image does without in a training step.
+
+        It is 0 for many images, of which the flow learns none by heart, and larger the fewer they are.
+        """
+        return self.most_dropout * (1 - self.fewest_epochs / self.epochs(training_images))
+
+    def kernel_sizes(self, blocks: int) -> list[int]:
+        """Default of `--kernel_sizes`, one for each block."""
+        first, middle, last = self.kernel_size
+        return [first, *[middle] * (blocks - 2), *[last] * (blocks > 1)]
 
     def stages(self, backbone: str) -> tuple[str, ...] | None:
         """Default of `--cut_after`; None for the default of the network."""
@@ -36,8 +52,8 @@ class Recipe:
 RECIPES: dict[RecipeName, Recipe] = {
     "default": Recipe(
         settings={
-            "coupling_blocks": 1,
-            "hidden_channels": 256,
+            "coupling_blocks": 2,
+            "hidden_channels": 192,
             "patience": 10,
             "learning_rate": 3e-3,
         },
@@ -46,6 +62,8 @@ RECIPES: dict[RecipeName, Recipe] = {
         efficientnet_stages=("blocks.2", "blocks.4", "blocks.5"),
         whitening=True,
         latent_window=3,
+        kernel_size=(3, 1, 1),
+        most_dropout=0.5,
         adam_epsilon=1e-8,
         is_annealed=True,
     ),
@@ -61,6 +79,8 @@ RECIPES: dict[RecipeName, Recipe] = {
         efficientnet_stages=("blocks.5",),
         whitening=False,
         latent_window=1,
+        kernel_size=(3, 3, 5),
+        most_dropout=0.0,
         adam_epsilon=1e-4,
         is_annealed=False,
     ),
