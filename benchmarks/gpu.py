@@ -70,8 +70,8 @@ def architecture(setting: str, side: int) -> Architecture:
         (side, side),
         stages,
         2,
-        hidden_channels=256,
-        kernel_sizes=(3,),
+        hidden_channels=192,
+        kernel_sizes=(3, 1),
         whitening=True,
         latent_window=3,
     )
