@@ -119,7 +119,7 @@ def test_a_model_of_another_format_version_is_refused(wrong_use, model, good_cel
     config = (copy / "config.json").read_text()
     (copy / "config.json").write_text(config.replace('"format_version": 4', '"format_version": 5'))
     line = wrong_use("score", "--model", copy, "--input", good_cells, "--output", tmp_path / "out")
-    assert "format version 4, this csflow reads 3" in line
+    assert "format version 5, this csflow reads 4" in line
 
 
 @pytest.mark.parametrize("verb", VERBS)
