@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 
 PROGRAM = """
 import os, shutil, tempfile, time
@@ -79,6 +80,7 @@ for row in run(150, resources, fails_once=str(folder / "failed")):
     words = printed_by(scenario)
     assert sorted(map(int, words[::2])) == list(range(150))
     assert len(set(words[1::2])) == 2
+    assert min(Counter(words[1::2]).values()) >= 20
 
 
 def test_more_workers_than_gpus_are_workers_with_a_gpu_and_each_has_its_share_of_cpus():

@@ -112,7 +112,7 @@ def calibrated() -> tuple[Calibration, dict[str, NDArray[np.float64]]]:
     gaussians = Gaussians(SHAPES)
     usual, heldout = (
         Evaluation(normal_energies(images, seed), torch.zeros(images))
-        for images, seed in ((USUAL, 5), (HELDOUT, 6))
+        for images, seed in ((USUAL, 10), (HELDOUT, 11))
     )
     closing = closing_tensors(usual, heldout, gaussians, SHAPES)
     statistic = StandardisedStatistic(SHAPES)
@@ -121,7 +121,7 @@ def calibrated() -> tuple[Calibration, dict[str, NDArray[np.float64]]]:
     images = pa.array([str(n) for n in range(HELDOUT)])
     columns = {"image_uri": images, "image_version": images}
     columns |= {name: closing[f"calibration.{name}"].numpy() for name in CALIBRATION.names[2:]}
-    unseen = calibration_columns(statistic(normal_energies(UNSEEN, seed=7)))
+    unseen = calibration_columns(statistic(normal_energies(UNSEEN, seed=12)))
     return Calibration.of(pa.table(columns)), {name: value.numpy() for name, value in unseen.items()}
 
 
@@ -130,8 +130,7 @@ def test_p_values_of_normal_images_are_uniform_and_flag_as_many_as_wanted(calibr
     calibration, unseen = calibrated
     p = p_values(unseen[name], getattr(calibration, name))
     # All share one draw of held-out images, whose own scatter is that of as many images.
-    # The limit is that of a test at 0.1 %.
-    assert kstest(p, "uniform").statistic < 1.95 * np.sqrt(1 / HELDOUT + 1 / UNSEEN)
+    assert kstest(p, "uniform").statistic < 1.63 * np.sqrt(1 / HELDOUT + 1 / UNSEEN)
     for rate in (0.01, 0.05, 0.1, 0.2):
         assert within_interval((p <= rate).sum(), rate)
 
