@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from quality_data import DATA_SETS, prepare, test_images
+from quality_data import add_run_arguments, prepare, test_images
 from quality_features import cached_images, read_levels
 from quality_figures import image_figures, pixel_figures
 from torch import Tensor
@@ -455,12 +455,10 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder of features and results")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--names", nargs="+", default=list(DATA_SETS), choices=list(DATA_SETS))
     parser.add_argument("--stages", nargs="+", required=True, help="of the backbone, finest first")
     parser.add_argument("--scales", type=int, default=1, help="of the image")
     parser.add_argument("--detectors", nargs="+", default=DETECTORS, choices=DETECTORS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
-    parser.add_argument("--threads", type=int, default=1)
+    add_run_arguments(parser)
     run(parser.parse_args())
 
 

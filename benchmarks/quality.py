@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from quality_data import DATA_SETS, TestImage, prepare, test_images
+from quality_data import TestImage, add_run_arguments, prepare, test_images
 from quality_features import CPU, IN_MEMORY, CachedImages, cached_images
 from quality_figures import image_figures, pixel_figures, validity
 from quality_table import tables
@@ -171,10 +171,8 @@ def main() -> None:
     parser.add_argument("step", choices=["run", "table"])
     parser.add_argument("--work", type=Path, required=True, help="folder of features and results")
     parser.add_argument("--data", type=Path, help="folder of the data sets")
-    parser.add_argument("--names", nargs="+", default=list(DATA_SETS), choices=list(DATA_SETS))
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
-    parser.add_argument("--threads", type=int, default=1)
+    add_run_arguments(parser)
     arguments = parser.parse_args()
     if arguments.step == "run":
         run(arguments)

@@ -183,6 +183,13 @@ DATA_SETS: dict[str, Callable[[Path], None]] = {
 }
 
 
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what every program that trains on these data sets is told."""
+    parser.add_argument("--names", nargs="+", default=list(DATA_SETS), choices=list(DATA_SETS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
+    parser.add_argument("--threads", type=int, default=1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -18,7 +18,7 @@ import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
 from quality import Training
-from quality_data import DATA_SETS, prepare
+from quality_data import add_run_arguments, prepare
 from quality_features import cached_images
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
@@ -154,9 +154,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--work", type=Path, required=True, help="folder of features")
-    parser.add_argument("--names", nargs="+", default=list(DATA_SETS), choices=list(DATA_SETS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
-    parser.add_argument("--threads", type=int, default=1)
+    add_run_arguments(parser)
     arguments = parser.parse_args()
     process.set_up(arguments.threads, gpus=0)
     sums: dict[tuple[int, str], list[list[float]]] = {}

@@ -15,7 +15,7 @@ from csflow.model.backbone import Backbone
 from csflow.model.flow import CrossScaleFlow
 from csflow.model.pyramid import Pyramid
 from csflow.model.rounding import rounding_shifts
-from csflow.model.statistic import PlainStatistic, Scores, StandardisedStatistic, energy_maps
+from csflow.model.statistic import PlainStatistic, Scores, StandardisedStatistic, energy_map
 from csflow.model.whitening import Gaussians
 from csflow.preprocessing import Fit, Interpolation, Preprocessing
 
@@ -185,11 +185,12 @@ def energies_of(
     Windows are of the flow's own latents. Behind the last layer they tell no more (benchmarks/statistic.py),
     and its matrices of each position would take as long as the Gaussian's, and as much memory.
     """
-    if gaussians is None:
-        return energy_maps([], z, latent_window)
-    return energy_maps(
-        gaussians.positions(x), z if latent_window > 1 else gaussians.latents(z), latent_window
-    )
+    read: Sequence[Tensor] = []
+    if gaussians is not None:
+        read = gaussians.positions(x)
+        if latent_window == 1:
+            z = gaussians.latents(z)
+    return [*map(energy_map, read), *(energy_map(z_BCHW, latent_window) for z_BCHW in z)]
 
 
 def new_flow(architecture: Architecture, channels: Sequence[int]) -> CrossScaleFlow:

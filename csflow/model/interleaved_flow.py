@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from csflow.model.flow import LEAKY_SLOPE, SOFT_CLAMP, CouplingBlock, CrossScaleFlow, CrossScaleSubnetwork
+from csflow.model.statistic import window_means
 from csflow.model.whitening import Gaussians, PositionGaussian, Whitening
 
 Activation = tuple[str, list[float]]
@@ -76,18 +77,15 @@ class InterleavedFlow(nn.Module):
         return z
 
     def _energy_maps(self, read: Sequence[Tensor], latents: Sequence[Tensor]) -> list[Tensor]:
-        """As `statistic.energy_maps`."""
+        """As `detector.energies_of`, given what the Gaussian reads."""
         means = [_window_means(z_HWBC, self.latent_window) for z_HWBC in latents]
         return [x_HWBC.square().mean(3).permute(2, 0, 1) for x_HWBC in [*read, *means]]
 
 
 def _window_means(z_HWBC: Tensor, window: int) -> Tensor:
-    if window == 1:
-        return z_HWBC
-    # All images and channels are channels of one image.
+    """As `statistic.window_means`. All images and channels are channels of one image."""
     z_1CHW = z_HWBC.flatten(2).permute(2, 0, 1).unsqueeze(0)
-    means_1CHW = F.avg_pool2d(z_1CHW, window, 1, window // 2, count_include_pad=False)
-    return means_1CHW[0].permute(1, 2, 0).view_as(z_HWBC)
+    return window_means(z_1CHW, window)[0].permute(1, 2, 0).view_as(z_HWBC)
 
 
 class _InterleavedGaussians(nn.Module):

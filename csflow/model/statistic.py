@@ -48,23 +48,15 @@ class Scores(NamedTuple):
 
 
 def energy_map(x_BCHW: Tensor, window: int = 1) -> Tensor:
-    """The mean of squares over the channels, (B, H, W), float32, of maps averaged over windows.
-
-    Args:
-        window: odd side of the square around each place over which maps are averaged; less at borders.
-    """
-    x_BCHW = x_BCHW.float()
-    if window > 1:
-        x_BCHW = F.avg_pool2d(x_BCHW, window, 1, window // 2, count_include_pad=False)
-    return x_BCHW.square().mean(1)
+    """The mean of squares over the channels, (B, H, W), float32, of `window_means`."""
+    return window_means(x_BCHW.float(), window).square().mean(1)
 
 
-def energy_maps(read: Sequence[Tensor], latents: Sequence[Tensor], latent_window: int) -> list[Tensor]:
-    """The input of a statistic: energy maps of what the Gaussian reads, if there is one, then of latents."""
-    return [
-        *(energy_map(x_BCHW) for x_BCHW in read),
-        *(energy_map(z_BCHW, latent_window) for z_BCHW in latents),
-    ]
+def window_means(x_BCHW: Tensor, window: int) -> Tensor:
+    """The mean around each place over a square with this odd side, or over what of it lies in the map."""
+    if window == 1:
+        return x_BCHW
+    return F.avg_pool2d(x_BCHW, window, 1, window // 2, count_include_pad=False)
 
 
 class PlainStatistic(nn.Module):
@@ -107,7 +99,7 @@ class StandardisedStatistic(nn.Module):
         self.register_load_state_dict_pre_hook(_without_fine_average)
 
     def forward(self, energies: Sequence[Tensor]) -> Scores:
-        """Scores, given `energy_maps`: (B, H, W) of each level's Gaussian, then of its latents."""
+        """Scores, given energy maps (B, H, W): of each level's Gaussian, then of its latents."""
         relative_EBHW = self.relative(energies)
         local_B, global_B = self.local_and_global(relative_EBHW)
         return Scores(

@@ -227,14 +227,17 @@ class Trainer:
         batches = epoch_batches(len(self.training), self.settings.batch_size, seed, epoch)
         shares = [self._share(batch) for batch in batches]
         features = self.training.batches(epoch, [part for share in shares for part in share])
-        for step, batch in enumerate(batches, start=(epoch - 1) * len(batches)):
+        for step, (batch, share) in enumerate(
+            zip(batches, shares, strict=True), start=(epoch - 1) * len(batches)
+        ):
             if self.settings.is_annealed:
                 rate = annealed(self.settings.learning_rate, step, self.settings.epochs * len(batches))
                 self.optimizer.param_groups[0]["lr"] = rate
             # DDP averages gradients over workers, whose shares may differ in size. So each sum is scaled such
             # that the average is the mean over the global batch, for any number of workers.
             weight = self.worker.world_size / len(batch) if self.worker.rank < len(batch) else 0.0
-            keeps = self._kept_channels(step, len(batch))
+            drops = self.settings.dropout > 0
+            keeps = self._kept_channels(step, len(batch)) if drops else [None] * len(share)
             for number, keep_BK in enumerate(keeps):
                 with self._accumulating(number + 1 < len(keeps)):
                     loss_sum += self._backward(next(features), keep_BK, weight)
@@ -249,8 +252,8 @@ class Trainer:
             share = of_batch[:1]
         return share.split(self.settings.micro_batch_size or len(share))
 
-    def _kept_channels(self, step: int, images: int) -> Sequence[Tensor | None]:
-        """For dropout, the factors of hidden channels of each micro-batch; None without it.
+    def _kept_channels(self, step: int, images: int) -> Sequence[Tensor]:
+        """For dropout, the factors of hidden channels of each micro-batch.
 
         They depend on seed and step only, so that they are the same for any number of workers and after a
         resumption.
@@ -258,8 +261,7 @@ class Trainer:
         dropout, seed = self.settings.dropout, self.settings.architecture.seed
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         kept_BK = torch.rand(images, self.plain_flow.hidden_count, generator=generator) >= dropout
-        parts = self._share(kept_BK / (1 - dropout))
-        return [part_BK.to(self.worker.device) if dropout else None for part_BK in parts]
+        return [part_BK.to(self.worker.device) for part_BK in self._share(kept_BK / (1 - dropout))]
 
     def _backward(self, y: Sequence[Tensor], keep_BK: Tensor | None, weight: float) -> Tensor:
         """Adds the gradients of the weighted sum of losses; returns the sum of losses."""
