@@ -1,6 +1,7 @@
 """Keeping the model busy: shards overlap in an actor, and its time is accounted for."""
 
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -318,3 +319,23 @@ def test_peak_memory_is_that_of_the_process_alone():
     command = "from csflow.process import peak_memory_bytes; print(peak_memory_bytes())"
     child = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert int(child.stdout) < 100_000_000 < len(ballast) < peak_memory_bytes()
+
+
+def test_a_worker_dies_of_a_fatal_signal_whatever_handler_was_there_before():
+    # As in a worker of Ray: Python's handler first, and above it one that never returns.
+    program = """
+import ctypes, faulthandler, os, signal
+from csflow import process
+faulthandler.enable()
+endless = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: signal.pause())
+set_handler = ctypes.CDLL(None).signal
+set_handler.argtypes = [ctypes.c_int, type(endless)]
+set_handler(signal.SIGABRT, endless)
+process.set_up(1, gpus=0)
+os.abort()
+"""
+    child = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert child.returncode == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in child.stderr
