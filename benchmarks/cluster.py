@@ -37,10 +37,10 @@ import csflow.scoring.job
 from csflow.config import parse
 from csflow.errors import ExitStatus
 from csflow.images import DecodedImage
-from csflow.inputs.loading import LoadedImage
+from csflow.inputs.loaded import LoadedImage
 from csflow.model import Form, Scores
 from csflow.preprocessing import whole
-from csflow.process import Stages
+from csflow.process import IdleClock, Stages
 from csflow.scoring.config import ScoreConfig
 from csflow.scoring.scorer import ShardScorer
 
@@ -50,6 +50,8 @@ SECONDS_PER_IMAGE = 0.01
 
 class BlankLoader:
     """Blank images at once; the process that asked is written in their height, to be found in the scores."""
+
+    idle = IdleClock()
 
     def load(self, uris: Sequence[str], versions: Sequence[str], while_waiting: Any) -> Iterator[LoadedImage]:
         size = os.getpid(), 256
@@ -62,15 +64,16 @@ class FixedCostScorer(ShardScorer):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._loader: Any = BlankLoader()
-        self._detector: Any = FixedCostDetector(self._detector.form)
+        self._detector: Any = FixedCostDetector(self._detector.form, SECONDS_PER_IMAGE)
 
 
 class FixedCostDetector:
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: Form, seconds_per_image: float) -> None:
         self.form = form
+        self._seconds = seconds_per_image
 
     def submit(self, pixels_BHWC: torch.Tensor) -> Callable[[], Scores]:
-        time.sleep(SECONDS_PER_IMAGE * len(pixels_BHWC))
+        time.sleep(self._seconds * len(pixels_BHWC))
         score_B, maps = torch.rand(len(pixels_BHWC)), torch.rand(len(pixels_BHWC), 8, 8)
         scores = Scores(score_B, score_B, score_B, torch.rand(len(pixels_BHWC), 3), maps)
         return lambda: scores

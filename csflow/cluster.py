@@ -1,6 +1,7 @@
 """What csflow's jobs need of Ray: connecting, sizing a pool of actors, and running shards through it."""
 
 import logging
+import math
 import os
 import queue
 import sys
@@ -16,6 +17,8 @@ import ray
 import ray.data
 
 from csflow.console import is_verbose
+from csflow.inputs.helpers import Decode, Helpers
+from csflow.inputs.loading import LoaderSettings, load_as_helper
 from csflow.precision import Device
 
 T = TypeVar("T")
@@ -26,6 +29,9 @@ MAX_BLOCKS = 4096
 BACKEND_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 SHARD_RETRIES = 2
 """How often a shard is tried again after its actor died. Ray's own default has no limit."""
+DECODING_CPUS = 4
+"""Most CPUs beside a GPU that a worker keeps, if helpers may decode. More threads in one process would wait
+for the interpreter's lock; helpers on the remaining CPUs do not."""
 START_RETRIES = 10
 """How many actors of a pool may fail to start, one after the other. Ray's own default is none."""
 
@@ -88,6 +94,8 @@ class WorkerResources:
     """Bytes that a worker needs, 0 if that is not known."""
     most: int | None = None
     """Largest number of workers when nodes join; None if there is no limit."""
+    decode: Decode = "beside"
+    """Whether other CPUs help a worker with reading and decoding."""
 
 
 def node_resources() -> list[dict[str, float]]:
@@ -95,7 +103,9 @@ def node_resources() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def share_out(workers: int | None, worker_bytes: int = 0, device: Device = "auto") -> WorkerResources:
+def share_out(
+    workers: int | None, worker_bytes: int = 0, device: Device = "auto", decode: Decode = "beside"
+) -> WorkerResources:
     """Divides the cluster among `workers`; by default one per GPU, or one per CPU, and more as nodes join.
 
     Many workers of one thread are faster than few of several threads, which wait for each other at every
@@ -105,20 +115,23 @@ def share_out(workers: int | None, worker_bytes: int = 0, device: Device = "auto
         workers: number of workers. Those for which there is no room yet start when there is.
         worker_bytes: memory that one worker needs.
         device: `auto` is `gpu` if a node has one.
+        decode: `auto` is `beside` on CPUs, which all work for the model anyway.
     """
     nodes = node_resources()
     with_gpu = [node for node in nodes if node.get("GPU")]
     if device == "gpu" or (device == "auto" and with_gpu):
         gpus = max(1, sum(int(node["GPU"]) for node in with_gpu))
         fitting = _fit(with_gpu, min(workers or gpus, gpus), gpus=1)
-        return replace(fitting, workers=workers or gpus, most=workers)
+        cpus = fitting.cpus if decode == "beside" else min(fitting.cpus, DECODING_CPUS)
+        return replace(fitting, workers=workers or gpus, most=workers, cpus=cpus, decode=decode)
     rooms = [int(node.get("memory", 0)) // max(1, worker_bytes) for node in nodes]
     room = sum(min(int(node.get("CPU", 0)), of_memory) for node, of_memory in zip(nodes, rooms, strict=True))
     fitting = _fit(nodes, workers or max(1, room), gpus=0)
     # Ray keeps to memory when nodes join, if there is a node that has enough for one.
     is_bounded = bool(worker_bytes) and max(rooms, default=0) > 0 and workers is None
     memory = worker_bytes if is_bounded else 0
-    return replace(fitting, memory=memory, most=None if is_bounded else fitting.workers)
+    fitting = replace(fitting, memory=memory, most=None if is_bounded else fitting.workers)
+    return replace(fitting, cpus=1, decode=decode) if decode == "cluster" else fitting
 
 
 def has_room(resources: WorkerResources) -> bool:
@@ -132,9 +145,10 @@ def has_room(resources: WorkerResources) -> bool:
 def on_this_node(resources: WorkerResources) -> WorkerResources:
     """What a worker has on the node where it runs: beside a GPU, an equal share of the node's CPUs.
 
-    Nodes differ, and all workers ask for what the smallest share is.
+    Nodes differ, and all workers ask for what the smallest share is. The CPUs that are left to helpers are
+    nobody's share.
     """
-    if not resources.gpus:
+    if not resources.gpus or resources.decode != "beside":
         return resources
     here = ray.get_runtime_context().get_node_id()
     node = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
@@ -162,6 +176,19 @@ def run_task(function: Callable[..., T], *arguments: Any, resources: WorkerResou
     remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=SHARD_RETRIES)
     result: T = ray.get(remote(function).remote(*arguments))
     return result
+
+
+def helpers(settings: LoaderSettings, resources: WorkerResources) -> Helpers | None:
+    """Helpers that load images in tasks of one CPU each, on any node; None if there are to be none."""
+    if resources.decode == "beside":
+        return None
+    # What takes its process down may be an image, and the worker knows what to do about that.
+    task = ray.remote(num_cpus=1, max_retries=0)(load_as_helper)
+    return Helpers(
+        lambda images: ray.get(task.remote(settings, images)),
+        3 * math.prod(settings.preprocessing.image_size),
+        are_always_wanted=resources.decode == "cluster",
+    )
 
 
 def in_thread(function: Callable[[], T]) -> T:

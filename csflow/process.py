@@ -9,7 +9,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,10 +93,67 @@ class Stages:
             self.seconds[stage] += time.perf_counter() - started
             self.cpu_seconds[stage] += time.thread_time() - cpu_started
 
+    def renamed(self, prefix: str) -> "Stages":
+        """The same times under names with this prefix."""
+        other = Stages()
+        other.seconds.update({prefix + name: seconds for name, seconds in self.seconds.items()})
+        other.cpu_seconds.update({prefix + name: seconds for name, seconds in self.cpu_seconds.items()})
+        return other
+
     def add(self, other: "Stages") -> None:
         for stage in other.seconds:
             self.seconds[stage] += other.seconds[stage]
             self.cpu_seconds[stage] += other.cpu_seconds[stage]
+
+
+class IdleClock:
+    """Measures for how long all users of something wait. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = self._waiting = 0
+        self._seconds = self._taken = self._since = 0.0
+
+    def user(self) -> AbstractContextManager[None]:
+        """Context of a user."""
+        return self._changed(1, 0)
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Context in which a user waits."""
+        return self._changed(0, 1)
+
+    def seconds(self) -> float:
+        """Seconds so far in which there were users, and all of them waited."""
+        with self._lock:
+            self._add()
+            return self._seconds
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        seconds = self.seconds()
+        with self._lock:
+            new, self._taken = max(0.0, seconds - self._taken), max(seconds, self._taken)
+        return new
+
+    @contextmanager
+    def _changed(self, users: int, waiting: int) -> Iterator[None]:
+        self._change(users, waiting)
+        try:
+            yield
+        finally:
+            self._change(-users, -waiting)
+
+    def _change(self, users: int, waiting: int) -> None:
+        with self._lock:
+            self._add()
+            self._users += users
+            self._waiting += waiting
+
+    def _add(self) -> None:
+        now = time.perf_counter()
+        if self._users and self._waiting == self._users:
+            self._seconds += now - self._since
+        self._since = now
 
 
 class ProcessCpu:

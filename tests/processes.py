@@ -35,6 +35,11 @@ def scoring_workers() -> list[int]:
     return list(_ray_processes(rb"ray::.*ScoringActor"))
 
 
+def helping_workers() -> list[int]:
+    """Process ids of Ray's workers that load images for others at this moment."""
+    return list(_ray_processes(rb"ray::load_as_helper"))
+
+
 def workers() -> list[int]:
     """Process ids of Ray's workers in the clusters of this test session: actors, tasks and idle ones."""
     return list(_ray_processes(rb"ray::(?!.*Agent)"))

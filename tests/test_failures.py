@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import bad_images
@@ -17,7 +18,7 @@ import faulty_s3
 import pytest
 from conftest import copy_some, free_port, read_errors, read_scores, run_score, wait_for
 from plain_loop import contents
-from processes import score_in_a_process, scoring_workers, start_job
+from processes import helping_workers, score_in_a_process, scoring_workers, start_job
 
 from csflow.errors import ErrorCode, ExitStatus
 from csflow.exit import run_job
@@ -57,9 +58,10 @@ STORED_OUTPUT = f"s3://{faulty_s3.BUCKET}/scores-of-the-night"
 # --- Processes that die ----------------------------------------------------------------------------------
 
 
-def test_a_killed_worker_costs_no_image(model, cells, plain_loop, tmp_path):
+@pytest.mark.parametrize("decode", [["--decode", "beside"], ["--decode", "cluster", "--workers", "1"]])
+def test_a_killed_worker_costs_no_image(model, cells, plain_loop, tmp_path, decode):
     images, output = copy_some(cells / "functional" / "test", tmp_path / "images", 120), tmp_path / "output"
-    job = start_job("--model", model, "--input", images, "--output", output)
+    job = start_job("--model", model, "--input", images, "--output", output, *decode)
     wait_for(lambda: len(list(output.glob("scores/*/*/part-*.parquet"))) >= 2, job)
     victims = scoring_workers()
     assert victims
@@ -67,6 +69,24 @@ def test_a_killed_worker_costs_no_image(model, cells, plain_loop, tmp_path):
     printed = job.communicate(timeout=300)[0]
     assert job.returncode == 0, printed
     plain_loop.assert_same(read_scores(output), contents(images))
+
+
+def test_killed_helpers_cost_no_image(model, cells, plain_loop, tmp_path, run_record):
+    images, output = copy_some(cells / "functional" / "test", tmp_path / "images", 300), tmp_path / "output"
+    cluster = ["--decode", "cluster", "--workers", "1"]
+    job = start_job("--model", model, "--input", images, "--output", output, *cluster)
+    for _ in range(3):
+        wait_for(helping_workers, job)
+        for victim in helping_workers():
+            with suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+    printed = job.communicate(timeout=300)[0]
+    assert job.returncode == 0, printed
+    plain_loop.assert_same(read_scores(output), contents(images))
+    record = run_record(output)
+    assert record["images_helped"] > 0
+    assert record["seconds_in_workers"].keys() >= {"helped_read", "helped_decode", "wait", "score"}
+    assert f"{record['images_helped'] / 300:.0%} on other CPUs" in printed
 
 
 def test_drivers_killed_while_they_list_and_plan_leave_nothing_in_the_way(model, cells, plain_loop, tmp_path):

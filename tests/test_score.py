@@ -526,8 +526,9 @@ def test_refused_writes_stop_the_run_and_the_next_one_completes(model, archive, 
     assert len(read_scores(tmp_path / "output")) == 40
 
 
+@pytest.mark.parametrize("decode", [["--decode", "beside"], ["--decode", "cluster", "--workers", "1"]])
 def test_an_image_that_kills_its_process_gets_an_error_and_its_neighbours_are_scored(
-    model, archive, tmp_path
+    model, archive, tmp_path, decode
 ):
     images = copy_some(archive / "functional", tmp_path / "images", 6)
     shutil.copy2(next(images.iterdir()), images / "poison.png")
@@ -542,7 +543,7 @@ def test_an_image_that_kills_its_process_gets_an_error_and_its_neighbours_are_sc
         "sys.addaudithook(die)\n"
     )
     command = [sys.executable, str(ROOT / "jobs" / "score.py"), "--model", str(model)]
-    command += ["--input", str(images), "--output", str(tmp_path / "output")]
+    command += ["--input", str(images), "--output", str(tmp_path / "output"), *decode]
     environment = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": str(hook)}
     job = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
     assert job.returncode == 0, job.stdout + job.stderr

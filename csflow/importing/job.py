@@ -19,7 +19,8 @@ from csflow.errors import ExitStatus, ImageError, WrongUse
 from csflow.images import DecodedImage
 from csflow.importing.checkpoints import SCALES, ForeignModel, ForeignModelError, load_extractor, read_foreign
 from csflow.inputs.listing import list_images
-from csflow.inputs.loading import ImageLoader, LoadedImage, batches
+from csflow.inputs.loaded import LoadedImage
+from csflow.inputs.loading import ImageLoader, batches
 from csflow.inputs.reading import ImageReader
 from csflow.model import PAPER_STAGE, Architecture, BackboneError, Detector, load_weights
 from csflow.model_directory import CALIBRATION, holds_model, save_model
@@ -69,13 +70,13 @@ class ImportConfig(JobConfig):
     output: str
     """Model directory to write."""
     calibrate: Locations
-    """Normal images that took no part in training, from which p-values are computed: one or more folders,
-    files, archives or manifests."""
+    """Normal images from which to compute p-values; the model must not have been trained on them. One or more
+    folders, files, archives or manifests."""
     backbone: str | None = None
     """Feature extractor: name of a timm network. [default: the EfficientNet-B5 of the code that trained the
     flow]"""
     cut_after: str | None = None
-    """Module after which the backbone ends. [default: stage 6 of an EfficientNet]"""
+    """Module after which the backbone ends. [default: blocks.5 (stage 6) of an EfficientNet]"""
     weights: str | None = None
     """Weights of the backbone that the flow was trained on: a file's path or URL, an installed package, or
     `timm` (downloads). [default: those in the checkpoint, if it has any]"""

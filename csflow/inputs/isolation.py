@@ -8,10 +8,10 @@ from multiprocessing import get_context
 from typing import Any
 
 from csflow.errors import ErrorCode, ImageError
-from csflow.inputs.loading import LoadedImage, load_one
+from csflow.inputs.loaded import LoadedImage, load_one
 from csflow.inputs.reading import ImageReader
 from csflow.preprocessing import Preprocessing
-from csflow.process import Stages
+from csflow.process import IdleClock, Stages
 
 ATTEMPTS = 2
 """An image is at fault if two child processes die; one child may die for another reason."""
@@ -26,6 +26,8 @@ class IsolatedLoader:
         self._storage_options = storage_options
         self._preprocessing = preprocessing
         self._pool: ProcessPoolExecutor | None = None
+        self.idle = IdleClock()
+        """For how long the one who takes images has waited."""
 
     def load(
         self,
@@ -37,10 +39,11 @@ class IsolatedLoader:
 
         An image that kills its process has the error CRASHED.
         """
-        for image in zip(image_uris, image_versions, strict=True):
-            with while_waiting:
-                loaded = self._load_one(*image)
-            yield loaded
+        with self.idle.user():
+            for image in zip(image_uris, image_versions, strict=True):
+                with while_waiting, self.idle.waiting():
+                    loaded = self._load_one(*image)
+                yield loaded
 
     def _load_one(self, image_uri: str, image_version: str) -> LoadedImage:
         for _ in range(ATTEMPTS):
@@ -61,4 +64,4 @@ def _start(storage_options: Mapping[str, Any]) -> None:
 
 
 def _load(image_uri: str, image_version: str, preprocessing: Preprocessing) -> LoadedImage:
-    return load_one(_child_reader, image_uri, image_version, preprocessing)
+    return load_one(_child_reader, preprocessing, False, image_uri, image_version)

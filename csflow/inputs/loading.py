@@ -1,41 +1,54 @@
-"""Loads images: reads and decodes them in threads, ahead of the model, and groups them into batches."""
+"""Loads images: reads and decodes them ahead of the model, and groups them into batches."""
 
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
-from csflow.errors import ErrorCode, ImageError
-from csflow.images import DecodedImage, decode
+from csflow.inputs.helpers import REVIEW_S, Helpers, Pending
+from csflow.inputs.loaded import LoadedImage, load_one
 from csflow.inputs.reading import ImageReader
 from csflow.preprocessing import Preprocessing
-from csflow.process import Stages
+from csflow.process import IdleClock
 
 T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class LoadedImage:
-    """An image, or the error that explains why there is none."""
-
-    image_uri: str
-    image_version: str
-    content: DecodedImage | ImageError
-    stages: Stages
-    """Time spent on reading and decoding the image."""
+PATIENCE_S = 10.0
+"""An image that a helper has had for so long, when it is the next one to score, is loaded here, too."""
+HELPER_THREADS = 8
+"""Number of reading threads in a helping process, most of which wait for the store."""
 
 
 class ImageLoader:
     """Reads and decodes images in threads, ahead of whoever takes them. Threads may share it."""
 
-    def __init__(self, reader: ImageReader, preprocessing: Preprocessing, threads: int) -> None:
-        self._reader = reader
-        self._preprocessing = preprocessing
+    def __init__(
+        self,
+        reader: ImageReader,
+        preprocessing: Preprocessing,
+        threads: int,
+        with_sha256: bool = False,
+        helpers: Helpers | None = None,
+    ) -> None:
+        """Starts the threads when there is something to load.
+
+        Args:
+            with_sha256: whether to compute the digest of each image's bytes.
+            helpers: load images in other processes while `threads` are too few.
+        """
+        self._load = partial(load_one, reader, preprocessing, with_sha256)
         self._threads = threads
+        self._helpers = helpers
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="image-loader")
+        self._queue: SimpleQueue[Pending] = SimpleQueue()
+        self.idle = IdleClock()
+        """For how long all those who take images have waited."""
 
     def load(
         self,
@@ -45,50 +58,98 @@ class ImageLoader:
     ) -> Iterator[LoadedImage]:
         """Starts to load, and returns the images in order; a failed image is returned with its error.
 
-        At most `2 · threads` loaded images of a call wait in memory.
+        At most `2 · threads` loaded images of a call wait in memory, and those that helpers have under way.
 
         Args:
             while_waiting: context that is entered while the next image is not ready.
         """
         images = zip(image_uris, image_versions, strict=True)
-        waiting = deque(self._submit(*image) for image in islice(images, 2 * self._threads))
-        return self._loaded(waiting, images, while_waiting)
+        waiting: deque[Pending] = deque()
+        self._begin(images, waiting)
+        return self._loaded(images, waiting, while_waiting)
 
     def _loaded(
         self,
-        waiting: deque[Future[LoadedImage]],
         images: Iterator[tuple[str, str]],
+        waiting: deque[Pending],
         while_waiting: AbstractContextManager[object],
     ) -> Iterator[LoadedImage]:
-        while waiting:
-            future = waiting.popleft()
-            if not future.done():
-                with while_waiting:
-                    wait([future])
-            yield future.result()
-            waiting.extend(self._submit(*image) for image in islice(images, 1))
+        with self.idle.user():
+            while waiting:
+                pending = waiting.popleft()
+                if not pending.loaded.done():
+                    with while_waiting, self.idle.waiting():
+                        while self._is_late(pending):
+                            self._begin(images, waiting)
+                yield pending.loaded.result()
+                self._begin(images, waiting)
 
-    def _submit(self, image_uri: str, image_version: str) -> Future[LoadedImage]:
-        return self._pool.submit(load_one, self._reader, image_uri, image_version, self._preprocessing)
+    def _begin(self, images: Iterator[tuple[str, str]], waiting: deque[Pending]) -> None:
+        """Has the next images loaded, as many as may wait in memory."""
+        ahead = 2 * self._threads
+        if self._helpers:
+            self._helpers.review(self.idle.seconds(), self._queue, self._load_here)
+            ahead += self._helpers.images_ahead
+        for image in islice(images, max(0, ahead - len(waiting))):
+            pending = Pending(*image)
+            waiting.append(pending)
+            self._queue.put(pending)
+            self._pool.submit(self._load_next)
+
+    def _is_late(self, pending: Pending) -> bool:
+        """Waits for an image; returns whether it is worth a look at what helpers do meanwhile."""
+        if not wait([pending.loaded], REVIEW_S if self._helpers else None).not_done:
+            return False
+        if pending.away_since and time.monotonic() - pending.away_since > PATIENCE_S:
+            self._load_here(pending)
+        return True
+
+    def _load_next(self) -> None:
+        """Loads the first image of the queue, if helpers have left one."""
+        try:
+            pending = self._queue.get_nowait()
+        except Empty:
+            return
+        self._finish(pending)
+
+    def _load_here(self, pending: Pending) -> None:
+        pending.away_since = None
+        self._pool.submit(self._finish, pending)
+
+    def _finish(self, pending: Pending) -> None:
+        pending.finish(self._load(*pending.image))
 
 
-def load_one(
-    reader: ImageReader, image_uri: str, image_version: str, preprocessing: Preprocessing
-) -> LoadedImage:
-    """Reads and decodes one image; an error is returned in the result."""
-    stages = Stages()
-    content: DecodedImage | ImageError
-    try:
-        with stages.measured("read"):
-            data = reader.read(image_uri, image_version)
-        with stages.measured("decode"):
-            content = decode(data, preprocessing)
-    except ImageError as error:
-        content = error
-    except Exception as error:
-        # One image must never take its neighbours down.
-        content = ImageError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}")
-    return LoadedImage(image_uri, image_version, content, stages)
+@dataclass(frozen=True)
+class LoaderSettings:
+    """What another process needs to know to load images."""
+
+    storage_options: Mapping[str, Any]
+    preprocessing: Preprocessing
+    with_sha256: bool = False
+
+    def loader(self, threads: int, helpers: Helpers | None = None) -> ImageLoader:
+        reader = ImageReader(self.storage_options)
+        return ImageLoader(reader, self.preprocessing, threads, self.with_sha256, helpers)
+
+
+_kept: tuple[LoaderSettings, ImageLoader] | None = None
+
+
+def load_as_helper(
+    settings: LoaderSettings, images: Sequence[tuple[str, str]]
+) -> tuple[list[LoadedImage], float]:
+    """Loads images in this process, which keeps the loader and its connections for the next call.
+
+    Returns the images, and the seconds that it took.
+    """
+    global _kept
+    started = time.monotonic()
+    if _kept is None or _kept[0] != settings:
+        _kept = settings, settings.loader(HELPER_THREADS)
+    uris, versions = [uri for uri, _ in images], [version for _, version in images]
+    loaded = [image.by_helper() for image in _kept[1].load(uris, versions)]
+    return loaded, time.monotonic() - started
 
 
 def batches(items: Iterable[T], batch_size: int) -> Iterator[list[T]]:

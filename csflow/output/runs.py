@@ -69,7 +69,10 @@ class RunRecord(Record):
     seconds_to_first_image: float | None = None
     """Seconds from the start of the driver's process to the first scores."""
     seconds_in_workers: dict[str, float]
-    """Seconds of each stage, summed over workers."""
+    """Seconds of each stage, summed over workers: `read` and `decode` over their threads, too, and likewise
+    `helped_read` and `helped_decode` of other CPUs; `score`; `wait`, when a model had no image to score."""
+    images_helped: int = 0
+    """Number of images that helpers on other CPUs read and decoded."""
     cpu_seconds_in_workers: dict[str, float] = {}
     libraries: dict[str, str]
     """Versions of libraries, by name."""

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from csflow.config import JobConfig, Locations, Moment, Patterns
+from csflow.inputs.helpers import Decode
 from csflow.output.layout import Output
 from csflow.precision import Device, PrecisionSetting
 from csflow.storage import Location
@@ -25,11 +26,13 @@ class ScoreConfig(JobConfig):
     false_positive_rate: float = Field(0.01, gt=0, lt=1)
     """Share of normal images that may be flagged. An image is flagged if its p-value is at most this."""
     include: Patterns = Field([])
-    """Take only images whose URI matches one of these patterns; `*` matches any text, including slashes."""
+    """Take only images whose URI matches one of these patterns; `*` matches any text, including slashes.
+    [default: all images]"""
     exclude: Patterns = Field([])
     """Leave out images whose URI matches one of these patterns."""
     since: Moment | None = None
-    """Take only files changed since then: a time such as 2026-11-22T18:00Z, or an age such as 36h or 7d."""
+    """Take only files changed after this time, such as 2026-11-22T18:00Z, or within this age, such as 36h or
+    7d."""
     limit: int | None = Field(None, ge=1)
     """Take only the first N images of the listing."""
     retry_errors: bool = False
@@ -37,21 +40,25 @@ class ScoreConfig(JobConfig):
     max_error_rate: float = Field(0.5, gt=0, le=1)
     """If more than this share of the images fails, the run ends, maybe early, with exit status 3."""
     batch_size: int | None = Field(None, ge=1)
-    """Number of images per forward pass. [default: 8 on CPUs; on GPUs 128, or fewer large ones]"""
+    """Number of images per forward pass. [default: 8 on CPUs; 128 on GPUs, fewer if images are large]"""
     precision: PrecisionSetting = "auto"
     """Precision of convolutions and matrix products; sums are float32. `mixed`, for CPUs, is float32 in the
-    backbone's early layers, then bfloat16; scores change by about 0.2 %, at most 1 %. `float16`, for GPUs, is
-    as exact. `bfloat16` changes scores by several percent. `auto` is `float16` on GPUs; on CPUs it is `mixed`
-    if they support bfloat16, else `float32`."""
+    backbone's early layers, then bfloat16: scores differ from float32 by about 0.2 %, mostly under 1 %.
+    `float16`, for GPUs, is as exact as `mixed`. `bfloat16` changes scores by several percent. `auto` is
+    `float32` if training found that rounding would move the model's p-values; else `float16` on GPUs, `mixed`
+    on CPUs that support bfloat16, and `float32` on others."""
     workers: int | None = Field(None, ge=1)
-    """Number of scoring actors. Those for which the cluster has no room yet start when it has. [default: one
-    per GPU, or one per CPU, and more when nodes join]"""
+    """Number of scoring actors. If the cluster has room for fewer, the others start as room appears.
+    [default: one per GPU, or one per CPU, and more when nodes join]"""
     device: Device = "auto"
-    """What the actors compute on. `gpu` waits for GPU nodes that an autoscaler has yet to start, `cpu` leaves
-    GPUs alone, `auto` is `gpu` if the cluster has one."""
+    """What the actors compute on. `gpu` waits for GPU nodes that the autoscaler has not started yet,
+    `cpu` leaves GPUs alone, `auto` is `gpu` if the cluster has one."""
+    decode: Decode = "auto"
+    """Where images are read and decoded: `beside` the model, by the actor itself; or in the whole `cluster`,
+    too, by helpers on CPUs that no actor has. `auto` calls such helpers while a GPU waits for images."""
     start_timeout: float = Field(1800.0, gt=0)
-    """If the cluster has no node for a worker yet, and none has finished a shard after this many seconds, the
-    run ends with exit status 3."""
+    """If the cluster has no node for a worker at the start, the run waits this many seconds for the first
+    finished shard, and then ends with exit status 3."""
     stall_timeout: float = Field(1800.0, gt=0)
     """If no shard finishes for this many seconds, the run ends with exit status 3 instead of hanging."""
     exit_on_drift: bool = False

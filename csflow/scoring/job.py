@@ -43,7 +43,7 @@ def score(config: ScoreConfig) -> ExitStatus:
     tally = Tally()
     if shards:
         connect()
-        resources = share_out(config.workers, model.worker_bytes, config.device)
+        resources = share_out(config.workers, model.worker_bytes, config.device, config.decode)
         _score_shards(shards, _settings(config, output, run_id), resources, config, tally)
     clock.lap("score")
     accounted = account(listing, output)

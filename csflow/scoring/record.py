@@ -83,6 +83,7 @@ def run_record(
         seconds=_rounded(clock.seconds),
         seconds_to_first_image=_seconds_to_first_image(tally),
         seconds_in_workers=_rounded(tally.seconds),
+        images_helped=tally.helped,
         cpu_seconds_in_workers=_rounded(tally.cpu_seconds),
         libraries={"csflow": csflow.__version__, "python": platform.python_version()}
         | {name: version(name) for name in LIBRARIES},
@@ -99,12 +100,14 @@ def summary(record: RunRecord, output: Output) -> str:
         f"({before} were scored before)",
         f"errors    {codes or 'none'}",
         f"rate      {record.images_per_second:.1f} images/s"
-        + (f", the first {first:.0f} s after the start" if first is not None else ""),
+        + (f"; first image scored {first:.0f} s after the start" if first is not None else ""),
     ]
+    if record.seconds_in_workers.get("score"):
+        lines.append(f"loading   {_where_time_went(record)}")
     if drift := record.drift:
         lines.append(
-            f"drift     {drift.share_below_5_percent:.1%} of p-values below 0.05; distance from "
-            f"calibration {drift.ks_statistic:.3f} (p = {drift.ks_p_value:.2g})"
+            f"drift     {drift.share_below_5_percent:.1%} of p-values below 0.05; scores differ from "
+            f"held-out ones by {drift.ks_statistic:.3f} (Kolmogorov-Smirnov, p = {drift.ks_p_value:.2g})"
         )
     for form in record.forms:
         lines += [f"slower    on {form['device']}: {fallback}" for fallback in form["fallbacks"]]
@@ -116,6 +119,16 @@ def summary(record: RunRecord, output: Output) -> str:
             f"INCOMPLETE: {counts.permanent_errors} of {counts.listed} images have a permanent error"
         )
     return "\n".join(lines)
+
+
+def _where_time_went(record: RunRecord) -> str:
+    seconds, counts = record.seconds_in_workers, record.counts
+    images = counts.scored_in_this_run + sum(counts.errors_in_this_run.values())
+    waited = seconds.get("wait", 0.0) / (seconds.get("wait", 0.0) + seconds["score"])
+    where = "beside the model"
+    if record.images_helped:
+        where = f"{record.images_helped / images:.0%} on other CPUs"
+    return f"{where}; the model waited for images {waited:.0%} of the time"
 
 
 def _seconds_to_first_image(tally: Tally) -> float | None:

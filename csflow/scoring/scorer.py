@@ -5,7 +5,7 @@ import math
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from csflow import process
 from csflow.calibration import p_values
-from csflow.cluster import WorkerResources
+from csflow.cluster import WorkerResources, helpers
 from csflow.errors import ImageError
 from csflow.images import DecodedImage
 from csflow.inputs.isolation import IsolatedLoader
-from csflow.inputs.loading import ImageLoader, LoadedImage, batches
-from csflow.inputs.reading import ImageReader
+from csflow.inputs.loaded import HELPED, LoadedImage
+from csflow.inputs.loading import ImageLoader, LoaderSettings, batches
 from csflow.model import InferenceDetector, Scores
 from csflow.model_directory import load_model
 from csflow.output.schemas import ERRORS, FLOATS, SCORES
@@ -46,6 +46,7 @@ RESULT = pa.schema(
         pa.field("images", pa.int64()),
         pa.field("scored", pa.int64()),
         pa.field("anomalous", pa.int64()),
+        pa.field("helped", pa.int64()),  # images that helpers loaded
         pa.field("error_codes", pa.map_(pa.string(), pa.int64())),
         pa.field("is_published", pa.bool_()),  # false if another attempt was first
         pa.field("seconds", pa.map_(pa.string(), pa.float64())),  # by stage, summed over threads
@@ -65,6 +66,17 @@ class ScorableImage(NamedTuple):
     image_uri: str
     image_version: str
     decoded: DecodedImage
+
+
+@dataclass
+class _Notes:
+    """What is noted while a shard is scored."""
+
+    stages: Stages = field(default_factory=Stages)
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of images that cannot be scored."""
+    helped: int = 0
+    """Number of images that helpers loaded."""
 
 
 class ShardScorer:
@@ -96,7 +108,8 @@ class ShardScorer:
             self._loader = IsolatedLoader(storage_options, preprocessing)
         else:
             threads = max(READ_THREADS, READ_THREADS_PER_CPU * resources.cpus)
-            self._loader = ImageLoader(ImageReader(storage_options), preprocessing, threads)
+            loader = LoaderSettings(storage_options, preprocessing)
+            self._loader = loader.loader(threads, helpers(loader, resources))
         self._model_lock = threading.Lock()
         self._process_cpu = ProcessCpu()
         self._start_cpu_seconds = self._process_cpu.take()[0]
@@ -117,28 +130,29 @@ class ShardScorer:
 
     def _score_shard(self, shard: PlannedShard, target: Location) -> dict[str, Any]:
         images = shard.images()
-        stages = Stages()
-        errors: list[dict[str, Any]] = []
+        notes = _Notes()
         loaded = self._loader.load(
             images["image_uri"].to_pylist(),
             images["image_version"].to_pylist(),
             while_waiting=_Released(self._model_lock),
         )
         with self._model_lock:
-            good = self._without_errors(loaded, errors, stages)
+            good = self._without_errors(loaded, notes)
             groups = batches(good, self._detector.form.batch_size)
-            scored = [self._rows(*of_batch) for of_batch in self._scored(groups, stages)]
-        with stages.measured("write"):
+            scored = [self._rows(*of_batch) for of_batch in self._scored(groups, notes.stages)]
+        notes.stages.seconds["wait"] += self._loader.idle.take()
+        with notes.stages.measured("write"):
             scores = pa.Table.from_batches(scored, SCORES)
-            is_published = self._publish(shard, target, scores, errors)
+            is_published = self._publish(shard, target, scores, notes.errors)
         return {
             "images": images.num_rows,
             "scored": scores.num_rows,
             "anomalous": pc.sum(scores["is_anomalous"]).as_py() or 0,
-            "error_codes": list(Counter(row["error_code"] for row in errors).items()),
+            "helped": notes.helped,
+            "error_codes": list(Counter(row["error_code"] for row in notes.errors).items()),
             "is_published": is_published,
-            "seconds": list(stages.seconds.items()),
-            "cpu_seconds": list(self._cpu_seconds(stages).items()),
+            "seconds": list(notes.stages.seconds.items()),
+            "cpu_seconds": list(self._cpu_seconds(notes.stages).items()),
             "first_scored_at": scores["scored_at"][0] if scores else None,
             "anomaly_scores": scores["anomaly_score"].to_pylist(),
             "p_values_below_5_percent": pc.sum(pc.less(scores["p_value"], 0.05)).as_py() or 0,
@@ -146,14 +160,13 @@ class ShardScorer:
             "peak_memory_bytes": peak_memory_bytes(),
         }
 
-    def _without_errors(
-        self, images: Iterator[LoadedImage], errors: list[dict[str, Any]], stages: Stages
-    ) -> Iterator[ScorableImage]:
-        """The images that can be scored; the errors of the others are appended to `errors`."""
+    def _without_errors(self, images: Iterator[LoadedImage], notes: "_Notes") -> Iterator[ScorableImage]:
+        """The images that can be scored; the errors of the others are noted."""
         for image in images:
-            stages.add(image.stages)
+            notes.stages.add(image.stages)
+            notes.helped += image.is_helped
             if isinstance(image.content, ImageError):
-                errors.append(self._error_row(image, image.content))
+                notes.errors.append(self._error_row(image, image.content))
             else:
                 yield ScorableImage(image.image_uri, image.image_version, image.content)
 
@@ -260,7 +273,8 @@ class ShardScorer:
         seconds = dict(stages.cpu_seconds)
         # Shards that are written go through the same client, but they are few and their images are many.
         seconds["read"] = seconds.get("read", 0.0) + store_client
-        seconds["other"] = total - sum(seconds.values())
+        own = [spent for stage, spent in seconds.items() if not stage.startswith(HELPED)]
+        seconds["other"] = total - sum(own)
         seconds["start"], self._start_cpu_seconds = self._start_cpu_seconds, 0.0
         return seconds
 

@@ -23,6 +23,8 @@ class Tally:
     images: int = 0
     scored: int = 0
     anomalous: int = 0
+    helped: int = 0
+    """Images that helpers on other CPUs read and decoded."""
     p_values_below_5_percent: int = 0
     failed_shards: int = 0
     """Number of shards that failed as a whole, not because of an image."""
@@ -49,6 +51,7 @@ class Tally:
         self.images += row["images"]
         self.scored += row["scored"]
         self.anomalous += row["anomalous"]
+        self.helped += row["helped"]
         self.p_values_below_5_percent += row["p_values_below_5_percent"]
         self.error_codes.update(dict(row["error_codes"]))
         self.forms.add(row["form"])

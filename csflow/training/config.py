@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from csflow.config import JobConfig, Locations, Patterns, Stages
 from csflow.errors import WrongUse
+from csflow.inputs.helpers import Decode
 from csflow.precision import Device, TrainingPrecision
 from csflow.preprocessing import Fit
 from csflow.training.recipe import RECIPES, RecipeName
@@ -26,8 +27,9 @@ class TrainConfig(JobConfig):
     """Leave out this share of the training images: those that are least like the others. Held-out and
     validation images all stay."""
     evaluate: str | None = None
-    """CSV or Parquet file with the columns image_uri and label (0 normal, 1 defective). The flow and a
-    Gaussian alone are compared on these images, which take no part in the training."""
+    """CSV or Parquet file with the columns image_uri and label (0 normal, 1 defective). Prints the
+    AUROC of the trained model, and of a Gaussian of each position alone, on these images. They take no part
+    in the training."""
     output: str
     """Model directory to write."""
     backbone: str = "tf_efficientnet_lite0"
@@ -47,18 +49,18 @@ class TrainConfig(JobConfig):
     """How images of another aspect ratio are resized: `stretch` distorts them, `letterbox` pads them, `crop`
     takes the part in their middle. Stored with the model."""
     scales: int | None = Field(None, ge=1, le=4)
-    """Number of sizes in which the backbone sees an image; each is half the one before. [default: 3, or 2
-    with several stages]"""
+    """Number of sizes in which the backbone sees an image; each is half the one before. [default: 2 if
+    --cut_after names several stages, as for the default backbone; else 3]"""
     coupling_blocks: int = Field(2, ge=1)
     """Number of coupling blocks of the flow. [default: 2; paper: 4]"""
     hidden_channels: int = Field(192, ge=1)
     """Number of channels inside the coupling blocks' subnetworks. [default: 192; paper: 1024]"""
     kernel_sizes: list[int] | None = None
     """Odd kernel size of each coupling block, or one size for all. [default: 3 for the first block and 1 for
-    others; paper: 3, and 5 for the last of several]"""
+    others; paper: 3, but 5 for the last block if there are several]"""
     epochs: int | None = Field(None, ge=1)
-    """Largest number of passes over the training images. [default: 6; more for fewer than 700 images, to
-    show 4,200 images in total; paper: 240]"""
+    """Largest number of passes over the training images. [default: 6; with fewer than 700 training
+    images (after the split) more, so that the flow sees 4,200 images in all; paper: 240]"""
     patience: int = Field(10, ge=1)
     """Training stops after this many epochs without a lower validation loss. [default: 10; paper: 240]"""
     augment: bool = False
@@ -83,8 +85,11 @@ class TrainConfig(JobConfig):
     """Smallest number of workers to train with if the cluster has no room for --workers, for instance after a
     node has died. The result is the same. [default: --workers]"""
     device: Device = "auto"
-    """What the workers compute on. `gpu` waits for GPU nodes that an autoscaler has yet to start, `cpu`
-    leaves GPUs alone, `auto` is `gpu` if the cluster has one."""
+    """What the workers compute on. `gpu` waits for GPU nodes that the autoscaler has not started yet,
+    `cpu` leaves GPUs alone, `auto` is `gpu` if the cluster has one."""
+    decode: Decode = "auto"
+    """Where images are read and decoded for the backbone: `beside` it, by the worker itself; or in the whole
+    `cluster`, too, by helpers on CPUs that no worker has. `auto` calls such helpers while a GPU waits."""
     seed: int = Field(0, ge=0)
     """Seed of the initial weights, the permutations, the batches, and the choice of validation and held-out
     images."""
@@ -97,7 +102,7 @@ class TrainConfig(JobConfig):
     checkpoint_epochs: int = Field(10, ge=1)
     """Number of epochs between two checkpoints."""
     features_in_memory: float | None = Field(None, ge=0)
-    """Gigabytes of features that a training worker may keep in memory. If they are larger, it streams them
+    """Gigabytes of features that one worker keeps in memory. A worker whose features need more streams them
     from the cache. [default: half of a node's memory, divided among its workers]"""
 
     @model_validator(mode="before")

@@ -1,6 +1,5 @@
 """The extraction pass: reads and decodes images that the cache lacks, and runs the backbone on them."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,10 +10,9 @@ import torch
 from torch import Tensor
 
 from csflow import process
-from csflow.cluster import WorkerResources, map_shards, on_this_node
+from csflow.cluster import WorkerResources, helpers, map_shards, on_this_node
 from csflow.errors import ImageError
-from csflow.inputs.loading import ImageLoader, batches
-from csflow.inputs.reading import ImageReader
+from csflow.inputs.loading import LoaderSettings, batches
 from csflow.model import Architecture, Detector, InferenceBackbone
 from csflow.training.cache import BACKBONE_FILE, FeatureCache, FeatureFile, backbone_bytes
 from csflow.training.shards import cut
@@ -74,8 +72,8 @@ class FeatureExtractor:
         batch_size = GPU_BATCH_SIZE if resources.gpus else CPU_BATCH_SIZE
         self._backbone = InferenceBackbone(detector, "float32", batch_size)
         self._cache = cache
-        self._reader = _DigestingReader(cache.folder.storage_options)
-        self._loader = ImageLoader(self._reader, architecture.preprocessing, READ_THREADS)
+        settings = LoaderSettings(cache.folder.storage_options, architecture.preprocessing, with_sha256=True)
+        self._loader = settings.loader(READ_THREADS, helpers(settings, resources))
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         file, failed_for_now = self._extract(list(batch["image_uris"][0]), list(batch["image_versions"][0]))
@@ -87,6 +85,7 @@ class FeatureExtractor:
         """Features of the readable images, and messages of images whose error may be temporary."""
         uris: list[str] = []
         versions: list[str] = []
+        digests: list[str] = []
         sizes: list[tuple[int, int]] = []
         failed: list[tuple[str, str, str]] = []
         failed_for_now: list[str] = []
@@ -95,9 +94,11 @@ class FeatureExtractor:
             pixels = []
             for image in batch:
                 if not isinstance(image.content, ImageError):
+                    assert image.sha256 is not None
                     pixels.append(image.content.pixels_HWC)
                     uris.append(image.image_uri)
                     versions.append(image.image_version)
+                    digests.append(image.sha256)
                     sizes.append((image.content.height, image.content.width))
                 elif image.content.is_transient:
                     # Not in the file, so that the next training tries again.
@@ -107,18 +108,4 @@ class FeatureExtractor:
             if pixels:
                 features = self._backbone(torch.from_numpy(np.stack(pixels)).to(self._device))
                 parts.append(torch.cat([y_BCHW.flatten(1) for y_BCHW in features], dim=1).float().cpu())
-        digests = [self._reader.digests.pop(uri) for uri in uris]
         return FeatureFile(uris, versions, digests, sizes, torch.cat(parts), failed), failed_for_now
-
-
-class _DigestingReader(ImageReader):
-    """Reads images, and remembers the SHA-256 of their bytes."""
-
-    def __init__(self, storage_options: Mapping[str, Any]) -> None:
-        super().__init__(storage_options)
-        self.digests: dict[str, str] = {}
-
-    def read(self, image_uri: str, image_version: str) -> bytes:
-        data = super().read(image_uri, image_version)
-        self.digests[image_uri] = hashlib.sha256(data).hexdigest()
-        return data

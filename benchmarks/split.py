@@ -1,0 +1,102 @@
+"""Whether decoding on other nodes keeps a GPU busy: a scoring job on a simulated GPU node and CPU nodes.
+
+    python benchmarks/split.py
+
+The nodes are Ray's own, on this machine, with one CPU each; one has a GPU. Scoring an image takes 2 ms and
+decoding it 10 ms, both of sleep, and in each process one image is decoded at a time, as by one CPU: so two
+real cores can stand for many. Listing, plan, actors, helpers, files and account are the real ones, and so are
+the pixels that helpers send, 256 x 256. The limit is what the scorer, or all CPUs together, can do in a
+second, whichever is less.
+"""
+
+import argparse
+import os
+import secrets
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+# A call after the benchmark's cluster has gone must not join, or start, another.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+
+import numpy as np
+import plant
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import ray
+import results
+from fixed_cost import DECODE_S, SCORE_S, FixedCostScorer
+from ray.cluster_utils import Cluster
+
+import csflow.scoring.job
+from csflow.config import parse
+from csflow.errors import ExitStatus
+from csflow.scoring.config import ScoreConfig
+
+CPU_NODES = (0, 1, 2, 4)
+STEADY_SHARE = 0.5
+"""The steady rate is that of this last share of the images."""
+
+
+def score(cpu_nodes: int, decode: str, arguments: list[str], output: Path) -> dict[str, float]:
+    """Runs the job on a cluster of a GPU node and so many CPU nodes; images per second."""
+    nodes = Cluster()
+    try:
+        nodes.add_node(num_cpus=1, num_gpus=1, object_store_memory=200 << 20)
+        for _ in range(cpu_nodes):
+            nodes.add_node(num_cpus=1, object_store_memory=200 << 20)
+        nodes.wait_for_nodes()
+        ray.init(address=nodes.address, logging_level="error", log_to_driver=False)
+        settings = [*arguments, "--output", str(output), "--decode", decode]
+        status = csflow.scoring.job.score(parse(ScoreConfig, None, settings))
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+    assert status == ExitStatus.DONE
+    scored_at = ds.dataset(output / "scores").to_table(columns=["scored_at"])["scored_at"]
+    times = np.sort(scored_at.cast("int64").to_numpy() / 1e6)
+    late = times[int(len(times) * (1 - STEADY_SHARE)) :]
+    return {"steady": (len(late) - 1) / (late[-1] - late[0]), "all": len(times) / (times[-1] - times[0])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=6400)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    os.environ["PYTHONPATH"] = f"{plant.ROOT}{os.pathsep}{plant.ROOT / 'benchmarks'}"
+    csflow.scoring.job.ScoringActor = FixedCostScorer
+    rates: dict[tuple[int, str, str], list[float]] = defaultdict(list)
+    variants = [(nodes, decode) for nodes in CPU_NODES for decode in ("beside", "auto")]
+    with tempfile.TemporaryDirectory(prefix="csflow-split-") as name:
+        folder = Path(name)
+        model = plant.write_model(folder / "model", plant.SETTINGS["light"])
+        uris = [f"{folder}/{i:06d}.png" for i in range(options.images)]
+        manifest = folder / "images.parquet"
+        pq.write_table(pa.table({"image_uri": uris, "image_version": ["1"] * len(uris)}), manifest)
+        arguments = ["--model", str(model), "--input", str(manifest), "--max_error_rate", "1"]
+        for _ in range(options.rounds):
+            for nodes, decode in variants:
+                for kind, rate in score(nodes, decode, arguments, folder / secrets.token_hex(4)).items():
+                    rates[nodes, decode, kind].append(rate)
+                    print(nodes, decode, kind, f"{rate:.1f}", file=sys.stderr, flush=True)
+    lines = ["| CPU nodes | decode | limit | images/s, last half | of the limit | all images |"]
+    lines.append("|---|---|---|---|---|---|")
+    for nodes, decode in variants:
+        limit = min(1 / SCORE_S, (nodes * (decode != "beside") + 1) / DECODE_S)
+        steady, of_all = (statistics.median(rates[nodes, decode, kind]) for kind in ("steady", "all"))
+        lines.append(
+            f"| {nodes} | {decode} | {limit:.0f} | {steady:.1f} | {steady / limit:.2f} | {of_all:.1f} |"
+        )
+    lines += ["", f"{options.images} images, medians of {options.rounds} rounds."]
+    command = f"python benchmarks/split.py --images {options.images} --rounds {options.rounds}"
+    results.record("Decoding beside a simulated GPU and on other nodes", "\n".join(lines), command)
+
+
+if __name__ == "__main__":
+    main()
