@@ -3,16 +3,20 @@
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from csflow.images import decode
+from csflow.inputs.listing import list_images
 from csflow.model import (
     Architecture,
     Detector,
@@ -28,6 +32,7 @@ from csflow.model.openvino_backbone import _converted, _request, _split
 from csflow.model.rounding import rounding_shifts, without_shifts
 from csflow.model_directory import load_model
 from csflow.storage import Location
+from csflow.training.rounding import moves_p_values
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -409,6 +414,38 @@ def test_a_model_that_was_trained_scores_within_one_percent_in_mixed_precision(m
     torch.testing.assert_close(scores.global_score_B, exact.global_score_B, rtol=0.01, atol=0)
     torch.testing.assert_close(scores.local_score_B, exact.local_score_B, rtol=0.01, atol=0)
     assert_scores_close(scores, exact, 0.01)
+
+
+def test_a_model_of_images_too_alike_for_rounding_is_scored_in_float32(model, cells, tmp_path):
+    photograph = np.asarray(Image.open(next(cells.joinpath("functional", "train").iterdir())).convert("RGB"))
+    random, uris = np.random.default_rng(0), []
+    for i in range(60):
+        noisy = photograph + np.round(random.normal(0, 1, photograph.shape[:2]))[..., None]
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(tmp_path / f"{i}.png")
+        uris.append(str(tmp_path / f"{i}.png"))
+    detector = Detector(
+        Architecture(
+            "tf_efficientnet_lite0", (128, 128), kernel_sizes=(1,), hidden_channels=8, whitening=True
+        )
+    )
+    trained = load_model(Location(str(model)))
+    detector.backbone.load_state_dict(trained.detector.backbone.state_dict())
+    detector.eval().requires_grad_(False)
+    pixels = [decode(Path(uri).read_bytes(), (128, 128)).pixels_HWC for uri in uris]
+    images = torch.from_numpy(np.stack(pixels))
+    gpu.fit(detector, *map(detector.features, (images[:30], images[30:40])))
+    detector.measure_rounding(images[:8])
+
+    listed = pa.Table.from_batches(list_images(uris[40:], {}))
+    calibration = pa.table({"anomaly_score": detector(images[40:]).anomaly_score_B.double().numpy()})
+    assert moves_p_values(detector, listed, calibration, {})
+    # Photographs of different cells are no such images.
+    heldout = trained.calibration.table
+    assert not moves_p_values(trained.detector, heldout, heldout, {})
+    exact = replace(detector.architecture, precision="float32")
+    detector.architecture = Architecture.from_json(exact.to_json())
+    assert InferenceDetector(detector, "auto", 8).form.precision == "float32"
+    assert InferenceDetector(detector, "mixed", 8).form.precision == "mixed"
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,15 @@ def test_levels_of_several_stages_train_from_the_cache(cells, tmp_path):
     detector.flow.load_state_dict(trainer.best_state)
 
 
+def test_an_image_far_beyond_the_others_has_a_finite_loss(cached, data):
+    cache, rows = cached[0], data.part("training")
+    whitening = fit_gaussians(open_features(cache, rows, ROOMY, CPU.device)).whitening
+    for level in range(whitening.levels):
+        whitening.matrix(level).mul_(1e6)
+    x = next(open_features(cache, rows, ROOMY, CPU.device, whitening).batches(1, [torch.arange(2)]))
+    assert x[0].isfinite().all()
+
+
 def test_half_precision_in_the_cache_does_not_move_scores(cached, detector, cells):
     cache, rows = cached
     extractor = FeatureExtractor(ARCHITECTURE, cache, WorkerResources(1, 1, 0))

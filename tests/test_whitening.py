@@ -111,6 +111,14 @@ def test_features_that_never_differ_are_only_centred():
     assert whitening.log_det() == pytest.approx(0, abs=1e-6)
 
 
+def test_differences_below_the_rounding_of_the_cache_are_not_magnified():
+    generator = torch.Generator().manual_seed(0)
+    y_BCHW = 5 + 1e-5 * torch.randn(50, 6, 4, 4, generator=generator)
+    rounded_BCHW = y_BCHW * (1 + 2**-11 * torch.rand(y_BCHW.shape, generator=generator))
+    (x_BCHW,) = fitted([y_BCHW])([rounded_BCHW])
+    assert x_BCHW.square().mean() < 3
+
+
 def test_a_covariance_that_differs_between_positions_is_whitened_at_each_of_them():
     """Given images enough; a few say nothing of single positions, and the level's covariance serves all."""
     y_BCHW = correlated(4000)[0] - 5

@@ -17,9 +17,16 @@ from csflow.model.pyramid import Pyramid
 from csflow.model.rounding import rounding_shifts
 from csflow.model.statistic import PlainStatistic, Scores, StandardisedStatistic, energy_map
 from csflow.model.whitening import Gaussians
+from csflow.precision import PrecisionSetting
 from csflow.preprocessing import Fit, Interpolation, Preprocessing
 
-OLD_DEFAULTS = {"fit": "stretch", "interpolation": "bilinear", "whitening": False, "latent_window": 1}
+OLD_DEFAULTS = {
+    "fit": "stretch",
+    "interpolation": "bilinear",
+    "whitening": False,
+    "latent_window": 1,
+    "precision": "auto",
+}
 """Values for models whose config.json does not have these keys."""
 
 
@@ -48,6 +55,8 @@ class Architecture:
     """Whether features are whitened before the flow and scores standardised; default as above."""
     latent_window: int = 1
     """Side in places of the windows over which latents are averaged for scores; default as above."""
+    precision: PrecisionSetting = "auto"
+    """In which precision to score if nothing else is asked for: float32 if rounding would move p-values."""
 
     def __post_init__(self) -> None:
         # A single stage is a string, as it always was: the id of a model depends on it.

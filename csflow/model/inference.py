@@ -65,8 +65,8 @@ class InferenceDetector:
         """Compiles the detector for batches of one size; a smaller batch takes as long.
 
         Args:
-            precision: `auto` is float16 on GPUs, and on CPUs `mixed` if they multiply matrices in bfloat16,
-                else `float32`.
+            precision: `auto` is what the model asks for; else float16 on GPUs, and on CPUs `mixed` if they
+                multiply matrices in bfloat16, else `float32`.
             batch_size: as for `InferenceBackbone`.
 
         Raises:
@@ -75,7 +75,7 @@ class InferenceDetector:
         self._batches, fallbacks = _Batches(detector, batch_size), Fallbacks()
         self.image_shape = self._batches.image_shape
         device = self._batches.device
-        chosen = resolved(precision, device)
+        chosen = resolved(detector.architecture.precision if precision == "auto" else precision, device)
         self.features: Callable[[Tensor], Sequence[Tensor]]
         self._score: Callable[[Sequence[Tensor]], Scores]
         self._pass: Callable[[Tensor], Sequence[Tensor]]

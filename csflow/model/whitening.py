@@ -23,6 +23,8 @@ from torch import Tensor, nn
 SMALLEST_SHRINKAGE = 1e-3
 """Smallest weight of the mean variance in a covariance, for any number of images. Directions that hardly vary
 must not magnify the rounding errors of cached features and of bfloat16."""
+CACHE_ROUNDING = 2**-11
+"""Largest relative error of a feature in the cache, float16. Smaller differences are not known."""
 HEAVY_TAILS = 1.25
 """How much more covariances of whitened features scatter than a Gaussian's; measured: 1.07 to 1.33 times."""
 MOST_NUMBERS = 1 << 25
@@ -228,7 +230,10 @@ def _fit(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
         trust = max(0.0, 1 - 1 / (n * signal)) if signal > 0 else 0.0
     # What is not taken out of the features as the mean of their position is left in their covariance.
     covariance_PCC = within_PCC + (1 - trust) ** 2 * _outer(offset_PC, len(within_PCC))
-    matrix_CC = _inverse_root(_shrunk(covariance_PCC.mean(0), shrinkage))
+    covariance_CC = covariance_PCC.mean(0)
+    square = (moments.origin_C + level_mean_C).square().mean() + covariance_CC.trace() / len(covariance_CC)
+    known = CACHE_ROUNDING**2 / 3 * square.item()
+    matrix_CC = _inverse_root(_shrunk(covariance_CC, shrinkage), known)
     mean_PC = moments.origin_C + level_mean_C + trust * offset_PC
     matrix_PCC = _root(matrix_CC @ covariance_PCC @ matrix_CC, n)
     return mean_PC.T.view_as(moments.sum_CHW), matrix_CC, matrix_PCC
@@ -277,10 +282,14 @@ def _shrunk(covariance_CC: Tensor, shrinkage: float) -> Tensor:
     return (1 - shrinkage) * covariance_CC + shrinkage * variance * identity_CC
 
 
-def _inverse_root(covariance: Tensor) -> Tensor:
-    """The symmetric Σ^(−1/2) of each matrix (…, C, C), which changes the channels as little as possible."""
-    variance, direction = torch.linalg.eigh(covariance)
-    return direction * variance.clamp(min=1e-12).rsqrt().unsqueeze(-2) @ direction.mT
+def _inverse_root(covariance_CC: Tensor, smallest: float) -> Tensor:
+    """The symmetric Σ^(−1/2), which changes the channels as little as possible.
+
+    Args:
+        smallest: variance that a direction with less is given.
+    """
+    variance_C, direction_CC = torch.linalg.eigh(covariance_CC)
+    return direction_CC * variance_C.clamp(min=max(smallest, 1e-12)).rsqrt() @ direction_CC.mT
 
 
 def _outer(x_PC: Tensor, positions: int) -> Tensor:

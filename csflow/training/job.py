@@ -12,14 +12,11 @@ import torch
 
 from csflow.cluster import connect, share_out
 from csflow.console import Progress, say, warn
-from csflow.errors import ExitStatus, ImageError, WrongUse
+from csflow.errors import ExitStatus, WrongUse
 from csflow.inputs.exclusion import read_exclusion
 from csflow.inputs.listing import list_table
-from csflow.inputs.loading import ImageLoader
-from csflow.inputs.reading import ImageReader
 from csflow.model import BackboneError, Detector, load_weights
 from csflow.model_directory import Calibration, holds_model, save_model, worker_bytes
-from csflow.precision import Device
 from csflow.storage import Location
 from csflow.training.advice import advice, stretch_warning
 from csflow.training.cache import FeatureCache, find_images
@@ -28,13 +25,11 @@ from csflow.training.config import TrainConfig
 from csflow.training.features import extract
 from csflow.training.labelled import LabelledImages
 from csflow.training.outliers import ClosedForm, outlier_files, trimmed_count
+from csflow.training.rounding import ALL_THE_SAME, TOO_ALIKE, moves_p_values, some_pixels
 from csflow.training.run import Run
 from csflow.training.shards import fingerprint
 from csflow.training.split import TRIMMED, TrainingData, split_sizes
 from csflow.weights import find_weights
-
-ROUNDING_IMAGES = 8
-"""Number of training images on which the rounding of the backbone's weights is measured."""
 
 
 def train(config: TrainConfig) -> ExitStatus:
@@ -54,7 +49,7 @@ def train(config: TrainConfig) -> ExitStatus:
     work_dir = Location(config.work_dir, config.storage_options) if config.work_dir else output / "_work"
     cache = FeatureCache.of(work_dir / "features", detector)
     all_images = pa.concat_tables([images, labelled.listed]) if labelled else images
-    all_cached = _extract_features(all_images, detector, cache, config.device)
+    all_cached = _extract_features(all_images, detector, cache, config)
     if all_cached is None:
         return ExitStatus.INCOMPLETE
     cached = find_images(images, all_cached)[0]
@@ -72,6 +67,11 @@ def train(config: TrainConfig) -> ExitStatus:
     result = run.fit()
     detector.load_state_dict(detector.state_dict() | result.state)
     lines = advice(result.history, result.validation_loss, result.gaussian_loss, run.epochs)
+    if np.ptp(result.calibration["anomaly_score"].to_numpy()) == 0 and result.calibration.num_rows > 1:
+        lines.append(ALL_THE_SAME)
+    if moves_p_values(detector, data.part("heldout"), result.calibration, config.storage_options):
+        detector.architecture = replace(detector.architecture, precision="float32")
+        lines.append(TOO_ALIKE)
     for line in lines:
         print(line)
     metrics = {
@@ -123,13 +123,13 @@ def build_detector(config: TrainConfig) -> Detector:
 
 
 def _extract_features(
-    images: pa.Table, detector: Detector, cache: FeatureCache, device: Device
+    images: pa.Table, detector: Detector, cache: FeatureCache, config: TrainConfig
 ) -> pa.Table | None:
     """Fills the feature cache; returns the images' rows of its index, or None if it is not complete."""
     started = time.monotonic()
     missing = find_images(images, cache.index())[1]
     extracted, failed_for_now = 0, []
-    resources = share_out(None, worker_bytes(detector.state_dict()), device)
+    resources = share_out(None, worker_bytes(detector.state_dict()), config.device, config.decode)
     with closing(Progress(missing.num_rows, "images")) as progress:
         for row in extract(missing, detector, cache, resources):
             extracted += row["images"]
@@ -167,14 +167,9 @@ def _trim(data: TrainingData, ranking: pa.Table, share: float) -> TrainingData:
 
 def _measure_rounding(detector: Detector, data: TrainingData, config: TrainConfig) -> None:
     """Measures what scoring in bfloat16 corrects. If no image can be read, there is no correction."""
-    images = data.part("training").slice(0, ROUNDING_IMAGES)
-    loader = ImageLoader(
-        ImageReader(config.storage_options), detector.architecture.preprocessing, ROUNDING_IMAGES
-    )
-    loaded = loader.load(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
-    pixels = [image.content.pixels_HWC for image in loaded if not isinstance(image.content, ImageError)]
+    pixels = some_pixels(detector, data.part("training"), config.storage_options)
     if pixels:
-        detector.measure_rounding(torch.from_numpy(np.stack(pixels)))
+        detector.measure_rounding(torch.from_numpy(np.stack(list(pixels.values()))))
 
 
 def _save(

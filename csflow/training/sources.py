@@ -74,7 +74,10 @@ class ResidentFeatures:
         if whitening is not None:
             for some_ND in features_ND.split(WHITENED_AT_ONCE):
                 x = whitening(cache.split_scales(some_ND.to(device).float()))
-                some_ND.copy_(torch.cat([x_BCHW.flatten(1) for x_BCHW in x], dim=1))
+                x_BD = torch.cat([x_BCHW.flatten(1) for x_BCHW in x], dim=1)
+                # An image unlike all others may be beyond float16.
+                largest = torch.finfo(some_ND.dtype).max
+                some_ND.copy_(x_BD.clamp(-largest, largest))
 
     def __len__(self) -> int:
         return len(self._features_ND)

@@ -1,0 +1,64 @@
+"""Whether rounding to bfloat16, as CPUs score by default, would move the p-values of a model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from csflow.errors import ImageError
+from csflow.inputs.loading import ImageLoader
+from csflow.inputs.reading import ImageReader
+from csflow.model import Detector, InferenceDetector
+
+ROUNDING_IMAGES = 8
+"""Number of images on which the effects of rounding are measured."""
+LARGEST_SHIFT = 0.1
+"""Largest mean shift of scores, in standard deviations of the held-out ones. P-values then shift by 0.03."""
+ALL_THE_SAME = (
+    "warning: the held-out images all have the same score, so p-values mean nothing; --input should be "
+    "photographs of many different parts, and not copies or empty images"
+)
+TOO_ALIKE = (
+    "warning: these images are so alike that rounding to bfloat16 would move their scores; so --precision "
+    "auto scores this model in float32, which takes up to twice as long on CPUs, and longer on GPUs"
+)
+
+
+def moves_p_values(
+    detector: Detector, heldout: pa.Table, calibration: pa.Table, storage_options: Mapping[str, Any]
+) -> bool:
+    """Whether scores of some held-out images shift, compared with those of the calibration.
+
+    Scores are calibrated in float32. Images of an aligned part that hardly differ have features that hardly
+    differ; the whitening magnifies what differences there are, and rounding with them.
+
+    Args:
+        heldout: the held-out images.
+        calibration: their scores, in the same order.
+    """
+    pixels = some_pixels(detector, heldout, storage_options)
+    if not pixels:
+        return False
+    scorer = InferenceDetector(detector, "mixed", ROUNDING_IMAGES)
+    rounded_N = scorer(torch.from_numpy(np.stack(list(pixels.values())))).anomaly_score_B.double().numpy()
+    heldout_N = calibration["anomaly_score"].to_numpy()
+    shift = abs((rounded_N - heldout_N[list(pixels)]).mean())
+    return bool(shift > LARGEST_SHIFT * heldout_N.std())
+
+
+def some_pixels(
+    detector: Detector, images: pa.Table, storage_options: Mapping[str, Any]
+) -> dict[int, NDArray[np.uint8]]:
+    """Pixels (H, W, 3) of the first images, by their row; without those that cannot be read."""
+    images = images.slice(0, ROUNDING_IMAGES)
+    preprocessing = detector.architecture.preprocessing
+    loader = ImageLoader(ImageReader(storage_options), preprocessing, ROUNDING_IMAGES)
+    loaded = loader.load(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
+    return {
+        row: image.content.pixels_HWC
+        for row, image in enumerate(loaded)
+        if not isinstance(image.content, ImageError)
+    }
