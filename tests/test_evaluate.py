@@ -118,8 +118,7 @@ def test_evaluation_holds_metrics_and_counts_and_prints_them(tmp_path: Path, cap
     assert "1 of 3 labelled images have no score" in printed
     assert "image_auroc         1.0000   1.0000 - 1.0000" in printed
     assert (
-        "best_f1             1.0000   1.0000 - 1.0000   at 2.0000, a threshold chosen on these labels"
-        in printed
+        "best_f1             1.0000   1.0000 - 1.0000   threshold 2.0000, chosen on these labels" in printed
     )
 
 

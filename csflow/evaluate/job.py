@@ -24,12 +24,13 @@ class EvaluateConfig(JobConfig):
     scores: str
     """Location of the scores: the `--output` of scoring jobs."""
     labels: str | None = None
-    """CSV or Parquet file with the columns image_uri and label (0 normal, 1 defective), and optionally
-    mask_uri (an image whose nonzero pixels are defective) and defect_class. URIs may be relative to the
-    file's folder."""
+    """Give either --labels or --layout. CSV or Parquet file with the columns image_uri and label (0 normal,
+    1 defective), and optionally mask_uri (an image whose nonzero pixels are defective) and defect_class.
+    URIs may be relative to the file's folder."""
     layout: Literal["mvtec"] | None = None
-    """Take the labels from the image URIs instead. In `mvtec`, `test/good/` holds the normal test images,
-    every other `test/<class>/` defective ones, and `ground_truth/<class>/<image>_mask.png` their masks."""
+    """Give either --labels or --layout. Takes the labels from the image URIs. In `mvtec`, `test/good/` holds
+    the normal test images, every other `test/<class>/` defective ones, and
+    `ground_truth/<class>/<image>_mask.png` their masks."""
     output: str | None = None
     """Folder for metrics.json and the plots; or a .json file, for the metrics alone."""
     model_id: str | None = None

@@ -60,7 +60,7 @@ def print_evaluation(evaluation: Mapping[str, Any]) -> None:
     if images["missing"]:
         print(f"{'missing':<20}{images['missing']:,} of {images['labelled']:,} labelled images have no score")
     notes = {
-        "best_f1": f"at {metrics['best_f1_threshold']:.4f}, a threshold chosen on these labels",
+        "best_f1": f"threshold {metrics['best_f1_threshold']:.4f}, chosen on these labels",
         "flag_fpr": "share of normal images that are flagged (is_anomalous)",
         "flag_recall": "share of defective images that are flagged",
     }

@@ -17,7 +17,7 @@ class ReportConfig(JobConfig):
     top: Annotated[int, Field(ge=1)] = 60
     """Number of images to show: those with the highest anomaly scores."""
     false_discovery_rate: float = Field(0.1, gt=0, lt=1)
-    """Share of the defect list that may be normal, on average (docs/calibration.md)."""
+    """Share of the defect list that may be normal, on average."""
     defects: str | None = None
     """CSV or Parquet file to write the defect list to, highest anomaly score first."""
     run_id: str | None = None
@@ -25,4 +25,5 @@ class ReportConfig(JobConfig):
     model_id: str | None = None
     """Model whose scores are shown, needed if --scores holds several models."""
     model: str | None = None
-    """Directory of that model; needed for its held-out scores. [default: where the last run found it]"""
+    """Model directory, from which the report takes the held-out scores. [default: where the last run found
+    it]"""

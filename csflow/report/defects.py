@@ -54,7 +54,7 @@ class DefectList:
         if self.images:
             return (
                 f"{self.images:,} of {len(self.is_chosen):,} images are on the defect list; "
-                f"at most a share of {rate} of such a list is normal images, on average"
+                f"on average at most {100 * self.false_discovery_rate:.3g} % of such a list are normal images"
             )
         empty = f"no image is on the defect list at a false-discovery rate of {rate}"
         if self.heldout_needed is None:

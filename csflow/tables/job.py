@@ -23,8 +23,8 @@ class RegisterConfig(JobConfig):
     format: Literal["iceberg", "delta"]
     """Table format. Delta keeps its log in the folders `scores` and `errors` themselves."""
     catalog: str | None = None
-    """Iceberg only: the catalogue, as the URL of an SQL database such as sqlite:///catalog.db, or by its name
-    in PyIceberg's configuration."""
+    """Required for Iceberg, and only for it: the catalogue, as the URL of an SQL database such as
+    sqlite:///catalog.db, or by its name in PyIceberg's configuration."""
     warehouse: str | None = None
     """Iceberg with an SQL catalogue only: folder for the tables' metadata. [default: <scores>/_iceberg]"""
     namespace: str = "csflow"
