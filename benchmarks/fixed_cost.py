@@ -1,26 +1,20 @@
-"""Stand-ins of fixed cost for `split.py`, in a module of their own that all its processes import."""
+"""A loader of fixed cost for `split.py`, in a module of its own, which helpers import without torch."""
 
 import os
 import threading
 import time
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-import cluster
 import csflow.inputs.loaded
-from csflow.cluster import WorkerResources, helpers
 from csflow.images import DecodedImage
 from csflow.inputs.helpers import Helpers
 from csflow.inputs.loading import ImageLoader, LoaderSettings
 from csflow.inputs.reading import ImageReader
 from csflow.preprocessing import Preprocessing, whole
-from csflow.scoring.config import ScoringSettings
-from csflow.scoring.scorer import ShardScorer
 
-SCORE_S, DECODE_S = 0.002, 0.01
-"""Seconds an image."""
+DECODE_S = 0.01
+"""Seconds for an image, of which a process decodes one at a time."""
 
 
 class FixedCostReader(ImageReader):
@@ -42,13 +36,3 @@ class FixedCostSettings(LoaderSettings):
 
         csflow.inputs.loaded.decode = decode  # type: ignore[assignment]
         return ImageLoader(FixedCostReader({}), self.preprocessing, threads, helpers=helpers)
-
-
-class FixedCostScorer(ShardScorer):
-    """A scorer on a GPU that sleeps, behind real loaders and helpers."""
-
-    def __init__(self, settings: ScoringSettings, resources: WorkerResources) -> None:
-        super().__init__(settings, replace(resources, gpus=0, decode="beside"))
-        self._detector: Any = cluster.FixedCostDetector(self._detector.form, SCORE_S)
-        loader = FixedCostSettings({}, Preprocessing((256, 256)))
-        self._loader = loader.loader(8, helpers(loader, resources))

@@ -16,7 +16,9 @@ import statistics
 import sys
 import tempfile
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 # A call after the benchmark's cluster has gone must not join, or start, another.
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
@@ -28,17 +30,33 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import ray
 import results
-from fixed_cost import DECODE_S, SCORE_S, FixedCostScorer
+from fixed_cost import DECODE_S, FixedCostSettings
 from ray.cluster_utils import Cluster
 
+import cluster
 import csflow.scoring.job
+from csflow.cluster import WorkerResources, helpers
 from csflow.config import parse
 from csflow.errors import ExitStatus
-from csflow.scoring.config import ScoreConfig
+from csflow.preprocessing import Preprocessing
+from csflow.scoring.config import ScoreConfig, ScoringSettings
+from csflow.scoring.scorer import ShardScorer
 
+SCORE_S = 0.002
+"""Seconds for an image."""
 CPU_NODES = (0, 1, 2, 4)
 STEADY_SHARE = 0.5
 """The steady rate is that of this last share of the images."""
+
+
+class FixedCostScorer(ShardScorer):
+    """A scorer on a GPU that sleeps, behind real loaders and helpers."""
+
+    def __init__(self, settings: ScoringSettings, resources: WorkerResources) -> None:
+        super().__init__(settings, replace(resources, gpus=0, decode="beside"))
+        self._detector: Any = cluster.FixedCostDetector(self._detector.form, SCORE_S)
+        loader = FixedCostSettings({}, Preprocessing((256, 256)))
+        self._loader = loader.loader(8, helpers(loader, resources))
 
 
 def score(cpu_nodes: int, decode: str, arguments: list[str], output: Path) -> dict[str, float]:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -32,6 +33,15 @@ pytestmark = pytest.mark.soak
 KILLS = 10
 
 
+SHAPES = {"beside": ["--decode", "beside"], "cluster": ["--decode", "cluster", "--workers", "1"]}
+"""Where images are read and decoded: by the actors that score, or by helpers, too."""
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request: pytest.FixtureRequest) -> list[str]:
+    return SHAPES[request.param]
+
+
 @pytest.fixture(scope="module")
 def photographs(cells: Path) -> list[Path]:
     return sorted((cells / "functional" / "test").iterdir())
@@ -43,10 +53,10 @@ def assert_nothing_half_visible(output: Path) -> None:
         assert not read_scores(output).duplicated(["image_uri", "image_version"]).any()
 
 
-def test_drivers_killed_at_ten_random_moments(model, photographs, plain_loop, tmp_path):
+def test_drivers_killed_at_ten_random_moments(model, photographs, plain_loop, tmp_path, shape):
     images, output = tmp_path / "images", tmp_path / "output"
     images.mkdir()
-    arguments = ["--model", model, "--input", images, "--output", output]
+    arguments = ["--model", model, "--input", images, "--output", output, *shape]
     share = len(photographs) // (KILLS + 1)
     generator = random.Random(0)
     moments = []
@@ -80,10 +90,12 @@ def steps(output: Path) -> int:
     return sum(len(list(output.glob(pattern))) for pattern in done)
 
 
-def test_workers_and_actors_killed_at_random_moments(model, photographs, plain_loop, tmp_path, ray_cluster):
+def test_workers_and_actors_killed_at_random_moments(
+    model, photographs, plain_loop, tmp_path, ray_cluster, shape
+):
     images, output = photographs[0].parent, tmp_path / "output"
     generator = random.Random(1)
-    arguments = ["--model", model, "--input", images, "--output", output]
+    arguments = ["--model", model, "--input", images, "--output", output, *shape]
     job = start_job(*arguments)
     wait_for(lambda: list(output.glob("scores/*/*/part-*.parquet")), job)
     killed = 0
@@ -122,9 +134,9 @@ def nodes() -> Iterator[Cluster]:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def test_a_node_lost_and_another_one_added(model, photographs, plain_loop, nodes, tmp_path):
+def test_a_node_lost_and_another_one_added(model, photographs, plain_loop, nodes, tmp_path, shape):
     images, output = photographs[0].parent, tmp_path / "output"
-    arguments = ["--model", model, "--input", images, "--output", output]
+    arguments = ["--model", model, "--input", images, "--output", output, *shape]
     job = start_job(*arguments, RAY_ADDRESS=nodes.address)
     wait_for(lambda: len(list(output.glob("scores/*/*/part-*.parquet"))) >= 2, job)
     nodes.remove_node(min(nodes.worker_nodes, key=lambda node: node.node_id), allow_graceful=False)
@@ -133,6 +145,36 @@ def test_a_node_lost_and_another_one_added(model, photographs, plain_loop, nodes
     printed = job.communicate(timeout=400)[0]
     assert job.returncode == ExitStatus.DONE, printed
     assert at_the_loss < len(list(output.glob("scores/*/*/part-*.parquet")))
+    plain_loop.assert_same(read_scores(output), contents(images))
+
+
+def test_nodes_that_leave_and_join_every_fifteen_seconds_for_five_minutes(
+    model, photographs, plain_loop, nodes, tmp_path, shape
+):
+    images, output = tmp_path / "images", tmp_path / "output"
+    for copy in range(24):
+        folder = images / str(copy)
+        folder.mkdir(parents=True)
+        for path in photographs:
+            os.link(path, folder / path.name)
+    arguments = ["--model", model, "--input", images, "--output", output, *shape]
+    generator, statuses = random.Random(2), []
+    ends = time.monotonic() + 300
+    job = start_job(*arguments, RAY_ADDRESS=nodes.address)
+    while time.monotonic() < ends and ExitStatus.DONE not in statuses:
+        with suppress(subprocess.TimeoutExpired):
+            printed = job.communicate(timeout=15)[0]
+            statuses.append(job.returncode)
+            assert job.returncode in (ExitStatus.DONE, ExitStatus.INCOMPLETE), printed
+            job = start_job(*arguments, RAY_ADDRESS=nodes.address)
+        assert_nothing_half_visible(output)
+        # Every other time without a notice.
+        lost = generator.choice(sorted(nodes.worker_nodes, key=lambda node: node.node_id))
+        nodes.remove_node(lost, allow_graceful=generator.random() < 0.5)
+        nodes.add_node(num_cpus=1)
+    job.communicate(timeout=900)
+    print(f"runs that ended meanwhile: {statuses}")
+    assert run_score(*arguments) == ExitStatus.DONE
     plain_loop.assert_same(read_scores(output), contents(images))
 
 
@@ -190,12 +232,12 @@ def store() -> Iterator[faulty_s3.FaultyS3]:
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.2])
-def test_a_store_that_fails_in_every_way(share, model, photographs, plain_loop, store):
+def test_a_store_that_fails_in_every_way(share, model, photographs, plain_loop, store, shape):
     images = {store.put(f"night/{path.name}", path.read_bytes()): path.read_bytes() for path in photographs}
     store.weather = faulty_s3.storm(share, seed=round(100 * share))
     output = f"s3://{faulty_s3.BUCKET}/scores"
     arguments = ["--model", model, "--input", f"s3://{faulty_s3.BUCKET}/night", "--output", output]
-    arguments += ["--storage_options", json.dumps(store.options)]
+    arguments += ["--storage_options", json.dumps(store.options), *shape]
     runs = []
     while (status := run_score(*arguments)) == ExitStatus.INCOMPLETE and len(runs) < 6:
         runs.append(status)
@@ -244,9 +286,9 @@ def test_an_input_that_hangs_while_it_is_listed_ends_the_run(model, store, tmp_p
     assert printed.splitlines() == [f"error: {source} cannot be listed: no answer in time (ReadTimeoutError)"]
 
 
-def test_every_kind_of_damage_is_accounted_for_once(model, plain_loop, tmp_path, run_record):
+def test_every_kind_of_damage_is_accounted_for_once(model, plain_loop, tmp_path, run_record, shape):
     images = bad_images.write_all_damage(tmp_path / "images")
-    arguments = ["--model", model, "--input", tmp_path / "images", "--output", tmp_path / "output"]
+    arguments = ["--model", model, "--input", tmp_path / "images", "--output", tmp_path / "output", *shape]
     assert run_score(*arguments, "--max_error_rate", 1) == ExitStatus.DONE
     plain_loop.assert_same(read_scores(tmp_path / "output"), images)
     errors = read_errors(tmp_path / "output")

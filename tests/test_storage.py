@@ -179,6 +179,22 @@ def test_there_are_as_many_workers_as_gpus_or_as_cpus_and_memory(
     assert share_out(workers, worker_bytes, device) == resources
 
 
+@pytest.mark.parametrize(
+    ("nodes", "decode", "resources"),
+    [
+        ([{"CPU": 16.0, "GPU": 1.0}, CPUS], "auto", WorkerResources(1, 4, 1, 0, 1, "auto")),
+        ([{"CPU": 16.0, "GPU": 1.0}, CPUS], "beside", WorkerResources(1, 16, 1, 0, 1, "beside")),
+        ([{"CPU": 2.0, "GPU": 1.0}], "cluster", WorkerResources(1, 2, 1, 0, 1, "cluster")),
+        # CPUs that score anyway have no time to help, unless they are told to.
+        ([CPUS], "auto", WorkerResources(1, int(CPUS["CPU"]), 0, 0, 1, "beside")),
+        ([CPUS], "cluster", WorkerResources(1, 1, 0, 0, 1, "cluster")),
+    ],
+)
+def test_workers_leave_cpus_to_helpers(monkeypatch, nodes, decode, resources):
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+    assert share_out(1, 10, "auto", decode) == resources
+
+
 def test_options_and_fresh_listings_go_to_stores_and_not_to_disks(tmp_path):
     fs, path = storage.filesystem("s3://plant/a/b.png", {"key": "k", "secret": "s"})
     assert path == "plant/a/b.png"
