@@ -63,7 +63,7 @@ COMMANDS = {
         ("report --scores s3://plant/scores --output report.html",),
     ),
     "import": Command(
-        "Turn a model that other software trained into a model directory",
+        "Convert a model of other software to a csflow model directory",
         "csflow.importing.job:ImportConfig",
         "csflow.importing.job:import_model",
         ("import --checkpoint flow.pth --output s3://plant/models/cells --calibrate s3://plant/good",),

@@ -58,7 +58,9 @@ STORED_OUTPUT = f"s3://{faulty_s3.BUCKET}/scores-of-the-night"
 # --- Processes that die ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decode", [["--decode", "beside"], ["--decode", "cluster", "--workers", "1"]])
+@pytest.mark.parametrize(
+    "decode", [[], pytest.param(["--decode", "cluster", "--workers", "1"], marks=pytest.mark.soak)]
+)
 def test_a_killed_worker_costs_no_image(model, cells, plain_loop, tmp_path, decode):
     images, output = copy_some(cells / "functional" / "test", tmp_path / "images", 120), tmp_path / "output"
     job = start_job("--model", model, "--input", images, "--output", output, *decode)

@@ -526,7 +526,9 @@ def test_refused_writes_stop_the_run_and_the_next_one_completes(model, archive, 
     assert len(read_scores(tmp_path / "output")) == 40
 
 
-@pytest.mark.parametrize("decode", [["--decode", "beside"], ["--decode", "cluster", "--workers", "1"]])
+@pytest.mark.parametrize(
+    "decode", [[], pytest.param(["--decode", "cluster", "--workers", "1"], marks=pytest.mark.soak)]
+)
 def test_an_image_that_kills_its_process_gets_an_error_and_its_neighbours_are_scored(
     model, archive, tmp_path, decode
 ):

@@ -79,7 +79,8 @@ class ImportConfig(JobConfig):
     """Module after which the backbone ends. [default: blocks.5 (stage 6) of an EfficientNet]"""
     weights: str | None = None
     """Weights of the backbone that the flow was trained on: a file's path or URL, an installed package, or
-    `timm` (downloads). [default: those in the checkpoint, if it has any]"""
+    `timm` (downloads). [default: those in the checkpoint; required if it has none, or with
+    --backbone]"""
     image_size: list[int] | None = Field(None, min_length=1, max_length=2)
     """Size of the images that the model was trained on, in pixels: one side, or height and width. [default:
     what the checkpoint says, else 768 for official and 256 for anomalib]"""

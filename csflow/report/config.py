@@ -25,5 +25,5 @@ class ReportConfig(JobConfig):
     model_id: str | None = None
     """Model whose scores are shown, needed if --scores holds several models."""
     model: str | None = None
-    """Model directory, from which the report takes the held-out scores. [default: where the last run found
-    it]"""
+    """Model directory. Its held-out scores draw the line of normal images in the histogram. [default: where
+    the last run found it]"""

