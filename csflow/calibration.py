@@ -15,10 +15,10 @@ def p_values(scores: ArrayLike, calibration_scores: ArrayLike) -> NDArray[np.flo
     """
     reference = np.sort(np.asarray(calibration_scores, dtype=np.float64))
     scores = np.asarray(scores, dtype=np.float64)
+    # NumPy sorts what is no number behind all numbers: such a score is the most anomalous there is.
     at_least = len(reference) - np.searchsorted(reference, scores, side="left")
     p: NDArray[np.float64] = (1 + at_least) / (len(reference) + 1)
-    # A score that is no number is the most anomalous there is, not the least.
-    return np.where(np.isnan(scores), 1 / (len(reference) + 1), p)
+    return p
 
 
 def choose_defects(p_values: ArrayLike, false_discovery_rate: float) -> NDArray[np.bool_]:

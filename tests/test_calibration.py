@@ -26,6 +26,12 @@ def test_images_of_one_p_value_are_chosen_together() -> None:
     assert choose_defects([0.05, 0.05, 0.05, 1.0], 0.1).tolist() == [True, True, True, False]
 
 
+def test_one_image_alone_is_chosen_at_a_p_value_up_to_the_rate() -> None:
+    for p_value, expected in ((0.1, True), (0.11, False)):
+        chosen = choose_defects([p_value], 0.1)
+        assert (chosen.tolist(), chosen.dtype) == ([expected], np.bool_)
+
+
 def test_nothing_is_chosen_from_nothing_and_no_rate_outside_0_to_1_is_taken() -> None:
     assert choose_defects([], 0.1).tolist() == []
     for rate in (0.0, 1.0, -0.1):

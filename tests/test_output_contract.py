@@ -9,7 +9,7 @@ import pytest
 from scored_output import write_record
 
 from csflow.errors import WrongUse
-from csflow.output.layout import Output, output_files, run_ids
+from csflow.output.layout import Output, output_files, run_folder, run_ids
 from csflow.output.runs import RunRecord, read_record
 from csflow.output.schemas import ERRORS
 from csflow.storage import Location
@@ -48,7 +48,9 @@ def test_a_parquet_file_outside_the_partitions_is_not_taken_for_scores(tmp_path:
 
 def test_run_json_has_the_keys_that_its_readers_know(tmp_path: Path) -> None:
     write_record(tmp_path, "20261102T020000000000Z-aaaaaaaa")
-    content = json.loads((tmp_path / "_runs" / "20261102T020000000000Z-aaaaaaaa" / "run.json").read_text())
+    text = (tmp_path / "_runs" / "20261102T020000000000Z-aaaaaaaa" / "run.json").read_text()
+    content = json.loads(text)
+    assert text == json.dumps(content, indent=2) + "\n"
     assert list(content) == [
         *("format_version", "run_id", "status", "exit_status", "started_at", "ended_at", "model"),
         *("configuration", "counts", "precisions", "forms", "drift", "peak_memory_bytes"),
@@ -103,6 +105,13 @@ def test_a_record_that_cannot_be_understood_is_refused_by_name(
     rewrite(tmp_path / "_runs" / "a" / "run.json", **changes)
     with pytest.raises(WrongUse, match=rf"_runs/a/run\.json .*{said}"):
         read_record(Location(str(tmp_path)), "a")
+
+
+def test_runs_are_found_in_any_store(tmp_path: Path, s3_bucket: str) -> None:
+    for url in (str(tmp_path), s3_bucket, f"memory://{tmp_path}"):
+        for run_id in ("20261103T0-a", "20261102T0-b"):
+            (run_folder(Location(url), run_id) / "run.json").write(b"{}")
+        assert run_ids(Location(url)) == ["20261102T0-b", "20261103T0-a"]
 
 
 def test_runs_are_told_in_the_order_of_their_beginning(tmp_path: Path) -> None:
