@@ -30,7 +30,7 @@ def holds_credentials(url: str) -> bool:
         return False
     # Keys in S3 are plain text: `?key=` may be a part of one.
     query = _PRESIGNED if scheme in ("s3", "s3a", "s3n") else _QUERY
-    return "@" in re.split(r"[/?#]", rest, maxsplit=1)[0] or bool(query.search(rest))
+    return "@" in re.split(r"[/?#]", rest)[0] or bool(query.search(rest))
 
 
 def secret_values(options: Mapping[str, Any]) -> Iterator[str]:

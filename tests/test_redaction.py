@@ -56,12 +56,12 @@ def test_a_location_with_credentials_is_refused_without_repeating_it(job, settin
 def test_what_only_looks_like_credentials_is_left_alone():
     for location in (
         "s3://plant/night@home/a:b.png",
-        "s3://plant/a.png?key=1",  # keys of objects may hold anything
+        *(f"{scheme}://plant/a.png?key=1" for scheme in ("s3", "s3a", "s3n")),  # keys may hold anything
         "/data/user:name@site/a.png",
         "https://plant.example/a.png?width=300",
         "s3://arn:aws:s3:eu-central-1:123456789012:accesspoint/plant/a.png",
     ):
-        assert not holds_credentials(location)
+        assert holds_credentials(location) is False
         assert redact(location) == location or "key=" in location
     for message in (
         "NoSuchKey: The specified key does not exist",
@@ -164,6 +164,26 @@ def test_of_storage_options_only_those_with_the_name_of_a_secret_are_hidden():
     assert list(secret_values(options)) == ["abcdef", "ghijkl"]
     said = "abcdef and ghijkl at http://plant.example in eu-central-1"
     assert redact(said, options) == "*** and *** at http://plant.example in eu-central-1"
+
+
+@pytest.mark.parametrize(
+    ("text", "without"),
+    [
+        ("GET /a.png?width=3&sig=abc&se=2026", "GET /a.png?width=3&sig=***&se=2026"),
+        ("X-Amz-Security-Token = abc, then", "X-Amz-Security-Token = ***, then"),
+        (
+            """{"secret": "a b", 'account_key':'c d', token: abc}""",
+            """{"secret": ***, 'account_key':***, token: ***}""",
+        ),
+        (
+            "https://user:a:b@plant.example and https://c@other.example",
+            "https://***@plant.example and https://***@other.example",
+        ),
+        ("monkey=abc, keyboard: abc", "monkey=abc, keyboard: abc"),
+    ],
+)
+def test_what_has_the_name_of_a_secret_is_hidden_and_the_rest_stays(text, without):
+    assert redact(text) == without
 
 
 def test_a_secret_within_another_one_leaves_nothing_of_that():
