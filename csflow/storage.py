@@ -1,6 +1,7 @@
 """Reads and writes whole files in local folders and object stores. No file is ever half visible."""
 
 import io
+import itertools
 import os
 import time
 import uuid
@@ -55,12 +56,12 @@ class Location:
 
     @property
     def parent(self) -> "Location":
-        return Location(self.url.rstrip("/").rsplit("/", 1)[0] or "/", self.storage_options)
+        return Location(self.url.rstrip("/").rpartition("/")[0] or "/", self.storage_options)
 
     @property
     def name(self) -> str:
         """The last part of the location's path."""
-        return self.url.rstrip("/").rsplit("/", 1)[-1]
+        return self.url.rstrip("/").rpartition("/")[2]
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
@@ -110,7 +111,7 @@ class Location:
                 self._create_remote(data)
 
     def _create_remote(self, data: bytes) -> None:
-        for attempt in range(CONFLICT_RETRIES + 1):
+        for attempt in itertools.count():
             try:
                 self.fs.pipe_file(self.path, data, mode="create")
                 return
@@ -225,5 +226,5 @@ def _write_temporary(path: str, data: bytes) -> Path:
 
 
 def _is_temporary(path: str) -> bool:
-    name = path.rsplit("/", 1)[-1]
+    name = path.rpartition("/")[2]
     return name.startswith((".", "_writable-"))

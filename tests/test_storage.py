@@ -88,7 +88,7 @@ def test_workers_get_as_many_cpus_as_find_room_on_the_nodes(nodes, workers, gpus
 
 @dataclass
 class Answering:
-    """A store that gives these HTTP answers to conditional PUTs, one after the other."""
+    """A store that gives these HTTP answers to conditional PUTs, one after the other; 0 has no status."""
 
     answers: list[int]
     puts: int = 0
@@ -99,7 +99,7 @@ class Answering:
         status = self.answers.pop(0)
         if status != 200:
             cause = Exception()
-            cause.response = {"ResponseMetadata": {"HTTPStatusCode": status}}
+            cause.response = {"ResponseMetadata": {"HTTPStatusCode": status}} if status else {"Error": {}}
             raise OSError(f"status {status}") from cause
 
 
@@ -130,10 +130,10 @@ def test_after_a_conflict_the_winner_is_found(monkeypatch, pauses):
     assert store.puts == 2
 
 
-@pytest.mark.parametrize(("answers", "puts"), [([409] * 9, 6), ([403, 200], 1), ([500, 200], 1)])
+@pytest.mark.parametrize(("answers", "puts"), [([409] * 9, 6), ([403, 200], 1), ([500, 200], 1), ([0], 1)])
 def test_a_creation_that_fails_for_good_says_so(monkeypatch, pauses, answers, puts):
     store = Answering(answers)
-    with pytest.raises(StorageFailed, match="s3://plant/file cannot be written"):
+    with pytest.raises(StorageFailed, match=r"s3://plant/file cannot be written \(OSError: status "):
         create_at(store, monkeypatch)
     assert store.puts == puts
 
@@ -207,6 +207,22 @@ def test_options_and_fresh_listings_go_to_stores_and_not_to_disks(tmp_path):
     assert Location("s3://plant/a/", {"key": "k"}).parent == Location("s3://plant", {"key": "k"})
 
 
+def test_all_that_is_done_with_a_location_is_done_with_its_options(tmp_path):
+    (tmp_path / "a").mkdir()
+    folder = Location("dir://a", {"path": str(tmp_path), "target_protocol": "file"})
+    (folder / "file").write(b"content")
+    assert (tmp_path / "a" / "file").read_bytes() == (folder / "file").read() == b"content"
+    assert (folder / "file").exists()
+    assert folder.find("") == [folder / "file"]
+
+
+@pytest.mark.parametrize("scheme", ["nowhere", "gs"])
+@pytest.mark.parametrize("act", [Location.exists, Location.read, lambda location: location.find("")])
+def test_a_scheme_that_is_unknown_or_has_no_driver_here_is_wrong_use(act, scheme):
+    with pytest.raises(WrongUse, match=rf"^{scheme}://plant/a: "):
+        act(Location(f"{scheme}://plant/a"))
+
+
 def test_names_and_folders_are_those_of_the_path():
     location = Location("s3://plant/a/b/")
     assert (location / "c.png").url == "s3://plant/a/b/c.png"
@@ -251,13 +267,14 @@ def test_a_failure_of_a_store_has_the_name_of_the_file_and_the_remedy(monkeypatc
         act(Location("s3://plant/file"))
 
 
+@pytest.mark.parametrize("failing", ["pathlib.Path.open", "os.fsync"])
 @pytest.mark.parametrize("how", [Location.write, Location.create])
-def test_a_file_is_whole_or_not_there_and_nothing_else_stays(tmp_path, monkeypatch, how):
+def test_a_file_is_whole_or_not_there_and_nothing_else_stays(tmp_path, monkeypatch, how, failing):
     location = Location(str(tmp_path / "a" / "file"))
     how(location, b"first")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
     with monkeypatch.context() as patch, pytest.raises(StorageFailed, match=r"written \(OSError: .*No space"):
-        patch.setattr("os.fsync", full_disk)
+        patch.setattr(failing, full_disk)
         how(location, b"second")
     assert location.read() == b"first"
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
@@ -267,14 +284,13 @@ def test_a_file_is_whole_or_not_there_and_nothing_else_stays(tmp_path, monkeypat
 def test_all_bytes_are_on_the_disk_before_a_file_has_its_name(tmp_path, monkeypatch, how):
     # Otherwise a power failure could leave an empty file that counts as finished.
     synced = []
-    monkeypatch.setattr(
-        "os.fsync", lambda fd: synced.append((os.fstat(fd).st_size, (tmp_path / "file").exists()))
-    )
+    found = Location(str(tmp_path)).find
+    monkeypatch.setattr("os.fsync", lambda fd: synced.append((os.fstat(fd).st_size, found(""))))
     how(Location(str(tmp_path / "file")), b"content")
-    assert synced == [(len(b"content"), False)]
+    assert synced == [(len(b"content"), [])]
 
 
-def full_disk(_: int) -> None:
+def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -304,17 +320,24 @@ def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, mo
 
 
 def test_files_are_found_by_the_end_of_their_name_in_order_and_without_what_is_in_the_making(folder):
-    for name in ("b/x.json", "a.json", "b/a.json", "a.parquet", ".c.json", "b/_writable-1.json"):
+    for name in ("b/x.json", "c.json", "b/a.json", "a.parquet", ".c.json", "b/_writable-1.json"):
         (folder / name).write(b"")
     found = folder.find(".json")
-    assert [file.url.removeprefix(folder.url + "/") for file in found] == ["a.json", "b/a.json", "b/x.json"]
+    assert [file.url.removeprefix(folder.url + "/") for file in found] == ["b/a.json", "b/x.json", "c.json"]
     assert Location(folder.url + "/").find(".parquet")[0].url == f"{folder.url}/a.parquet"
 
 
-def test_a_folder_is_probed_without_a_trace(folder):
+def test_a_folder_is_probed_without_a_trace(folder, monkeypatch):
+    write, found = Location.write, []
+
+    def write_and_look(location: Location, data: bytes) -> None:
+        write(location, data)
+        found.extend(folder.find(""))
+
+    monkeypatch.setattr(Location, "write", write_and_look)
     for exclusively in (False, True):
         folder.check_writable(exclusively)
-        assert folder.fs.find(folder.path) == []
+        assert folder.fs.find(folder.path) == found == []
 
 
 def test_a_folder_that_cannot_be_written_to_is_wrong_use(tmp_path, monkeypatch):
