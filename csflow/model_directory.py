@@ -134,8 +134,8 @@ def save_model(
     """
     architecture = detector.architecture.to_json() | {"cut_after": detector.backbone.cut_after}
     shifts = {ROUNDING + name: value for name, value in detector.rounding_shifts.items()}
-    tensors = sorted((detector.state_dict() | shifts).items())
-    state = {name: value.contiguous().numpy() for name, value in tensors}
+    tensors = detector.state_dict() | shifts
+    state = {name: value.contiguous().numpy() for name, value in tensors.items()}
     scores = Calibration.of(calibration)
     config = {
         "format_version": FORMAT_VERSION,
@@ -170,11 +170,11 @@ def read_model(location: Location) -> ModelFiles:
     config = read_config(location)
     try:
         architecture, feature_shapes = config["architecture"], config["feature_shapes"]
+        decoding = config["preprocessing"]["decoding_version"]
         state = safetensors.numpy.load(_read(location / "model.safetensors"))
         calibration = Calibration.of(pq.read_table(io.BytesIO(_read(location / "calibration.parquet"))))
     except (SafetensorError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise _damaged(location, f"{type(error).__name__}: {error}") from None
-    decoding = config.get("preprocessing", {}).get("decoding_version")
     if _model_id(architecture, decoding, state, calibration) != config.get("model_id"):
         raise _damaged(location, "its content does not give the model_id in config.json")
     if decoding != DECODING_VERSION:
@@ -201,7 +201,7 @@ def load_model(location: Location) -> Model:
             name.removeprefix(ROUNDING): state.pop(name) for name in list(state) if name.startswith(ROUNDING)
         }
         detector.load_state_dict(state, assign=True)
-    except (RuntimeError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError) as error:
         raise _damaged(location, f"{type(error).__name__}: {error}") from None
     return Model(files.model_id, detector.eval().requires_grad_(False), files.calibration)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -374,10 +375,33 @@ def test_a_file_that_cannot_be_read_is_not_called_missing(detector, tmp_path):
         read_model(Location(str(tmp_path)))
 
 
-def test_a_calibration_without_scores_is_damaged(detector, tmp_path):
+@pytest.mark.parametrize(
+    ("scores", "complaint"),
+    [
+        ({}, "KeyError: .*anomaly_score"),
+        ({"anomaly_score": pa.array([None], pa.float64())}, "ValueError: .*anomaly_score"),
+        ({"anomaly_score": ["high"]}, "ArrowInvalid: .*high"),
+        ({"anomaly_score": [[1.0]]}, "ArrowNotImplementedError: .*list"),
+    ],
+)
+def test_a_calibration_without_scores_is_damaged(detector, tmp_path, scores, complaint):
     save(Location(str(tmp_path)), detector)
-    pq.write_table(pa.table({"image_uri": ["a"], "image_version": ["1"]}), tmp_path / "calibration.parquet")
-    with pytest.raises(WrongUse, match=r"is damaged \(KeyError: .*anomaly_score"):
+    table = pa.table({"image_uri": ["a"], "image_version": ["1"]} | scores)
+    pq.write_table(table, tmp_path / "calibration.parquet")
+    with pytest.raises(WrongUse, match=rf"is damaged \({complaint}"):
+        read_model(Location(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "complaint"), [({}, "KeyError: 'decoding_version'"), (None, "TypeError: ")]
+)
+def test_a_configuration_that_does_not_say_how_images_are_decoded_is_damaged(
+    detector, tmp_path, preprocessing, complaint
+):
+    save(Location(str(tmp_path)), detector)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"preprocessing": preprocessing}))
+    with pytest.raises(WrongUse, match=rf"is damaged \({complaint}"):
         read_model(Location(str(tmp_path)))
 
 
@@ -399,6 +423,27 @@ def test_tensors_that_are_not_of_the_architecture_are_damage(detector, tmp_path)
         load_model(Location(str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"new_setting": 1}, "TypeError: .*new_setting"),
+        ({"kernel_sizes": [2]}, "ValueError: kernel_sizes"),
+        ({"image_size": ...}, "KeyError: 'image_size'"),
+        ({"scales": 0}, "IndexError"),
+        ({"backbone": "unheard_of"}, "BackboneError: .*unheard_of"),
+    ],
+)
+def test_an_architecture_that_cannot_be_built_is_damage(detector, tmp_path, change, complaint):
+    values = detector.architecture.to_json() | change
+    odd = copy.copy(detector)
+    odd.architecture = SimpleNamespace(
+        to_json=lambda: {name: value for name, value in values.items() if value is not ...}
+    )
+    save(Location(str(tmp_path)), odd)
+    with pytest.raises(WrongUse, match=rf"is damaged \({complaint}"):
+        load_model(Location(str(tmp_path)))
+
+
 def test_a_worker_needs_a_gibibyte_and_its_tensors_twice(detector, tmp_path):
     save(Location(str(tmp_path)), detector)
     tensors = sum(value.nbytes for value in detector.state_dict().values())
@@ -415,7 +460,8 @@ def calibration_of(maxima: Sequence[float | None]) -> Calibration:
 
 def test_the_map_threshold_is_exceeded_by_no_more_normal_images_than_asked_for():
     ten = calibration_of([3.0, 1.0, 2.0, 4.0, 9.0, 8.0, 7.0, 6.0, 5.0])
-    assert [ten.map_threshold(rate) for rate in (0.05, 0.1, 0.15, 0.2, 0.9)] == [None, 9.0, 9.0, 8.0, 1.0]
+    assert [ten.map_threshold(rate) for rate in (0.05, 0.099)] == [None, None]
+    assert [ten.map_threshold(rate) for rate in (0.1, 0.15, 0.199, 0.2, 0.9)] == [9.0, 9.0, 9.0, 8.0, 1.0]
     # 0.29 · 100 is a little less than 29 in floating point.
     assert calibration_of(np.arange(99.0)).map_threshold(0.29) == 70.0
     assert calibration_of([1.0, None]).map_threshold(0.5) is None
