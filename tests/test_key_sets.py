@@ -23,7 +23,7 @@ def table(*images: tuple[str, str]) -> pa.Table:
     return pa.table({"image_uri": [uri for uri, _ in images], "image_version": [v for _, v in images]})
 
 
-@pytest.mark.parametrize(("buffer_rows", "rows"), [(7, 3), (500, 90)])
+@pytest.mark.parametrize(("buffer_rows", "rows"), [(7, 1), (7, 3), (500, 90)])
 def test_rows_come_back_part_by_part_in_their_order_with_at_most_the_buffer_in_memory(
     spilled: Path, monkeypatch: pytest.MonkeyPatch, buffer_rows: int, rows: int
 ) -> None:

@@ -11,7 +11,7 @@ from scored_output import write_record
 from csflow.errors import WrongUse
 from csflow.output.layout import Output, output_files, run_folder, run_ids
 from csflow.output.runs import RunRecord, read_record
-from csflow.output.schemas import ERRORS
+from csflow.output.schemas import ERRORS, SCORES
 from csflow.storage import Location
 
 SHARD = "000001-0badc0de-000000"
@@ -66,6 +66,14 @@ def test_run_json_has_the_keys_that_its_readers_know(tmp_path: Path) -> None:
     assert content["drift"].keys() == {"ks_statistic", "ks_p_value", "share_below_5_percent", "sample"}
     assert content["peak_memory_bytes"].keys() == {"driver", "worker"}
     assert content["ended_at"] == "2026-11-02T02:10:00.123456+00:00"
+
+
+def test_only_what_may_be_left_out_or_came_later_can_be_null() -> None:
+    assert [field.name for field in SCORES if field.nullable] == [
+        *("anomaly_map", "map_box", "global_score", "global_p_value", "local_score", "local_p_value"),
+        "map_threshold",
+    ]
+    assert not any(field.nullable for field in ERRORS)
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:

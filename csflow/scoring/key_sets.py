@@ -101,7 +101,7 @@ class KeySet:
     def add(self, keys: Keys, numbers: NDArray[np.int64] | int = 0) -> None:
         records = np.empty(len(keys), KEYED)
         records["key"], records["number"] = keys, numbers
-        first_bytes = np.ascontiguousarray(keys).view(np.uint8).reshape(-1, 16)[:, 0]
+        first_bytes = np.ascontiguousarray(keys).view(np.uint8)[::16]
         self._partitioned.add(records, first_bytes.astype(np.int64))
 
     def parts(self) -> Iterator[Keyed]:
