@@ -1,15 +1,28 @@
-"""One model's part of the output: where its files are, and which of them count."""
+"""One model's part of the output: where its files are, which of them count, and what readers find there."""
 
+from collections.abc import Callable
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from scored_output import write_record
 
+from csflow.errors import WrongUse
+from csflow.output import reading
 from csflow.output.layout import Output
-from csflow.output.reading import permanent_errors, scored_images
+from csflow.output.reading import (
+    last_records,
+    latest_per_image,
+    open_errors,
+    open_scores,
+    permanent_errors,
+    scored_images,
+)
+from csflow.output.runs import ScoredWith
 from csflow.output.schemas import ERRORS, SCORES
-from csflow.storage import Location, to_parquet
+from csflow.storage import Location, read_parquet, to_parquet
 
 MODEL, OTHER = "0123456789abcdef", "fedcba9876543210"
 
@@ -28,10 +41,10 @@ def errors(*rows: dict[str, Any]) -> pa.Table:
     return pa.Table.from_pylist(list(rows), ERRORS)
 
 
-def scores(*uris: str) -> bytes:
+def scores(*rows: dict[str, Any]) -> bytes:
     row: dict[str, Any] = dict.fromkeys(SCORES.names, 0) | {"image_version": "1", "run_id": "run"}
     row |= {"scale_scores": [], "anomaly_map": None, "map_box": None, "is_anomalous": False}
-    return to_parquet(pa.Table.from_pylist([row | {"image_uri": uri} for uri in uris], SCORES))
+    return to_parquet(pa.Table.from_pylist([row | some for some in rows], SCORES))
 
 
 def test_files_lie_in_partitions_of_model_and_day(output: Output, tmp_path: Path) -> None:
@@ -67,10 +80,10 @@ def test_the_same_failures_go_to_the_same_file_and_others_to_another(output: Out
 def test_a_shard_is_finished_by_its_file_of_the_day_and_model(output: Output) -> None:
     other_model = Output(output.location, OTHER)
     assert output.finished_shards(["2026-11-02"]) == {}
-    output.scores_file("1-a", "2026-11-02").create(scores("a.png"))
-    output.scores_file("2-b", "2026-11-03").create(scores("b.png"))
-    output.scores_file("3-c", "2026-11-04").create(scores("c.png"))
-    other_model.scores_file("4-d", "2026-11-02").create(scores("d.png"))
+    output.scores_file("1-a", "2026-11-02").create(scores({"image_uri": "a.png"}))
+    output.scores_file("2-b", "2026-11-03").create(scores({"image_uri": "b.png"}))
+    output.scores_file("3-c", "2026-11-04").create(scores({"image_uri": "c.png"}))
+    other_model.scores_file("4-d", "2026-11-02").create(scores({"image_uri": "d.png"}))
     (output.scores_file("5-e", "2026-11-02").parent / "notes.txt").write(b"no scores")
     assert output.finished_shards([]) == {}
     finished = output.finished_shards(["2026-11-02", "2026-11-03", "2026-11-05"])
@@ -96,3 +109,125 @@ def test_errors_that_stay_are_those_of_these_days_that_are_not_transient(output:
         Output(output.location, OTHER).errors_file("2", night, table).write(to_parquet(table))
     batches = list(permanent_errors(output.files("errors", ["2026-11-02", "2026-11-03", "2026-11-05"])))
     assert sorted(uri for batch in batches for uri in batch["image_uri"].to_pylist()) == ["a.png", "d.png"]
+
+
+def night(number: int) -> datetime:
+    return datetime(2026, 11, number, 2, tzinfo=UTC)
+
+
+def write_scores(output: Output, *rows: dict[str, Any]) -> None:
+    output.scores_file("1", "2026-11-02").write(scores(*rows))
+
+
+def write_errors(output: Output, *rows: dict[str, Any]) -> None:
+    table = errors(*rows)
+    output.errors_file("1", "2026-11-02", table).write(to_parquet(table))
+
+
+def test_scores_are_opened_from_the_output_or_the_folder_in_it(output: Output, tmp_path: Path) -> None:
+    write_scores(output, {"image_uri": "a.png"})
+    for url in (f"{tmp_path}", f"{tmp_path}/", f"{tmp_path}/scores", f"{tmp_path}/scores/"):
+        opened = open_scores(Location(url))
+        assert (opened.model_id, opened.root.path, opened.errors) == (MODEL, str(tmp_path), None)
+        (row,) = opened.scores.to_table(columns=["image_uri", "date"]).to_pylist()
+        assert row == {"image_uri": "a.png", "date": date(2026, 11, 2)}
+        assert open_errors(opened) == last_records(opened) == []
+
+
+def test_scores_of_one_model_are_opened_with_its_errors_and_its_runs_alone(
+    output: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "RUNS_LOOKED_AT", 4)
+    other = Output(output.location, OTHER)
+    for each, uri in ((output, "a.png"), (other, "b.png")):
+        write_scores(each, {"image_uri": uri})
+        write_errors(each, failed(f"failed {uri}"))
+    for run_id, model_id in (("1", MODEL), ("2", MODEL), ("4", OTHER), ("5", MODEL)):
+        write_record(tmp_path, run_id, model=ScoredWith(location="/models/cells", model_id=model_id))
+    output.listing_folder("3").fs.makedirs(output.listing_folder("3").path)
+    opened = open_scores(output.location, MODEL)
+    assert opened.scores.to_table()["image_uri"].to_pylist() == ["a.png"]
+    assert opened.errors is not None
+    assert opened.errors.to_table()["image_uri"].to_pylist() == ["failed a.png"]
+    assert [record.run_id for record in last_records(opened)] == ["5", "2"]
+    with pytest.raises(
+        WrongUse, match=f"{tmp_path} holds scores of several models; choose .*: {MODEL}, {OTHER}"
+    ):
+        open_scores(output.location)
+    with pytest.raises(WrongUse, match=f"{tmp_path} has no scores of model m3; choose .*: {MODEL}, {OTHER}"):
+        open_scores(output.location, "m3")
+
+
+def test_columns_that_older_files_lack_are_null_and_others_are_missed_by_name(output: Output) -> None:
+    write_scores(output, {"image_uri": "a.png"})
+    file = output.scores_file("1", "2026-11-02")
+    whole = read_parquet(file)
+    file.write(to_parquet(whole.drop_columns(["global_score", "map_threshold"])))
+    opened = open_scores(output.location)
+    assert opened.scores.schema.names == [*SCORES.names, "date"]
+    (row,) = opened.scores.to_table().to_pylist()
+    assert (row["global_score"], row["map_threshold"], row["local_score"]) == (None, None, 0)
+    file.write(to_parquet(whole.drop_columns(["run_id", "p_value"])))
+    with pytest.raises(WrongUse, match=rf"{file.name} lacks the columns p_value, run_id; was it"):
+        open_scores(output.location)
+    file.write(b"torn")
+    with pytest.raises(WrongUse, match=f"{output.location} holds a file that is no Parquet"):
+        open_scores(output.location)
+
+
+def test_a_folder_without_scores_or_out_of_reach_is_named(
+    output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def walk(folder: str, onerror: Callable[[OSError], None]) -> None:
+        onerror(PermissionError("not yours"))
+
+    with pytest.raises(WrongUse, match=rf"{output.location} holds no scores .*--scores takes the --output"):
+        open_scores(output.location)
+    monkeypatch.setattr("os.walk", walk)
+    with pytest.raises(
+        WrongUse, match=rf"{output.location} cannot be listed .*not yours.*; check address and"
+    ):
+        open_scores(output.location)
+
+
+def test_the_latest_row_of_each_image_comes_in_order_of_time() -> None:
+    rows = [("a", 3), ("b", 9), ("a", 1), ("c", 2), ("b", 5)]
+    table = pa.table({"image_uri": [uri for uri, _ in rows], "at": [at for _, at in rows]})
+    assert latest_per_image(table, "at").to_pylist() == [
+        {"image_uri": "c", "at": 2},
+        {"image_uri": "a", "at": 3},
+        {"image_uri": "b", "at": 9},
+    ]
+    assert latest_per_image(table.slice(0, 0), "at").num_rows == 0
+
+
+def test_open_errors_are_the_latest_of_images_that_no_later_score_settles(output: Output) -> None:
+    write_scores(
+        output,
+        {"image_uri": "later score.png", "image_version": "2", "scored_at": night(3)},
+        {"image_uri": "same version.png", "scored_at": night(1)},
+        {"image_uri": "new version failed.png", "image_version": "0", "scored_at": night(1)},
+        {"image_uri": "new version failed at once.png", "image_version": "0", "scored_at": night(2)},
+    )
+    write_errors(
+        output,
+        *(failed(f"{name}.png") | {"failed_at": night(2)} for name in ("later score", "same version")),
+        failed("new version failed.png") | {"failed_at": night(2)},
+        failed("new version failed at once.png") | {"failed_at": night(2)},
+        failed("twice.png", "timeout", is_transient=True) | {"failed_at": night(3), "run_id": "second"},
+        failed("twice.png", "empty") | {"failed_at": night(1)},
+        failed("once.png", "corrupt", message="last") | {"failed_at": night(4), "run_id": "second"},
+    )
+    opened = open_scores(output.location)
+    first, second = open_errors(opened)
+    assert (first.code, first.images, first.is_transient) == ("corrupt", 3, False)
+    assert (second.code, second.images, second.is_transient) == ("timeout", 1, True)
+    assert (first.latest["image_uri"], first.latest["error_message"]) == ("once.png", "last")
+    assert {(group.code, group.images) for group in open_errors(opened, "second")} == {
+        ("timeout", 1),
+        ("corrupt", 1),
+    }
+    assert [(group.code, group.images) for group in open_errors(opened, "run")] == [
+        ("corrupt", 2),
+        ("empty", 1),
+    ]
