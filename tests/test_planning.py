@@ -283,6 +283,13 @@ def test_an_entry_of_the_log_says_what_it_is(world: World, calendar: Calendar, t
     assert names == [f"{folders[0]}-{n:06}" for n in range(3)]
 
 
+def test_a_shard_comes_to_an_actor_as_a_row_without_the_options_of_its_store() -> None:
+    options = {"secret": "wJalrXUtnFEMI"}
+    shard = PlannedShard("1-ab-000007", "2026-11-02", Location("s3://plant/part", options), 7)
+    assert options["secret"] not in str(shard.to_row())
+    assert PlannedShard.from_row(shard.to_row(), options) == shard
+
+
 def test_an_entry_that_does_not_say_its_range_may_hold_any_image(world: World, tmp_path: Path) -> None:
     world.plan(numbered(4), retry_errors=False)
     (file,) = (tmp_path / "_plans").rglob("*.json")

@@ -101,7 +101,7 @@ def make_plan(listing: Listing, output: Output, run_id: str, retry_errors: bool)
     while True:
         log = read_log(output.folder("_plans"))
         concerned = [plan for plan in log if plan.concerns(listing)]
-        dates = sorted({plan.date for plan in concerned})
+        dates = {plan.date for plan in concerned}
         # The scored images are those in the very files that make shards finished: no shard can be finished
         # whose images are not seen, however late or incomplete a listing is.
         finished = output.finished_shards(dates)
@@ -143,7 +143,7 @@ class Account:
 
 def account(listing: Listing, output: Output) -> Account:
     """Looks up every listed image in the output. Raises RuntimeError if an image version has two scores."""
-    dates = sorted({plan.date for plan in read_log(output.folder("_plans")) if plan.concerns(listing)})
+    dates = {plan.date for plan in read_log(output.folder("_plans")) if plan.concerns(listing)}
     scored, failed = KeySet(), KeySet()
     _add(scored_images(list(output.finished_shards(dates).values())), scored)
     _add(permanent_errors(output.files("errors", dates)), failed)
