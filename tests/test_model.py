@@ -225,6 +225,27 @@ def test_sums_accumulate_in_float32_under_autocast():
     assert len({round(v, 6) for v in output.log_det_B.tolist()}) == 3
 
 
+def test_sums_of_a_flow_in_bfloat16_are_in_float32():
+    flow = random_flow(6, 2).bfloat16()
+    output = flow(random_features(6, 2, dtype=torch.bfloat16))
+    assert output.z[0].dtype == torch.bfloat16
+    sums = (output.log_det_B, flow.inverse(output.z).log_det_B, negative_log_likelihood(output))
+    assert [values_B.dtype for values_B in sums] == [torch.float32] * 3
+
+
+def test_a_flow_stays_on_the_device_of_its_features():
+    flow = CrossScaleFlow(6, 2, 8).to("meta")
+    output = flow([y_BCHW.to("meta") for y_BCHW in random_features(6, 2, dtype=torch.float32)])
+    assert {tensor.device.type for tensor in (*output.z, output.log_det_B)} == {"meta"}
+
+
+def test_hidden_channels_are_in_proportion_to_a_scale_s_channels_and_at_least_one():
+    flow = CrossScaleFlow((3, 24, 12, 2), 4, 8, (3, 5))
+    hidden = [enter.out_channels for enter in flow.blocks[0].subnetwork_first.enter]
+    assert hidden == [1, 8, 4, 1]
+    assert flow.hidden_count == 2 * 2 * sum(hidden)
+
+
 @pytest.mark.parametrize("kernel_size", [5, 7])
 def test_gradients_in_bfloat16_hold_where_a_kernel_is_larger_than_the_map(kernel_size):
     flow = random_flow(128, 2, (kernel_size,), hidden=128).float()
@@ -246,7 +267,10 @@ def test_gradients_in_bfloat16_hold_where_a_kernel_is_larger_than_the_map(kernel
         ({"channels": (4, 4), "scales": 3}, "channels must be one number for each of 3 scales"),
         ({"channels": (4, 1), "scales": 2}, "channels must be at least 2"),
         ({"channels": 1}, "channels must be at least 2"),
+        ({"channels": 4, "scales": 0}, "scales must be 1 to 4"),
         ({"channels": 4, "scales": 5}, "scales must be 1 to 4"),
+        ({"channels": 4, "kernel_sizes": ()}, "kernel_sizes must be one odd number per block"),
+        ({"channels": 4, "kernel_sizes": (3, -1)}, "kernel_sizes must be one odd number per block"),
         ({"channels": 4, "kernel_sizes": (2,)}, "kernel_sizes must be one odd number per block"),
     ],
 )

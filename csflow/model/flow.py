@@ -78,7 +78,7 @@ class CrossScaleFlow(nn.Module):
 
     @staticmethod
     def _run(steps: Sequence[Step], x: Sequence[Tensor]) -> FlowOutput:
-        log_det_B = torch.zeros(len(x[0]), device=x[0].device, dtype=_accumulation_dtype(x[0]))
+        log_det_B = x[0].new_zeros(len(x[0]))
         for step in steps:
             x, step_log_det_B = step(x)
             log_det_B = log_det_B + step_log_det_B
@@ -182,9 +182,6 @@ class CrossScaleSubnetwork(nn.Module):
 
 class MapConvolution(nn.Conv2d):
     """A convolution with padding of half its kernel, on maps that may be smaller than the kernel reaches."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, kernel_size // 2)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         # Taps that meet padding alone are left out. They add nothing to the result, but oneDNN gives them
