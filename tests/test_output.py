@@ -134,6 +134,18 @@ def test_scores_are_opened_from_the_output_or_the_folder_in_it(output: Output, t
         assert open_errors(opened) == last_records(opened) == []
 
 
+def test_an_output_in_a_store_is_read_with_the_options_of_its_location(s3_bucket: str) -> None:
+    options = {"key": "test", "secret": "test"}
+    output = Output(Location(f"{s3_bucket}/out", options), MODEL)
+    write_scores(output, {"image_uri": "a.png"})
+    (found,) = scored_images(output.files("scores", ["2026-11-02"]))
+    assert found["image_uri"].to_pylist() == ["a.png"]
+    for url in (f"{s3_bucket}/out/", f"{s3_bucket}/out/scores"):
+        opened = open_scores(Location(url, options))
+        assert opened.root == output.location
+        assert opened.scores.to_table()["image_uri"].to_pylist() == ["a.png"]
+
+
 def test_scores_of_one_model_are_opened_with_its_errors_and_its_runs_alone(
     output: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +179,7 @@ def test_columns_that_older_files_lack_are_null_and_others_are_missed_by_name(ou
     assert opened.scores.schema.names == [*SCORES.names, "date"]
     (row,) = opened.scores.to_table().to_pylist()
     assert (row["global_score"], row["map_threshold"], row["local_score"]) == (None, None, 0)
+    output.scores_file("2", "2026-11-02").write(to_parquet(whole))
     file.write(to_parquet(whole.drop_columns(["run_id", "p_value"])))
     with pytest.raises(WrongUse, match=rf"{file.name} lacks the columns p_value, run_id; was it"):
         open_scores(output.location)
@@ -185,7 +198,8 @@ def test_a_folder_without_scores_or_out_of_reach_is_named(
         open_scores(output.location)
     monkeypatch.setattr("os.walk", walk)
     with pytest.raises(
-        WrongUse, match=rf"{output.location} cannot be listed .*not yours.*; check address and"
+        WrongUse,
+        match=rf"{output.location} cannot be listed \(StorageFailed: .*not yours.*; check address and",
     ):
         open_scores(output.location)
 

@@ -141,18 +141,18 @@ def _find_models(location: Location) -> tuple[Location, dict[str, list[str]]]:
 
 
 def _possible_roots(location: Location) -> Iterator[Location]:
-    url = location.fs.unstrip_protocol(location.path).rstrip("/")
+    url = location.fs.unstrip_protocol(location.path)
     yield Location(url, location.storage_options)
     if url.endswith("/scores"):
         yield Location(url.removesuffix("/scores"), location.storage_options)
 
 
 def _files_by_model(root: Location, kind: Kind) -> dict[str, list[str]]:
-    """Paths of the files of `scores` or `errors`, by model id."""
+    """Paths of the files of `scores` or `errors`, by model id, sorted."""
     files = defaultdict(list)
     for file in output_files(root, kind):
         files[file.model_id].append(file.location.path)
-    return dict(sorted(files.items()))
+    return dict(files)
 
 
 def _open_dataset(root: Location, paths: list[str], schema: pa.Schema) -> ds.Dataset:
