@@ -19,9 +19,17 @@ import torch
 import csflow
 from csflow.errors import WrongUse
 from csflow.model import Architecture, Detector, InferenceDetector, Scores
-from csflow.model_directory import CALIBRATION, Calibration, holds_model, load_model, read_model, save_model
+from csflow.model_directory import (
+    CALIBRATION,
+    Calibration,
+    find_heldout_scores,
+    holds_model,
+    load_model,
+    read_model,
+    save_model,
+)
 from csflow.preprocessing import Preprocessing
-from csflow.storage import Location
+from csflow.storage import Location, to_parquet
 
 
 @pytest.fixture(scope="module")
@@ -473,6 +481,33 @@ def test_a_calibration_keeps_its_columns_and_what_older_models_lack_is_none():
     assert calibration.table.schema == CALIBRATION
     assert calibration.anomaly_score.tolist() == [2.0]
     assert calibration.global_score is calibration.local_score is calibration.map_maximum is None
+
+
+def test_held_out_scores_are_found_of_the_very_model(detector, tmp_path):
+    model_id = save(Location(str(tmp_path)), detector, (0.5, 1.5))
+    (tmp_path / "model.safetensors").unlink()
+    found = find_heldout_scores(Location(str(tmp_path)), model_id)
+    assert (found.tolist(), found.dtype) == ([0.5, 1.5], np.float64)
+    assert find_heldout_scores(Location(str(tmp_path)), "0" * 16) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", None),
+        ("config.json", b"torn"),
+        ("config.json", b'{"format_version": 4}'),
+        ("calibration.parquet", None),
+        ("calibration.parquet", b"torn"),
+        ("calibration.parquet", to_parquet(pa.table({"image_uri": ["a"]}))),
+    ],
+)
+def test_no_held_out_scores_are_found_where_a_file_is_missing_or_damaged(detector, tmp_path, file, content):
+    model_id = save(Location(str(tmp_path)), detector)
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    assert find_heldout_scores(Location(str(tmp_path)), model_id) is None
 
 
 def test_a_directory_holds_what_it_was_given(detector, tmp_path):
