@@ -51,9 +51,7 @@ StorageOptions = Annotated[dict[str, Any], BeforeValidator(_json_object)]
 class JobConfig(BaseModel):
     """Base of every job's settings. The docstring under a field is its `--help` text."""
 
-    model_config = ConfigDict(
-        use_attribute_docstrings=True, extra="forbid", frozen=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(use_attribute_docstrings=True, extra="forbid", frozen=True)
     positional: ClassVar[str | None] = None
     """Name of the setting, if any, that is given without a flag."""
 

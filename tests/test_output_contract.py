@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 from scored_output import write_record
 
 from csflow.errors import WrongUse
@@ -83,6 +84,8 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (record.seconds_to_first_image, record.precisions, record.drift) == (4.25, ["mixed"], None)
     assert record.counts.scored_in_this_run == 3
     assert record.ended_at.microsecond == 123456
+    with pytest.raises(ValidationError, match="frozen"):
+        record.status = "failed"
 
 
 def rewrite(file: Path, **changes: object) -> None:
@@ -92,11 +95,15 @@ def rewrite(file: Path, **changes: object) -> None:
 
 def test_a_record_of_the_first_csflow_is_read_and_a_newer_key_is_passed_over(tmp_path: Path) -> None:
     write_record(tmp_path, "a")
+    file = tmp_path / "_runs" / "a" / "run.json"
     missing = ("format_version", "precisions", "seconds_to_first_image", "cpu_seconds_in_workers")
-    rewrite(tmp_path / "_runs" / "a" / "run.json", new_key=1, **dict.fromkeys(missing, ...))
+    counts = json.loads(file.read_text())["counts"]
+    del counts["failed_shards_in_this_run"]
+    rewrite(file, new_key=1, counts=counts, **dict.fromkeys(missing, ...))
     record = read_record(Location(str(tmp_path)), "a")
     assert record is not None
     assert (record.precisions, record.seconds_to_first_image) == ([], None)
+    assert record.counts.failed_shards_in_this_run == 0
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from csflow.output.layout import Output
 from csflow.output.schemas import ERRORS, SCORES
 from csflow.scoring import frozen_listing, key_sets, plan
 from csflow.scoring.frozen_listing import Listing
-from csflow.scoring.plan import Account, PlannedShard, account, make_plan, read_log
+from csflow.scoring.plan import SHARDS_PER_PART, Account, Plan, PlannedShard, account, make_plan, read_log
 from csflow.storage import Location, to_parquet
 
 BUFFER_ROWS = 7
@@ -283,6 +283,16 @@ def test_an_entry_of_the_log_says_what_it_is(world: World, calendar: Calendar, t
     assert names == [f"{folders[0]}-{n:06}" for n in range(3)]
 
 
+def test_plans_that_an_earlier_csflow_left_are_found_in_parts_of_64_shards(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "SHARDS_PER_PART", SHARDS_PER_PART)
+    shards = Plan(7, "run", "2026-11-02", 65, "000007-ab").planned_shards(world.output)
+    places = [(shard.part, shard.row_group) for shard in shards]
+    first, second = (world.output.plan_part("000007-ab", number) for number in (0, 1))
+    assert places == [*((first, n) for n in range(64)), (second, 0)]
+
+
 def test_a_shard_comes_to_an_actor_as_a_row_without_the_options_of_its_store() -> None:
     options = {"secret": "wJalrXUtnFEMI"}
     shard = PlannedShard("1-ab-000007", "2026-11-02", Location("s3://plant/part", options), 7)
@@ -291,11 +301,13 @@ def test_a_shard_comes_to_an_actor_as_a_row_without_the_options_of_its_store() -
 
 
 def test_an_entry_that_does_not_say_its_range_may_hold_any_image(world: World, tmp_path: Path) -> None:
-    world.plan(numbered(4), retry_errors=False)
+    behind_all_others: list[Image] = [("\U0010fffe.png", "1")]
+    world.plan(numbered(4) + behind_all_others, retry_errors=False)
     (file,) = (tmp_path / "_plans").rglob("*.json")
     entry = json.loads(file.read_text())
     file.write_text(json.dumps({name: entry[name] for name in entry if not name.endswith("_uri")}))
     world.plan(numbered(8), retry_errors=False)
+    world.plan(behind_all_others, retry_errors=False)
     assert [(entry.first_uri, entry.last_uri) for entry in read_log(world.output.folder("_plans"))] == [
         ("", plan.LAST),
         ("/plant/0004.png", "/plant/0007.png"),

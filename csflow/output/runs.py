@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True)
 
 
 class ScoredWith(Record):
