@@ -53,7 +53,7 @@ def _model(location: Location) -> Iterator[Line]:
     yield "model_id", config["model_id"]
     stages = architecture["cut_after"]
     shown = stages if isinstance(stages, str) else " + ".join(stages)
-    yield "backbone", f"{architecture['backbone']} maps of {shown}"
+    yield "backbone", f"{architecture['backbone']}, maps of {shown}"
     # Models of older versions do not say.
     fit, interpolation = architecture.get("fit", "stretch"), architecture.get("interpolation", "bilinear")
     scales = _count(architecture["scales"], "scale")

@@ -219,7 +219,7 @@ def test_inspect_shows_what_a_model_is(csflow, tmp_path: Path):
     status, out, _ = csflow("inspect", tmp_path)
     assert status == 0
     assert model_id in out
-    assert "resnet10t up to " in out
+    assert "resnet10t, maps of " in out
     assert "64 x 128 pixels (stretch, bilinear), 2 scales" in out
     assert "2 coupling blocks of 4 hidden channels" in out
     assert "3 held-out images, smallest p-value 0.25" in out

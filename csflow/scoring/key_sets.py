@@ -50,9 +50,8 @@ class Partitioned:
 
     def add(self, records: NDArray[Any], parts: NDArray[np.int64]) -> None:
         """Adds each record to the part with the number given beside it."""
-        if not len(
-            records
-        ):  # most parts of few images are empty, and each part looks through what is buffered
+        # Most parts of few images are empty, and each part looks through what is buffered.
+        if not len(records):
             return
         self._rows += len(records)
         self._buffered_rows += len(records)
