@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,9 @@ READABLE_VERSIONS = (1, 2, 3, 4)
 version 4 one average of energies and no windows."""
 ROUNDING = "rounding."
 """Prefix of the names of `rounding_shifts` among the detector's tensors."""
+CARD_FILES = ("README.md", "curves.svg", "calibration.svg", "outliers.csv")
+PICTURES = "outliers"
+"""Folder of the card's pictures."""
 LIBRARIES = ("torch", "timm", "safetensors", "pillow", "pyarrow", "ray")
 
 CALIBRATION = pa.schema(
@@ -123,7 +126,7 @@ def save_model(
     metrics: Mapping[str, Any],
     card: Mapping[str, bytes],
 ) -> str:
-    """Writes a model directory and returns its model id.
+    """Writes a model directory and returns its model id; nothing stays of a model that was there before.
 
     Args:
         calibration: held-out normal images in the `CALIBRATION` schema.
@@ -158,7 +161,16 @@ def save_model(
         (location / name).write(content)
     # Last, since its presence makes the directory a model.
     (location / "config.json").write(_to_json(config))
+    _remove_leftovers(location, card.keys())
     return str(config["model_id"])
+
+
+def _remove_leftovers(location: Location, card: Set[str]) -> None:
+    """Removes the files of an earlier model's card, except those of these names; others are the user's."""
+    pictures = [f"{PICTURES}/{picture.name}" for picture in (location / PICTURES).find(".jpg")]
+    for name in [*CARD_FILES, *pictures]:
+        if name not in card and (location / name).exists():
+            (location / name).remove()
 
 
 def read_model(location: Location) -> ModelFiles:

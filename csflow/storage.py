@@ -110,6 +110,11 @@ class Location:
             else:
                 self._create_remote(data)
 
+    def remove(self) -> None:
+        """Removes a file. Raises StorageFailed if that fails."""
+        with _naming(self.url, "removed"):
+            self.fs.rm_file(self.path)
+
     def _create_remote(self, data: bytes) -> None:
         for attempt in itertools.count():
             try:

@@ -87,6 +87,10 @@ def test_outputs_that_cannot_be_written_are_named(wrong_use, good_cells, model, 
 
 def test_a_model_is_not_overwritten_unasked(wrong_use, good_cells, model):
     assert "already holds a model" in wrong_use("train", "--input", good_cells, "--output", model)
+    another = ["--input", good_cells, "--output", model, *SMALL_MODEL, "--seed", 17, "--resume"]
+    line = wrong_use("train", *another)
+    assert f"--output {model} holds the model of another training" in line
+    assert "choose another --output, or pass --overwrite" in line
 
 
 def test_score_names_what_is_wrong(wrong_use, good_cells, model, tmp_path):

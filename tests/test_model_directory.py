@@ -322,6 +322,20 @@ def test_a_directory_of_another_architecture_is_not_the_model_of_that_id(detecto
         read_model(Location(str(tmp_path)))
 
 
+def test_nothing_stays_of_the_card_of_a_model_that_is_replaced(detector, tmp_path):
+    location, calibration = Location(str(tmp_path)), CALIBRATION.empty_table()
+    old = dict.fromkeys(("README.md", "curves.svg", "outliers/01.jpg", "outliers/02.jpg"), b"old")
+    own = {"notes.md", "outliers/why.txt"}
+    for name in own:
+        (location / name).write(b"of the user")
+    for card in (old, {"README.md": b"new", "outliers/01.jpg": b"new"}):
+        save_model(location, detector, calibration, training={}, data={}, metrics={}, card=card)
+    model = {"config.json", "model.safetensors", "calibration.parquet", "metrics.json"}
+    present = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert present == own | model | {"README.md", "outliers/01.jpg"}
+    assert (tmp_path / "outliers" / "01.jpg").read_bytes() == b"new"
+
+
 def test_a_directory_is_no_model_until_all_its_files_are_there(detector, tmp_path, monkeypatch):
     location = Location(str(tmp_path / "model"))
     write, written = Location.write, []

@@ -22,11 +22,14 @@ from tensorboardX.proto import event_pb2
 from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
 from csflow.images import decode
+from csflow.inputs.listing import list_table
 from csflow.model_directory import load_model
 from csflow.preprocessing import Preprocessing
 from csflow.storage import Location
+from csflow.training.cache import FeatureCache
 from csflow.training.config import TrainConfig
-from csflow.training.job import train
+from csflow.training.job import build_detector, train
+from csflow.training.resumption import check_replacement
 
 
 def configure(*arguments: object) -> TrainConfig:
@@ -111,6 +114,30 @@ def test_two_workers_give_the_loss_curve_of_one_and_reuse_its_features(
     assert two["image_uri"] == one["image_uri"]
     for name in ("anomaly_score", "global_score", "local_score", "map_maximum"):
         np.testing.assert_allclose(two[name], one[name], rtol=1e-3)
+
+
+def test_resuming_replaces_a_model_that_is_its_own_or_for_which_there_is_a_checkpoint(
+    model, good_cells, tmp_path
+):
+    images = list_table([str(good_cells)], {})
+
+    def check(config: TrainConfig, output: Path, work: Path) -> None:
+        detector, work_dir = build_detector(config), Location(str(work))
+        cache = FeatureCache.of(work_dir / "features", detector)
+        check_replacement(Location(str(output)), config, detector, images, cache, work_dir)
+
+    arguments = ["--input", good_cells, "--output", model, "--resume"]
+    check(configure(*arguments), model, tmp_path / "no_work")
+    for other in (["--seed", 17], ["--learning_rate", 0.1], ["--holdout", 0.3], ["--trim", 0.1]):
+        with pytest.raises(WrongUse, match="the model of another training"):
+            check(configure(*arguments, *other), model, model / "_work")
+    another = tmp_path / "another"
+    another.mkdir()
+    stored = json.loads((model / "config.json").read_text())
+    (another / "config.json").write_text(json.dumps(stored | {"training": {"imported_from": "anomalib"}}))
+    check(configure(*arguments), another, model / "_work")
+    with pytest.raises(WrongUse, match="no checkpoint of this one"):
+        check(configure(*arguments), another, tmp_path / "no_work")
 
 
 def test_a_resumed_training_has_the_same_gaussians(model, good_cells, tmp_path):

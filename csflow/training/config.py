@@ -95,7 +95,8 @@ class TrainConfig(JobConfig):
     """Seed of the initial weights, the permutations, the batches, and the choice of validation and held-out
     images."""
     resume: bool = False
-    """Continue this training from its last checkpoint, if it has one."""
+    """Continue this training from its last checkpoint, if it has one. A model that --output already holds is
+    replaced only if it is this training's own, or there is a checkpoint."""
     overwrite: bool = False
     """Replace a model that --output already holds."""
     work_dir: str | None = None

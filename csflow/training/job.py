@@ -24,7 +24,8 @@ from csflow.training.card import model_card
 from csflow.training.config import TrainConfig
 from csflow.training.features import extract
 from csflow.training.labelled import LabelledImages
-from csflow.training.outliers import ClosedForm, outlier_files, trimmed_count
+from csflow.training.outliers import ClosedForm, outlier_files, trimmed_images
+from csflow.training.resumption import check_replacement
 from csflow.training.rounding import ALL_THE_SAME, TOO_ALIKE, moves_p_values, some_pixels
 from csflow.training.run import Run
 from csflow.training.shards import fingerprint
@@ -35,7 +36,8 @@ from csflow.weights import find_weights
 def train(config: TrainConfig) -> ExitStatus:
     """Runs the job. Raises WrongUse before any cluster work starts if a setting or input is wrong."""
     output = Location(config.output, config.storage_options)
-    if holds_model(output) and not (config.overwrite or config.resume):
+    replaces_unasked = holds_model(output) and not config.overwrite
+    if replaces_unasked and not config.resume:
         raise WrongUse(f"--output {output} already holds a model; choose another, or pass --overwrite")
     if config.min_workers is not None and config.min_workers > config.workers:
         raise WrongUse(f"--min_workers {config.min_workers} is more than --workers {config.workers}")
@@ -44,10 +46,12 @@ def train(config: TrainConfig) -> ExitStatus:
     images = _list_images(config)
     split_sizes(images.num_rows, config.validation, config.holdout)
     labelled = LabelledImages.read(config, images)
-
-    connect()
     work_dir = Location(config.work_dir, config.storage_options) if config.work_dir else output / "_work"
     cache = FeatureCache.of(work_dir / "features", detector)
+    if replaces_unasked:
+        check_replacement(output, config, detector, images, cache, work_dir)
+
+    connect()
     all_images = pa.concat_tables([images, labelled.listed]) if labelled else images
     all_cached = _extract_features(all_images, detector, cache, config)
     if all_cached is None:
@@ -159,10 +163,10 @@ def _extract_features(
 
 def _trim(data: TrainingData, ranking: pa.Table, share: float) -> TrainingData:
     """The data without the training images that are least like the others; prints how many those are."""
-    trimmed = ranking.slice(0, trimmed_count(ranking.num_rows, share))
-    if trimmed.num_rows:
-        say(f"{trimmed.num_rows} training images left out by --trim, the least like the others")
-    return data.trimmed(trimmed["content_digest"].to_pylist())
+    trimmed = trimmed_images(ranking, share)
+    if trimmed:
+        say(f"{len(trimmed)} training images left out by --trim, the least like the others")
+    return data.trimmed(trimmed)
 
 
 def _measure_rounding(detector: Detector, data: TrainingData, config: TrainConfig) -> None:

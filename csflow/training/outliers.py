@@ -81,10 +81,20 @@ class ClosedForm:
             run_task(_write, self._cache, self._images, self._trim, self._ranking, self.gaussians)
         return read_parquet(self._ranking)
 
+    def found(self) -> pa.Table | None:
+        """What `fit` has returned in an earlier run; None if there was none."""
+        return read_parquet(self._ranking) if self._ranking.exists() else None
+
 
 def trimmed_count(images: int, trim: float) -> int:
     """The number of training images in a share: at least one if the share is not 0, and never all."""
     return min(images - 1, max(1, round(images * trim))) if trim else 0
+
+
+def trimmed_images(ranking: pa.Table, trim: float) -> list[str]:
+    """The content digests of this share of a ranking, from its top."""
+    digests: list[str] = ranking["content_digest"].to_pylist()
+    return digests[: trimmed_count(ranking.num_rows, trim)]
 
 
 def leave_out_gaussians(source: FeatureSource) -> tuple[Gaussians, list[Gaussians]]:

@@ -19,7 +19,7 @@ from csflow.cluster import in_thread, node_resources, share_out
 from csflow.model import Architecture
 from csflow.storage import Location, to_parquet
 from csflow.training.cache import FeatureCache
-from csflow.training.checkpoint import read_checkpoint, with_prefix
+from csflow.training.checkpoint import PROGRESS_FILE, read_checkpoint, with_prefix
 from csflow.training.config import TrainConfig
 from csflow.training.live import LiveView
 from csflow.training.loop import LoopSettings
@@ -79,6 +79,10 @@ class Run:
     def epochs(self) -> int:
         """Largest number of passes over the training images."""
         return self._loop.epochs
+
+    def has_checkpoint(self) -> bool:
+        """Whether an earlier run of this training has left a checkpoint."""
+        return bool(self._folder.find(PROGRESS_FILE))
 
     def fit(self) -> Result:
         """Trains until the end, restarting workers that die."""

@@ -1,0 +1,84 @@
+"""Tells whether `--resume` may replace a model: it has to continue a training, or be the model's own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from csflow.errors import WrongUse
+from csflow.images import DECODING_VERSION
+from csflow.model import Detector
+from csflow.model_directory import FORMAT_VERSION, read_config
+from csflow.storage import Location
+from csflow.training.cache import FeatureCache, find_images
+from csflow.training.config import TrainConfig
+from csflow.training.loop import LoopSettings
+from csflow.training.outliers import ClosedForm, trimmed_images
+from csflow.training.run import Run
+from csflow.training.shards import fingerprint
+from csflow.training.split import TrainingData
+
+
+def check_replacement(
+    output: Location,
+    config: TrainConfig,
+    detector: Detector,
+    images: pa.Table,
+    cache: FeatureCache,
+    work_dir: Location,
+) -> None:
+    """Proves that this training may replace the model in `output`; reads files only.
+
+    Args:
+        images: the input, in the `LISTING` schema.
+
+    Raises:
+        WrongUse: the model is of another training, and this one has no checkpoint yet.
+    """
+    listed = fingerprint(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
+    if repeats(read_config(output), config, listed):
+        return
+    if not has_checkpoint(config, detector, images, cache, work_dir):
+        raise WrongUse(
+            f"--output {output} holds the model of another training, and {work_dir} has no checkpoint of "
+            "this one for --resume to continue; choose another --output, or pass --overwrite"
+        )
+
+
+def repeats(stored: Mapping[str, Any], config: TrainConfig, images: str) -> bool:
+    """Whether the model with this `config.json` is what these settings and images give.
+
+    Args:
+        images: the fingerprint of the listed images.
+    """
+    try:
+        earlier = TrainConfig.model_validate(stored["training"])
+        data, decoding = stored["data"], stored["preprocessing"]["decoding_version"]
+        training_images, stored_images = data["training_images"], data["fingerprint"]
+    except (ValueError, KeyError):  # imported, or of a csflow with other settings
+        return False
+    one, other = (
+        (
+            LoopSettings.of(settings, training_images),
+            *(settings.weights, settings.augment, settings.trim, settings.holdout, settings.validation),
+        )
+        for settings in (earlier, config)
+    )
+    versions = (stored["format_version"], decoding)
+    return one == other and images == stored_images and versions == (FORMAT_VERSION, DECODING_VERSION)
+
+
+def has_checkpoint(
+    config: TrainConfig, detector: Detector, images: pa.Table, cache: FeatureCache, work_dir: Location
+) -> bool:
+    """Whether this very training has been here before and left a checkpoint."""
+    cached, missing = find_images(images, cache.index())
+    if missing.num_rows:
+        return False  # a training begins when all images are in the cache
+    data = TrainingData.divide(cached, config.validation, config.holdout, config.seed)
+    if config.trim:
+        ranking = ClosedForm(work_dir / "splits", cache, data.part("training"), config.trim).found()
+        if ranking is None:
+            return False
+        data = data.trimmed(trimmed_images(ranking, config.trim))
+    return Run(config, detector.architecture, cache, data, work_dir, None).has_checkpoint()
