@@ -50,6 +50,7 @@ from csflow.training.config import TrainConfig
 from csflow.training.features import FeatureExtractor
 from csflow.training.gaussians import fit_gaussians, gaussian_losses, read_gaussians, write_gaussians
 from csflow.training.loop import Evaluation, LoopSettings, Trainer, Worker, epoch_batches
+from csflow.training.run import Run
 from csflow.training.sources import ResidentFeatures, StreamedFeatures, open_features
 from csflow.training.split import TrainingData, split_images, split_sizes
 from csflow.weights import find_weights
@@ -516,6 +517,28 @@ def test_the_default_recipe_is_whitened_annealed_and_of_several_stages():
     assert (architecture.cut_after, architecture.scales) == (("blocks.2", "blocks.4", "blocks.5"), 2)
     assert architecture.whitening
     assert configured("--backbone", "resnet10t").architecture.cut_after is None
+
+
+@pytest.mark.parametrize(
+    ("images", "arguments", "epochs"),
+    [
+        (5000, [], 1),
+        (100, [], 7),
+        (5000, ["--recipe", "paper"], 10),
+        (5, ["--recipe", "paper"], 10),
+        (100, ["--checkpoint_epochs", "3"], 3),
+    ],
+)
+def test_a_killed_training_loses_a_sixth_of_the_default_recipe_at_most(images, arguments, epochs):
+    config = parse(TrainConfig, None, [*NEEDED, *arguments])
+    digests = [str(number) for number in range(images)]
+    split = pa.table({"part": ["training"] * images, "content_digest": digests})
+    cache = FeatureCache(Location("cache"), [(1, 1, 1)])
+    data = TrainingData(split, copies=0, unreadable=0)
+    run = Run(config, ARCHITECTURE, cache, data, Location("work"), None)
+    assert run.checkpoint_epochs == epochs
+    if config.recipe == "default":
+        assert run.checkpoint_epochs <= run.epochs / 6
 
 
 def test_flags_and_files_win_over_a_recipe(tmp_path):

@@ -101,8 +101,9 @@ class TrainConfig(JobConfig):
     """Replace a model that --output already holds."""
     work_dir: str | None = None
     """Folder for cached features and checkpoints. All nodes must reach it. [default: <output>/_work]"""
-    checkpoint_epochs: int = Field(10, ge=1)
-    """Number of epochs between two checkpoints."""
+    checkpoint_epochs: int | None = Field(None, ge=1)
+    """Number of epochs between two checkpoints, of which the last one is kept. [default: as many as show 700
+    images, so 1 for 700 images or more; paper: 10, since each has gigabytes]"""
     features_in_memory: float | None = Field(None, ge=0)
     """Gigabytes of features that one worker keeps in memory. A worker whose features need more streams them
     from the cache. [default: half of a node's memory, divided among its workers]"""

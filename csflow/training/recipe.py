@@ -16,6 +16,9 @@ class Recipe:
     fewest_epochs: int
     passes: int
     """Smallest number of images that the flow is shown, summed over epochs."""
+    checkpoint_images: int
+    """Number of images that the flow is shown between two checkpoints, unless an epoch has more."""
+    fewest_checkpoint_epochs: int
     efficientnet_stages: tuple[str, ...]
     """Stages of an EfficientNet whose maps are the features; other backbones have their last level."""
     whitening: bool
@@ -31,6 +34,10 @@ class Recipe:
     def epochs(self, training_images: int) -> int:
         """Default of `--epochs`, which is larger for few images."""
         return max(self.fewest_epochs, math.ceil(self.passes / training_images))
+
+    def checkpoint_epochs(self, training_images: int) -> int:
+        """Default of `--checkpoint_epochs`, which is larger for few images, whose epochs take moments."""
+        return max(self.fewest_checkpoint_epochs, math.ceil(self.checkpoint_images / training_images))
 
     def dropout(self, training_images: int) -> float:
         """Share of the subnetworks' hidden channels that each image does without in a training step.
@@ -59,6 +66,8 @@ RECIPES: dict[RecipeName, Recipe] = {
         },
         fewest_epochs=6,
         passes=4200,
+        checkpoint_images=700,
+        fewest_checkpoint_epochs=1,
         efficientnet_stages=("blocks.2", "blocks.4", "blocks.5"),
         whitening=True,
         latent_window=3,
@@ -76,6 +85,8 @@ RECIPES: dict[RecipeName, Recipe] = {
         },
         fewest_epochs=240,
         passes=0,
+        checkpoint_images=0,
+        fewest_checkpoint_epochs=10,
         efficientnet_stages=("blocks.5",),
         whitening=False,
         latent_window=1,

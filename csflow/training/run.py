@@ -23,6 +23,7 @@ from csflow.training.checkpoint import PROGRESS_FILE, read_checkpoint, with_pref
 from csflow.training.config import TrainConfig
 from csflow.training.live import LiveView
 from csflow.training.loop import LoopSettings
+from csflow.training.recipe import RECIPES
 from csflow.training.shards import fingerprint
 from csflow.training.split import TrainingData
 from csflow.training.worker import WorkerSettings, train_worker
@@ -80,6 +81,12 @@ class Run:
         """Largest number of passes over the training images."""
         return self._loop.epochs
 
+    @property
+    def checkpoint_epochs(self) -> int:
+        """Number of epochs between two checkpoints."""
+        images = self._data.part("training").num_rows
+        return self._config.checkpoint_epochs or RECIPES[self._config.recipe].checkpoint_epochs(images)
+
     def has_checkpoint(self) -> bool:
         """Whether an earlier run of this training has left a checkpoint."""
         return bool(self._folder.find(PROGRESS_FILE))
@@ -129,7 +136,7 @@ class Run:
             gaussians=self._gaussians,
             augment=self._config.augment,
             memory_bytes=self._memory_bytes(resources.workers),
-            checkpoint_epochs=self._config.checkpoint_epochs,
+            checkpoint_epochs=self.checkpoint_epochs,
             resources=resources,
         )
         workers: int | tuple[int, int] = resources.workers
