@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from csflow import __version__
@@ -45,13 +45,19 @@ Locations = Annotated[list[str], BeforeValidator(_one_or_more)]
 Patterns = Annotated[list[str], BeforeValidator(_one_or_more)]
 Stages = Annotated[list[str] | None, BeforeValidator(_one_or_more)]
 Moment = Annotated[datetime, BeforeValidator(_moment), AfterValidator(_in_utc)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Side = Annotated[int, Field(ge=1, le=8192)]
+"""Side of the images of a model, in pixels. Memory grows with its square: at the limit a backbone needs some
+gigabytes for one image."""
 StorageOptions = Annotated[dict[str, Any], BeforeValidator(_json_object)]
 
 
 class JobConfig(BaseModel):
     """Base of every job's settings. The docstring under a field is its `--help` text."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        use_attribute_docstrings=True, extra="forbid", frozen=True, allow_inf_nan=False
+    )
     positional: ClassVar[str | None] = None
     """Name of the setting, if any, that is given without a flag."""
 

@@ -59,6 +59,14 @@ def test_train_names_what_is_wrong(wrong_use, good_cells, tmp_path):
     assert "--epochs: Input should be greater than or equal to 1 (was '0')" in wrong(
         "--input", good_cells, "--epochs", "0"
     )
+    for value, complaint in ((str(2**32), "less than or equal to 4294967295"), ("9" * 20, "4294967295")):
+        assert re.match(f"error: --seed: .*{complaint}", wrong("--input", good_cells, "--seed", value))
+    line = wrong("--input", good_cells, "--image_size", 256, 65536)
+    assert line == "error: --image_size: Input should be less than or equal to 8192 (was '65536')"
+    for flag in ("--learning_rate", "--holdout", "--validation", "--trim", "--features_in_memory"):
+        for value in ("inf", "nan"):
+            line = wrong("--input", good_cells, flag, value)
+            assert line == f"error: {flag}: Input should be a finite number (was '{value}')"
     assert "--min_workers 3 is more than --workers 2" in wrong(
         "--input", good_cells, "--workers", 2, "--min_workers", 3
     )

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pyarrow.dataset as ds
 from pydantic import Field
 
-from csflow.config import JobConfig
+from csflow.config import JobConfig, Seed
 from csflow.errors import ExitStatus, WrongUse
 from csflow.evaluate.labels import Label, LabelledScore, among, mvtec_labels, read_labels
 from csflow.evaluate.pixel_metrics import PixelHistograms
@@ -39,8 +39,8 @@ class EvaluateConfig(JobConfig):
     """Compute pixel AUROC and AUPRO of the anomaly maps, if there are masks."""
     bootstrap: int = Field(1000, ge=100)
     """Number of bootstrap resamples for the 95 % intervals."""
-    seed: int = Field(0, ge=0)
-    """Seed of the bootstrap resamples."""
+    seed: Seed = 0
+    """Seed (0 to 4294967295) of the bootstrap resamples."""
 
 
 def evaluate(config: EvaluateConfig) -> ExitStatus:

