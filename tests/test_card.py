@@ -54,35 +54,49 @@ def listed(model: Path) -> list[str]:
     return [Path(html.unescape(uri)).name for uri in uris]
 
 
-def history(*losses: float | None) -> list[dict[str, float | None]]:
-    return [{"validation_loss": loss} for loss in losses]
+def advised(
+    *losses: float | None, final: float | None, gaussian: float | None, epochs: int, recommended: int = 3
+) -> list[str]:
+    lines = [{"validation_loss": loss} for loss in losses]
+    return advice(lines, final, gaussian, epochs, recommended, learning_rate=0.003)
 
 
 def test_a_training_that_went_well_gets_no_advice():
-    assert advice(history(1.2, 0.9, 0.85, 0.848), 0.8, gaussian_loss=0.9, epochs=4) == []
+    assert advised(1.2, 0.9, 0.85, 0.848, final=0.8, gaussian=0.9, epochs=4) == []
+    assert advised(0.9, 0.8, 0.801, final=0.7, gaussian=0.9, epochs=3) == []
 
 
 def test_a_flow_no_better_than_the_gaussian_is_told_of_with_the_remedy():
-    [line] = advice(history(1.2, 1.001, 1.0), 0.95, gaussian_loss=0.9, epochs=3)
-    assert (
-        "no better than a Gaussian of each position (validation loss 0.9500, the Gaussian's 0.9000)" in line
-    )
-    assert line.endswith("train for longer (--epochs 6)")
-    [line] = advice(history(1.2, 1.0, 1.3), 0.9, gaussian_loss=0.9, epochs=3)
-    assert line.endswith("give it more training images")
+    said = "no better than a Gaussian of each position (validation loss 0.9500, the Gaussian's 0.9000); "
+    slower = f"{said}lower --learning_rate, which is 0.003"
+    for losses in ((1.2, 1.001, 1.0), (1.2, 1.0, 1.3), (1.0, 1.1, 1.2), (3.0, 2.0, 1.0)):
+        [line] = advised(*losses, final=0.95, gaussian=0.9, epochs=3)
+        assert line.endswith(slower)
+    [line] = advised(1.2, 1.1, 1.0, final=0.95, gaussian=0.9, epochs=3, recommended=42)
+    assert line.endswith(f"{said}train for longer (--epochs 42)")
+    [line] = advised(1.0, 1.1, 1.2, final=0.95, gaussian=0.9, epochs=3, recommended=42)
+    assert line.endswith(slower), "more of the same would make it worse"
+
+
+def test_a_loss_that_rises_from_the_start_asks_for_a_lower_rate_and_not_for_images():
+    for gaussian in (0.9, None):
+        [line] = advised(0.8, 0.85, 0.9, final=0.7, gaussian=gaussian, epochs=3, recommended=42)
+        assert "rose from the first epoch on, by 0.1000; lower --learning_rate, which is 0.003" in line
 
 
 def test_a_loss_that_was_still_falling_is_told_of_with_the_remedy():
-    [line] = advice(history(1.2, 0.9, 0.8), 0.8, gaussian_loss=1.0, epochs=3)
+    [line] = advised(1.2, 0.9, 0.8, final=0.8, gaussian=1.0, epochs=3)
     assert "still falling, by 0.1000 in the last epoch; train for longer (--epochs 6)" in line
-    stopped_early = advice(history(1.2, 0.9, 0.8), 0.8, gaussian_loss=1.0, epochs=9)
-    risen_since = advice(history(1.2, 0.8, 0.9), 0.8, gaussian_loss=1.0, epochs=3)
+    [line] = advised(1.2, 0.9, 0.8, final=0.8, gaussian=1.0, epochs=3, recommended=42)
+    assert line.endswith("(--epochs 42)")
+    stopped_early = advised(1.2, 0.9, 0.8, final=0.8, gaussian=1.0, epochs=9)
+    risen_since = advised(1.2, 0.8, 0.9, final=0.8, gaussian=1.0, epochs=3)
     assert stopped_early == risen_since == []
 
 
 def test_without_validation_images_or_a_gaussian_only_what_is_known_is_said():
-    assert advice(history(None, None), None, gaussian_loss=0.1, epochs=2) == []
-    assert advice(history(0.9, 0.899), 0.899, gaussian_loss=None, epochs=2) == []
+    assert advised(None, None, final=None, gaussian=0.1, epochs=2) == []
+    assert advised(0.9, 0.899, final=0.899, gaussian=None, epochs=2) == []
 
 
 class Features:
@@ -132,9 +146,9 @@ def test_an_odd_image_is_found_whether_or_not_it_is_in_the_sample_of_usual_ones(
     assert scores_N.median() == pytest.approx(1, abs=0.2)
 
 
-def test_a_share_to_trim_is_at_least_one_image_and_never_all():
+def test_a_share_to_trim_is_at_least_one_image_and_leaves_three():
     assert [trimmed_count(1000, trim) for trim in (0, 0.0001, 0.01)] == [0, 1, 10]
-    assert trimmed_count(1, 0.4) == 0
+    assert [trimmed_count(images, 0.4) for images in (1, 3, 4, 10)] == [0, 0, 1, 4]
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,10 @@ def test_train_names_what_is_wrong(wrong_use, good_cells, tmp_path):
     assert "--min_workers 3 is more than --workers 2" in wrong(
         "--input", good_cells, "--workers", 2, "--min_workers", 3
     )
+    shares = ["--holdout", 0.95, "--validation", 0.1]
+    assert "--holdout 0.95 and --validation 0.1 leave no image to train on; lower them" in wrong(
+        "--input", good_cells, *shares
+    )
     assert "leave 0 for calibration" in wrong("--input", good_cells, "--holdout", "0.001")
     assert "unrecognized arguments: --epoch 3" in wrong("--input", good_cells, "--epoch", "3")
 

@@ -20,7 +20,7 @@ from ray.util.state import list_actors
 from tensorboardX.proto import event_pb2
 
 from csflow.config import parse
-from csflow.errors import ExitStatus, WrongUse
+from csflow.errors import ExitStatus, Failed, WrongUse
 from csflow.images import decode
 from csflow.inputs.listing import list_table
 from csflow.model_directory import load_model
@@ -152,6 +152,20 @@ def test_a_resumed_training_has_the_same_gaussians(model, good_cells, tmp_path):
     assert file.read_bytes() == data
     ids = [load_model(Location(str(tmp_path / name))).model_id for name in ("first", "second")]
     assert ids[0] == ids[1]
+
+
+def test_a_training_that_diverges_fails_at_once_in_one_line_with_the_remedy(
+    model, good_cells, tmp_path, capfd
+):
+    arguments = ["--input", good_cells, "--output", tmp_path / "model", "--work_dir", model / "_work"]
+    with pytest.raises(
+        Failed, match=r"training failed: the .* became .* lower --learning_rate, which is"
+    ) as e:
+        train(configure(*arguments, "--learning_rate", "1e30"))
+    assert "\n" not in str(e.value)
+    printed = capfd.readouterr()
+    assert "Traceback" not in printed.out + printed.err
+    assert not (tmp_path / "model" / "config.json").exists()
 
 
 def test_training_starts_with_the_workers_that_have_room(model, good_cells, tmp_path):

@@ -182,10 +182,32 @@ def test_another_validation_share_leaves_the_calibration_as_it_is():
     assert splits[0].heldout == splits[1].heldout
 
 
-@pytest.mark.parametrize(("images", "holdout"), [(2, 0.2), (10, 0.95), (0, 0.2)])
-def test_a_part_without_images_is_refused(images, holdout):
-    with pytest.raises(WrongUse, match="need at least one"):
+@pytest.mark.parametrize(
+    ("images", "holdout", "left", "remedy"),
+    [
+        (0, 0.2, (0, 0), "add images"),
+        (2, 0.2, (0, 1), "add images"),
+        (4, 0.2, (1, 2), "add images"),
+        (20, 0.85, (17, 1), "lower --holdout or --validation, or add images"),
+        (20, 0.01, (0, 18), "raise --holdout, or add images"),
+    ],
+)
+def test_a_part_with_too_few_images_is_refused_with_the_numbers_and_the_remedy(images, holdout, left, remedy):
+    with pytest.raises(WrongUse) as refused:
         split_sizes(images, 0.1, holdout)
+    assert str(refused.value) == (
+        f"--holdout {holdout} and --validation 0.1 of {images} images leave {left[0]} for calibration and "
+        f"{left[1]} for training, which need at least 1 and 3; {remedy}"
+    )
+    assert split_sizes(5, 0.1, 0.2) == (3, 1, 1)
+
+
+def test_images_that_are_too_few_for_being_copies_or_damaged_are_counted(cached):
+    [row] = cached[1].slice(0, 1).to_pylist()
+    bad = row | {"content_digest": None, "error_message": "truncated"}
+    rows = pa.Table.from_pylist([*[row] * 20, bad], schema=INDEX)
+    with pytest.raises(WrongUse, match=r"of 1 images \(19 are copies of others, 1 cannot be read, of 21\)"):
+        TrainingData.divide(rows, 0.1, 0.2, seed=0)
 
 
 def test_the_same_images_in_a_folder_an_archive_and_twice_give_the_same_split(cells, detector, tmp_path):
@@ -408,6 +430,15 @@ def test_training_stops_when_validation_does_not_improve_and_keeps_the_best_weig
     assert len(validation) == trainer.best_epoch + 2
     losses_N = trainer.evaluate(trainer.validation).losses_N
     assert losses_N.mean().item() == pytest.approx(min(validation), rel=1e-5)
+
+
+@pytest.mark.parametrize("validation", [0.1, 0])
+def test_a_training_that_diverges_says_where_and_what_to_lower(cached, validation):
+    data = TrainingData.divide(cached[1].slice(0, 20), validation, holdout=0.2, seed=0)
+    trainer = new_trainer(cached[0], data, replace(SETTINGS, learning_rate=1e30, epochs=1, batch_size=4))
+    with pytest.raises(FloatingPointError, match=r"in epoch 1; lower --learning_rate, which is 1e\+30"):
+        trainer.run_epoch()
+    assert not trainer.best_state, "no epoch with such weights may be kept"
 
 
 def test_without_validation_images_the_last_weights_are_kept(cached):

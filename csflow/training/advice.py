@@ -19,6 +19,8 @@ def advice(
     validation_loss: float | None,
     gaussian_loss: float | None,
     epochs: int,
+    recommended_epochs: int,
+    learning_rate: float,
 ) -> list[str]:
     """A line for each thing to do better, with the remedy; empty if all is well or nothing is known.
 
@@ -27,24 +29,34 @@ def advice(
         validation_loss: that of the finished model; None without validation images.
         gaussian_loss: validation loss of the Gaussian of each position; None without whitening.
         epochs: largest number of epochs that was allowed.
+        recommended_epochs: the recipe's number of epochs for these images.
+        learning_rate: that of the training.
     """
     if validation_loss is None:
         return []
     losses = [line["validation_loss"] for line in history]
-    lines = []
     best = min(losses)
-    was_falling = len(losses) == epochs > 1 and losses[-1] == best and losses[-2] - best > STILL_FALLING
-    if gaussian_loss is not None and validation_loss >= gaussian_loss:
-        is_short = losses[-1] == best
-        remedy = f"train for longer (--epochs {2 * epochs})" if is_short else "give it more training images"
+    has_risen = losses[0] == best and losses[-1] - best > STILL_FALLING
+    is_falling = len(losses) == epochs > 1 and losses[-1] == best and losses[-2] - best > STILL_FALLING
+    is_worse = gaussian_loss is not None and validation_loss >= gaussian_loss
+    slower = f"lower --learning_rate, which is {learning_rate:g}"
+    more_epochs = recommended_epochs if epochs < recommended_epochs else 2 * epochs
+    longer = f"train for longer (--epochs {more_epochs})"
+    lines = []
+    if is_worse:
+        # A flow begins as that Gaussian: what is worse was moved too far, unless it had no time to come back.
+        remedy = longer if epochs < recommended_epochs and not has_risen else slower
         lines.append(
             "warning: the flow is no better than a Gaussian of each position (validation loss "
             f"{validation_loss:.4f}, the Gaussian's {gaussian_loss:.4f}); {remedy}"
         )
-    if was_falling:
+    elif has_risen:
+        rise = losses[-1] - best
+        lines.append(f"warning: the validation loss rose from the first epoch on, by {rise:.4f}; {slower}")
+    elif is_falling:
         lines.append(
             f"warning: the validation loss was still falling, by {losses[-2] - best:.4f} in the last epoch; "
-            f"train for longer (--epochs {2 * epochs})"
+            f"{longer}"
         )
     return lines
 

@@ -29,7 +29,7 @@ from csflow.training.resumption import check_replacement
 from csflow.training.rounding import ALL_THE_SAME, TOO_ALIKE, moves_p_values, some_pixels
 from csflow.training.run import Run
 from csflow.training.shards import fingerprint
-from csflow.training.split import TRIMMED, TrainingData, split_sizes
+from csflow.training.split import TRIMMED, TrainingData, check_shares, split_sizes
 from csflow.weights import find_weights
 
 
@@ -41,6 +41,7 @@ def train(config: TrainConfig) -> ExitStatus:
         raise WrongUse(f"--output {output} already holds a model; choose another, or pass --overwrite")
     if config.min_workers is not None and config.min_workers > config.workers:
         raise WrongUse(f"--min_workers {config.min_workers} is more than --workers {config.workers}")
+    check_shares(config.validation, config.holdout)
     output.check_writable()
     detector = build_detector(config)
     images = _list_images(config)
@@ -70,7 +71,8 @@ def train(config: TrainConfig) -> ExitStatus:
     run = Run(config, detector.architecture, cache, data, work_dir, gaussians)
     result = run.fit()
     detector.load_state_dict(detector.state_dict() | result.state)
-    lines = advice(result.history, result.validation_loss, result.gaussian_loss, run.epochs)
+    losses = result.validation_loss, result.gaussian_loss
+    lines = advice(result.history, *losses, run.epochs, run.recommended_epochs, config.learning_rate)
     if np.ptp(result.calibration["anomaly_score"].to_numpy()) == 0 and result.calibration.num_rows > 1:
         lines.append(ALL_THE_SAME)
     if moves_p_values(detector, data.part("heldout"), result.calibration, config.storage_options):

@@ -148,24 +148,39 @@ class Trainer:
         return epochs >= self.settings.epochs or (epochs > 0 and stops)
 
     def run_epoch(self) -> Epoch:
-        """Trains one more epoch; keeps its weights if they are best. Raises FloatingPointError for NaN."""
+        """Trains one more epoch; keeps its weights if they are best.
+
+        Raises:
+            FloatingPointError: a loss or the gradients are no longer finite, for all workers alike.
+        """
         epoch, started = len(self.history) + 1, time.perf_counter()
         loss_sum, grad_norms = self._train(epoch)
         loss = self._sum(loss_sum) / len(self.training)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss became {loss} in epoch {epoch}; lower --learning_rate")
+        grad_norm = torch.stack(grad_norms).mean().item()
         seconds = time.perf_counter() - started
         line = Epoch(
             epoch=epoch,
             loss=loss,
             validation_loss=self._validation_loss(),
-            grad_norm=torch.stack(grad_norms).mean().item(),
+            grad_norm=grad_norm,
             images_per_second=len(self.training) / seconds,
             seconds=time.perf_counter() - started,
         )
+        self._check_finite(line)
         self.history.append(asdict(line))
         self._keep_if_best(line)
         return line
+
+    def _check_finite(self, line: Epoch) -> None:
+        figures = {"training loss": line.loss, "gradient": line.grad_norm}
+        if line.validation_loss is not None:
+            figures["validation loss"] = line.validation_loss
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the {name} became {value} in epoch {line.epoch}; "
+                    f"lower --learning_rate, which is {self.settings.learning_rate:g}"
+                )
 
     @torch.no_grad()
     def whiten_latents(self, source: FeatureSource) -> None:

@@ -38,6 +38,7 @@ from csflow.training.gaussians import (
 )
 from csflow.training.shards import fingerprint
 from csflow.training.sources import FeatureSource, open_features
+from csflow.training.split import FEWEST_TRAINING
 
 FOLDS = 4
 USUAL_IMAGES = 1000
@@ -87,8 +88,8 @@ class ClosedForm:
 
 
 def trimmed_count(images: int, trim: float) -> int:
-    """The number of training images in a share: at least one if the share is not 0, and never all."""
-    return min(images - 1, max(1, round(images * trim))) if trim else 0
+    """The number of training images in a share: at least one if the share is not 0, but enough are left."""
+    return min(max(0, images - FEWEST_TRAINING), max(1, round(images * trim))) if trim else 0
 
 
 def trimmed_images(ranking: pa.Table, trim: float) -> list[str]:

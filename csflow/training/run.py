@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from csflow.cluster import in_thread, node_resources, share_out
+from csflow.errors import Failed
 from csflow.model import Architecture
 from csflow.storage import Location, to_parquet
 from csflow.training.cache import FeatureCache
@@ -82,6 +83,11 @@ class Run:
         return self._loop.epochs
 
     @property
+    def recommended_epochs(self) -> int:
+        """What `epochs` is without the setting."""
+        return RECIPES[self._config.recipe].epochs(self._data.part("training").num_rows)
+
+    @property
     def checkpoint_epochs(self) -> int:
         """Number of epochs between two checkpoints."""
         images = self._data.part("training").num_rows
@@ -92,7 +98,7 @@ class Run:
         return bool(self._folder.find(PROGRESS_FILE))
 
     def fit(self) -> Result:
-        """Trains until the end, restarting workers that die."""
+        """Trains until the end, restarting workers that die. Raises Failed if the training diverges."""
         if not self._config.resume and self._folder.exists():
             self._folder.fs.rm(self._folder.path, recursive=True)
         self._split.write(to_parquet(self._data.split))
@@ -103,11 +109,13 @@ class Run:
         follower.start()
         try:
             # In this thread Ray Train would take Ctrl-C over, and end the process with status 0.
-            result = in_thread(self._trainer(progress).fit)
+            result: Any = in_thread(self._trainer(progress).fit)
         finally:
             progress.put(None)
             follower.join()
             progress.shutdown()
+        if result.return_value is not None:
+            raise Failed(f"the training failed: {result.return_value}")
         if result.checkpoint is None:
             raise RuntimeError(f"training ended without a checkpoint below {self._folder}")
         with result.checkpoint.as_directory() as folder:
@@ -143,7 +151,7 @@ class Run:
         if self._config.min_workers is not None:
             workers = (self._config.min_workers, resources.workers)
         return ray.train.torch.TorchTrainer(
-            lambda: train_worker(settings, progress),
+            lambda: train_worker(settings, progress),  # type: ignore[arg-type]  # it may return something
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers,  # type: ignore[arg-type]  # a pair is what makes it elastic
                 use_gpu=resources.gpus > 0,

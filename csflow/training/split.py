@@ -14,6 +14,8 @@ from csflow.training.cache import INDEX
 PARTS = ("training", "validation", "heldout")
 TRIMMED = "trimmed"
 """The part for training images that are left out because they are unlike the others."""
+FEWEST_TRAINING = 3
+"""Smallest number of images to train on: what is usual cannot be told from one or two."""
 SPLIT = pa.schema([pa.field("part", pa.string(), nullable=False), *INDEX])
 
 
@@ -27,20 +29,40 @@ class Split(NamedTuple):
     """Images that calibrate; they decide nothing about the weights."""
 
 
-def split_sizes(images: int, validation: float, holdout: float) -> tuple[int, int, int]:
-    """Number of training, validation and held-out images. Raises WrongUse if a part would be empty."""
+def check_shares(validation: float, holdout: float) -> None:
+    """Raises WrongUse if these shares leave nothing to train on, however many images there are."""
+    if validation + holdout >= 1:
+        raise WrongUse(
+            f"--holdout {holdout:g} and --validation {validation:g} leave no image to train on; lower them"
+        )
+
+
+def split_sizes(images: int, validation: float, holdout: float, why: str = "") -> tuple[int, int, int]:
+    """Number of training, validation and held-out images.
+
+    Args:
+        why: why there are no more images, for the message.
+
+    Raises:
+        WrongUse: a part would have too few images.
+    """
     heldout = round(images * holdout)
     validating = max(1, round(images * validation)) if validation else 0
     training = images - heldout - validating
-    if heldout < 1 or training < 1:
+    if heldout < 1 or training < FEWEST_TRAINING:
+        is_enough = images > FEWEST_TRAINING + bool(validation)
+        change = "raise --holdout" if heldout < 1 else "lower --holdout or --validation"
         raise WrongUse(
-            f"--holdout {holdout} and --validation {validation} of {images} images leave {heldout} for "
-            f"calibration and {max(training, 0)} for training; both need at least one: add images"
+            f"--holdout {holdout:g} and --validation {validation:g} of {images} images{why} leave "
+            f"{heldout} for calibration and {max(training, 0)} for training, which need at least 1 and "
+            f"{FEWEST_TRAINING}; {f'{change}, or ' if is_enough else ''}add images"
         )
     return training, validating, heldout
 
 
-def split_images(digests: Iterable[str], validation: float, holdout: float, seed: int) -> Split:
+def split_images(
+    digests: Iterable[str], validation: float, holdout: float, seed: int, why: str = ""
+) -> Split:
     """Divides distinct images by a hash of seed and content.
 
     The same images give the same split, wherever and however they are stored. Copies of an image count as one
@@ -50,7 +72,7 @@ def split_images(digests: Iterable[str], validation: float, holdout: float, seed
         WrongUse: see `split_sizes`.
     """
     order = sorted(set(digests), key=lambda digest: hashlib.sha256(f"{seed} {digest}".encode()).digest())
-    _, validating, heldout = split_sizes(len(order), validation, holdout)
+    _, validating, heldout = split_sizes(len(order), validation, holdout, why)
     # Held-out images first: another --validation leaves the calibration as it is.
     return Split(
         training=order[heldout + validating :],
@@ -76,11 +98,15 @@ class TrainingData:
         rows: dict[str, int] = {}
         for row, digest in enumerate(readable["content_digest"].to_pylist()):
             rows.setdefault(digest, row)
-        parts = split_images(rows, validation, holdout, seed)
+        copies, unreadable = readable.num_rows - len(rows), cached.num_rows - readable.num_rows
+        left_out = {"are copies of others": copies, "cannot be read": unreadable}
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
+        why = f" ({reasons}, of {cached.num_rows})" if reasons else ""
+        parts = split_images(rows, validation, holdout, seed, why)
         order = [rows[digest] for part in parts for digest in part]
         names = [name for name, part in zip(PARTS, parts, strict=True) for _ in part]
         split = readable.take(pa.array(order, pa.int64())).add_column(0, SPLIT.field("part"), pa.array(names))
-        return cls(split, readable.num_rows - len(rows), cached.num_rows - readable.num_rows)
+        return cls(split, copies, unreadable)
 
     def trimmed(self, content_digests: Iterable[str]) -> "TrainingData":
         """The same data, with these training images left out."""

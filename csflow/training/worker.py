@@ -39,8 +39,21 @@ class WorkerSettings:
     resources: WorkerResources
 
 
-def train_worker(settings: WorkerSettings, progress: Queue | None) -> None:
-    """Trains the flow; reports checkpoints to Ray Train, and every `Epoch` to `progress`."""
+def train_worker(settings: WorkerSettings, progress: Queue | None) -> str | None:
+    """Trains the flow; reports checkpoints to Ray Train, and every `Epoch` to `progress`.
+
+    Returns:
+        Why the training cannot be finished, however often it is tried; None if it is finished.
+    """
+    try:
+        _train(settings, progress)
+    except FloatingPointError as error:
+        # Raised it would make Ray Train start the workers anew.
+        return str(error)
+    return None
+
+
+def _train(settings: WorkerSettings, progress: Queue | None) -> None:
     process.set_up(settings.resources.cpus, settings.resources.gpus)
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
