@@ -43,7 +43,7 @@ def _in_utc(value: datetime) -> datetime:
 
 Locations = Annotated[list[str], BeforeValidator(_one_or_more)]
 Patterns = Annotated[list[str], BeforeValidator(_one_or_more)]
-Stages = Annotated[list[str] | None, BeforeValidator(_one_or_more)]
+Stages = Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_one_or_more)]
 Moment = Annotated[datetime, BeforeValidator(_moment), AfterValidator(_in_utc)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Side = Annotated[int, Field(ge=1, le=8192)]

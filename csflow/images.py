@@ -44,6 +44,11 @@ MAX_PIXELS = 175_000_000
 """Default limit of height x width. Any single-shot camera has less (151 million pixels), and Pillow itself
 refuses WebP and TIFF above 178,956,970 (`2 * PIL.Image.MAX_IMAGE_PIXELS`)."""
 
+PIXEL_KINDS = (
+    "a TIFF whose pixels are of a kind that is not read, such as floats of 64 bits; save it with integers of "
+    "8 or 16 bits, or floats of 32"
+)
+
 _DRAFT_MARGIN = 1.5
 # A JPEG is decoded at 1/2, 1/4 or 1/8 only if that leaves 1.5 times the wanted sides. With no margin the
 # resizing filter has nothing left to do and the image comes out sharper than one decoded in full: on 768 px
@@ -153,7 +158,10 @@ def _opening(data: bytes) -> Iterator[type[ImageFile]]:
         raise ImageError(ErrorCode.TOO_LARGE, "more memory than can be allocated") from error
     except Exception as error:
         # Pillow reports damage as OSError, SyntaxError, ValueError, KeyError, AssertionError and more.
-        raise ImageError(diagnosis(error, image_file, data), f"{type(error).__name__}: {error}") from error
+        code, message = diagnosis(error, image_file, data), f"{type(error).__name__}: {error}"
+        if "unknown pixel mode" in message:
+            message = PIXEL_KINDS
+        raise ImageError(code, message) from error
 
 
 def _read(

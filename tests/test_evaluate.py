@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import subprocess
 import sys
 import tarfile
@@ -204,9 +205,13 @@ def test_one_of_several_models_must_be_chosen(tmp_path: Path) -> None:
     [
         ("image_uri,defect\n/d/a.png,0\n", r"labels\.csv lacks the column label"),
         ("uri,label\n/d/a.png,0\n", r"labels\.csv lacks the column image_uri"),
-        ("image_uri,label\n/d/a.png,0.33\n", r"/d/a\.png has the label 0\.33; label must be 0 or 1"),
-        ("image_uri,label\n/d/a.png,\n", r"/d/a\.png has the label None"),
-        ("image_uri,label\n/d/a.png,good\n", r"labels\.csv cannot be read"),
+        ("image_uri,label\n/d/a.png,0.33\n", r"/d/a\.png has '0\.33' in the column label; a label must be 0"),
+        ("image_uri,label\n/d/a.png,\n", r"/d/a\.png has '' in the column label"),
+        (
+            "image_uri,label\n/d/b.png,1\n/d/a.png,True\n/d/c.png,bad\n",
+            r"^--labels .*labels\.csv: image /d/a\.png has 'True' in the column label; a label must be 0 "
+            r"\(normal\) or 1 \(defective\)$",
+        ),
         ("image_uri,label\n/d/a.png,0\n/d/a.png,1\n", r"/d/a\.png has both labels"),
         ("image_uri,label\n/d/a.png,0\n/d/b.png,0\n", r"all 2 labelled images with a score are normal"),
         ("image_uri,label\n/elsewhere/a.png,0\n", r"labelled /elsewhere/a\.png, scored /d/a\.png"),
@@ -583,11 +588,26 @@ def test_defective_images_without_a_mask_are_left_out_of_pixel_metrics_and_count
     assert "pixels" not in run(tmp_path, layout="mvtec", pixel_metrics=False)
 
 
+def float64_tiff(values_HW: NDArray[np.float64]) -> bytes:
+    """What NumPy's default type becomes in scientific software; Pillow cannot write it."""
+    (height, width), data = values_HW.shape, values_HW.tobytes()
+    tags = {256: width, 257: height, 258: 64, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data)}
+    tags |= {339: 3}
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<I", 8 + len(data))
+    return head + data + struct.pack("<H", len(tags)) + directory + bytes(4)
+
+
 @pytest.mark.parametrize(
     ("mask", "complaint"),
     [
         (np.ones((8, 9), np.uint8), r"mask .*b\.png has 8 x 9 pixels, its image /d/b\.png has 8 x 8"),
         (b"no image", r"mask .*b\.png cannot be read \(unsupported_format"),
+        (
+            float64_tiff(np.ones((8, 8))),
+            r"mask .*b\.png cannot be read \(unsupported_format: a TIFF .* floats of 64 bits; save it with "
+            r"integers of 8 or 16 bits, or floats of 32\)",
+        ),
         (None, r"mask .*b\.png cannot be read \(not_found"),
     ],
 )

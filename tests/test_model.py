@@ -373,7 +373,7 @@ def test_backbone_stays_frozen_and_in_eval_mode():
 
 
 def test_networks_that_give_no_maps_are_refused():
-    with pytest.raises(BackboneError, match="no_such_network is not a timm model"):
+    with pytest.raises(BackboneError, match="'no_such_network' is not a timm model"):
         Backbone("no_such_network")
     with pytest.raises(
         BackboneError, match=r"vit_tiny_patch16_224 cannot be cut after.*its stages are blocks\.0, bl"

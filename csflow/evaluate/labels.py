@@ -15,7 +15,7 @@ from csflow.errors import WrongUse
 from csflow.inputs.manifests import canonical_uri
 from csflow.storage import Location
 
-REQUIRED = {"image_uri": pa.string(), "label": pa.float64()}
+REQUIRED = {"image_uri": pa.string(), "label": pa.string()}
 OPTIONAL = {"mask_uri": pa.string(), "defect_class": pa.string()}
 
 _MVTEC_TEST_IMAGE = re.compile(r"(?P<root>|.*/)test/(?P<defect_class>[^/]+)/(?P<stem>[^/]+)\.[^./]+")
@@ -55,9 +55,12 @@ def read_labels(location: Location, flag: str = "--labels") -> dict[str, Label]:
     folder = canonical_uri(location.url).rpartition("/")[0] or "/"
     labels: dict[str, Label] = {}
     for row in table.to_pylist():
-        uri, value = row["image_uri"], row["label"]
+        uri, value = row["image_uri"], _number(row["label"])
         if uri is None or value not in (0, 1):
-            raise WrongUse(f"{location}: image {uri} has the label {value}; label must be 0 or 1")
+            raise WrongUse(
+                f"{flag} {location}: image {uri} has {row['label']!r} in the column label; a label must be 0 "
+                "(normal) or 1 (defective)"
+            )
         uri = canonical_uri(uri, folder)
         # In CSV an empty field is an empty string.
         mask, defect_class = row.get("mask_uri") or None, row.get("defect_class") or None
@@ -68,9 +71,9 @@ def read_labels(location: Location, flag: str = "--labels") -> dict[str, Label]:
         )
         known = labels.setdefault(uri, label)
         if known.is_defective != label.is_defective:
-            raise WrongUse(f"{location}: image {uri} has both labels; keep one of them")
+            raise WrongUse(f"{flag} {location}: image {uri} has both labels; keep one of them")
         if known != label:
-            raise WrongUse(f"{location}: image {uri} has two rows that differ; keep one of them")
+            raise WrongUse(f"{flag} {location}: image {uri} has two rows that differ; keep one of them")
     return labels
 
 
@@ -92,6 +95,14 @@ def among(image_uris: Mapping[str, object]) -> pc.Expression:
     return pc.field("image_uri").isin(pa.array(image_uris, pa.string()))
 
 
+def _number(label: str | bool | None) -> float | None:
+    """The number that a label is; None if it is no number."""
+    try:
+        return float("" if label is None else label)
+    except ValueError:
+        return None
+
+
 def _read_table(location: Location, flag: str) -> pa.Table:
     types = REQUIRED | OPTIONAL
     formats = {
@@ -109,6 +120,8 @@ def _read_table(location: Location, flag: str) -> pa.Table:
         if missing:
             raise WrongUse(f"{flag} {location} lacks the column {' and '.join(missing)}")
         found = {name: type_ for name, type_ in types.items() if name in dataset.schema.names}
+        if pa.types.is_boolean(dataset.schema.field("label").type):
+            found["label"] = pa.bool_()
         return dataset.to_table(columns=list(found)).cast(pa.schema(found))
     except pa.ArrowException as error:
         raise WrongUse(f"{flag} {location} cannot be read: {error}") from None

@@ -75,7 +75,7 @@ class ImportConfig(JobConfig):
     backbone: str | None = None
     """Feature extractor: name of a timm network. [default: the EfficientNet-B5 of the code that trained the
     flow]"""
-    cut_after: str | None = None
+    cut_after: str | None = Field(None, min_length=1)
     """Module after which the backbone ends. [default: blocks.5 (stage 6) of an EfficientNet]"""
     weights: str | None = None
     """Weights of the backbone that the flow was trained on: a file's path or URL, an installed package, or
@@ -171,7 +171,7 @@ def build_detector(foreign: ForeignModel, config: ImportConfig) -> tuple[Detecto
             weights = find_weights(config.weights, architecture.backbone, config.storage_options)
             load_weights(detector.backbone, weights)
     except BackboneError as error:
-        raise WrongUse(f"--backbone, --weights: {error}") from None
+        raise WrongUse(f"--{error.setting}: {error}") from None
     except ForeignModelError:
         raise
     except ValueError as error:

@@ -1,8 +1,9 @@
 """The frozen feature extractor: a timm network whose stages give maps, which are the features."""
 
 import copy
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -22,7 +23,12 @@ PROBE_SIDE = 128
 
 
 class BackboneError(ValueError):
-    """The network or the weights cannot serve as a backbone."""
+    """The network, a stage to cut it after, or the weights cannot serve as a backbone."""
+
+    def __init__(self, message: str, setting: Literal["backbone", "cut_after", "weights"]) -> None:
+        """`setting` is the one to change."""
+        super().__init__(message)
+        self.setting = setting
 
 
 class Backbone(nn.Module):
@@ -64,6 +70,13 @@ class Backbone(nn.Module):
         """Side of the images that the network was trained on, in pixels."""
         self.known_stages = {level["module"]: level["reduction"] for level in _levels(network)}
         """The stages that timm names, with their strides."""
+        parents = {stage.rpartition(".")[0] for stage in self.known_stages} - {""}
+        self._stage_names = [
+            name
+            for name, _ in network.named_modules()
+            if name in self.known_stages or name.rpartition(".")[0] in parents
+        ]
+        """The stages for messages: timm names only the last one of each size."""
         wanted = (cut_after,) if isinstance(cut_after, str) else cut_after or default_stages(network)
         self.layers: nn.Module
         self.stages: tuple[str, ...]
@@ -120,7 +133,7 @@ class Backbone(nn.Module):
         self.stages = tuple(path for path in chain if path in wanted)
         for lost in sorted(set(wanted) - chain.keys()):
             raise BackboneError(
-                f"{lost} holds another of the stages {', '.join(wanted)}; name one of the two"
+                f"{lost} holds another of the stages {', '.join(wanted)}; name one of the two", "cut_after"
             )
         # Sequential names cannot hold the dots of the path.
         self.layers = nn.Sequential()
@@ -157,7 +170,8 @@ class Backbone(nn.Module):
             if map_BCHW.shape[2] * stride != self.native_side:
                 raise BackboneError(
                     f"backbone {self.name} gives no map after {stage} whose side divides that of the image; "
-                    "choose another cut or network"
+                    "choose another cut or network",
+                    "cut_after",
                 )
         return [(map_BCHW.shape[1], stride) for map_BCHW, stride in zip(maps, strides, strict=True)]
 
@@ -194,13 +208,15 @@ class Backbone(nn.Module):
     def _no_cut(self, error: Exception) -> BackboneError:
         return BackboneError(
             f"backbone {self.name} cannot be cut after {' and '.join(self.stages)}: {error}; "
-            f"its stages are {', '.join(self.known_stages)}"
+            f"its stages are {', '.join(self._stage_names)}",
+            "cut_after",
         )
 
     def _no_chain(self, stage: str) -> BackboneError:
         return BackboneError(
             f"backbone {self.name} is no chain of convolutional layers up to {stage}; "
-            f"its stages are {', '.join(self.known_stages)}"
+            f"its stages are {', '.join(self._stage_names)}",
+            "cut_after",
         )
 
 
@@ -277,7 +293,10 @@ def load_weights(backbone: Backbone, weights: Mapping[str, Tensor]) -> None:
             a.shape == b.shape for a, b in zip(own.values(), weights.values(), strict=True)
         )
         if not shapes_match:
-            raise BackboneError(f"the weights are not those of a {backbone.name}")
+            raise BackboneError(
+                f"the weights are not those of a {backbone.name}; name its own, or the backbone they are of",
+                "weights",
+            )
         weights = dict(zip(own, weights.values(), strict=True))
     network.load_state_dict(weights)
     if isinstance(backbone.layers, IntermediateMaps):
@@ -297,9 +316,21 @@ def _create(name: str, pretrained: bool = False) -> nn.Module:
     try:
         network: nn.Module = timm.create_model(name, pretrained=pretrained)
     except RuntimeError:
-        close = ", ".join(timm.list_models(f"*{name.split('.')[0][-8:]}*")[:5]) or "timm.list_models()"
-        raise BackboneError(f"backbone {name} is not a timm model; try one of: {close}") from None
+        close = ", ".join(_nearest(name.partition(".")[0].lower())) or "those of timm.list_models()"
+        raise BackboneError(f"{name!r} is not a timm model; try one of: {close}", "backbone") from None
     return network
+
+
+def _nearest(name: str, count: int = 5) -> list[str]:
+    """The names of timm models that have all letters of this one in their order, else those most like it."""
+
+    def has_all_letters(other: str) -> bool:
+        letters = iter(other)
+        return all(letter in letters for letter in name)
+
+    models = timm.list_models() if name else []
+    longer = sorted(filter(has_all_letters, models), key=len)
+    return longer[:count] or difflib.get_close_matches(name, models, count)
 
 
 def _create_flexible(name: str) -> nn.Module:
@@ -335,7 +366,9 @@ def _chain(
     left = {head for head, _, _ in parts}
     for missing in sorted(left - children.keys()):
         names = ", ".join(prefix + name for name in children)
-        raise BackboneError(f"the backbone has no module {prefix}{missing} to cut after; it has {names}")
+        raise BackboneError(
+            f"the backbone has no module {prefix}{missing} to cut after; it has {names}", "cut_after"
+        )
     for name, child in children.items():
         left.discard(name)
         within = [rest for head, _, rest in parts if head == name and rest]

@@ -84,8 +84,8 @@ whitens the latents of each position when the epochs are done, the held-out loss
 
 PLAIN_SCORES = """\
 The anomaly score is the mean of z²/2 over all entries of the latents; the global score is the same, and there
-is no local score. The anomaly map is the mean of z² at each place of the largest scale. No cell of a normal
-image's map exceeds the map threshold, except in the stated share of them."""
+is no local score. The anomaly map is the mean of z² at each place of the largest scale. A model
+without whitening of its features, as the paper's recipe makes it, has no map threshold."""
 
 NO_LABEL_SEEN = "No label of a defect was ever seen."
 NO_LABEL_USED = "Labelled images were scored at the end and decided nothing."
@@ -163,9 +163,10 @@ def _calibration_rows(calibration: Calibration) -> str:
         f"| {np.median(values):.4f}, {np.quantile(values, 0.95):.4f} |"
         for name, values in scores.items()
     ]
-    threshold = calibration.map_threshold(FALSE_POSITIVE_RATE)
-    shown = "too few held-out images to tell" if threshold is None else f"{threshold:.4f}"
-    rows.append(f"| map threshold at a false-positive rate of {FALSE_POSITIVE_RATE:g} | {shown} |")
+    if calibration.map_maximum is not None:
+        threshold = calibration.map_threshold(FALSE_POSITIVE_RATE)
+        shown = "too few held-out images to tell" if threshold is None else f"{threshold:.4f}"
+        rows.append(f"| map threshold at a false-positive rate of {FALSE_POSITIVE_RATE:g} | {shown} |")
     rows.append(f"| smallest possible p-value | {1 / (len(calibration.anomaly_score) + 1):.4g} |")
     return "".join(f"{row}\n" for row in rows)
 

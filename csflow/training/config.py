@@ -121,6 +121,9 @@ class TrainConfig(JobConfig):
 
         recipe = RECIPES[self.recipe]
         kernel_sizes = self.kernel_sizes or recipe.kernel_sizes(self.coupling_blocks)
+        if any(size < 1 or size % 2 == 0 for size in kernel_sizes):
+            shown = " ".join(map(str, kernel_sizes))
+            raise WrongUse(f"--kernel_sizes {shown}: kernel sizes are odd numbers such as 1, 3 or 5")
         if len(kernel_sizes) == 1:
             kernel_sizes = kernel_sizes * self.coupling_blocks
         if len(kernel_sizes) != self.coupling_blocks:

@@ -120,7 +120,7 @@ def build_detector(config: TrainConfig) -> Detector:
         detector = Detector(config.architecture())
         load_weights(detector.backbone, find_weights(config.weights, config.backbone, config.storage_options))
     except BackboneError as error:
-        raise WrongUse(f"--backbone, --weights: {error}") from None
+        raise WrongUse(f"--{error.setting}: {error}") from None
     except ValueError as error:
         raise WrongUse(str(error)) from None
     # Images are resized as for the backbone's own training, which is known when it is built.

@@ -65,10 +65,8 @@ class LabelledImages:
         location = Location(config.evaluate, config.storage_options)
         labels = read_labels(location, "--evaluate")
         if len({label.is_defective for label in labels.values()}) < 2:
-            raise WrongUse(
-                f"--evaluate {location} needs images of label 0 and of label 1, and its {len(labels)} have "
-                "one label; add others"
-            )
+            found = f"its {len(labels)} have one label; add others" if labels else "it has no rows; add them"
+            raise WrongUse(f"--evaluate {location} needs images of label 0 and of label 1, and {found}")
         listed = list_table([config.evaluate], config.storage_options)
         labelled = listed.filter(pc.field("image_uri").isin(pa.array(labels, pa.string())))
         own = labelled.filter(~pc.field("image_uri").isin(images["image_uri"].combine_chunks()))
