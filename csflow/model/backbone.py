@@ -22,10 +22,13 @@ PROBE_SIDE = 128
 """Side of the image that determines the maps of a chain; a multiple of every usual stride."""
 
 
+Setting = Literal["backbone", "cut_after", "weights"]
+
+
 class BackboneError(ValueError):
     """The network, a stage to cut it after, or the weights cannot serve as a backbone."""
 
-    def __init__(self, message: str, setting: Literal["backbone", "cut_after", "weights"]) -> None:
+    def __init__(self, message: str, setting: Setting) -> None:
         """`setting` is the one to change."""
         super().__init__(message)
         self.setting = setting
@@ -78,6 +81,8 @@ class Backbone(nn.Module):
         ]
         """The stages for messages: timm names only the last one of each size."""
         wanted = (cut_after,) if isinstance(cut_after, str) else cut_after or default_stages(network)
+        self._cut: Setting = "cut_after" if cut_after else "backbone"
+        """The setting that decides the stages."""
         self.layers: nn.Module
         self.stages: tuple[str, ...]
         """The stages, from shallow to deep."""
@@ -171,7 +176,7 @@ class Backbone(nn.Module):
                 raise BackboneError(
                     f"backbone {self.name} gives no map after {stage} whose side divides that of the image; "
                     "choose another cut or network",
-                    "cut_after",
+                    self._cut,
                 )
         return [(map_BCHW.shape[1], stride) for map_BCHW, stride in zip(maps, strides, strict=True)]
 
@@ -209,14 +214,14 @@ class Backbone(nn.Module):
         return BackboneError(
             f"backbone {self.name} cannot be cut after {' and '.join(self.stages)}: {error}; "
             f"its stages are {', '.join(self._stage_names)}",
-            "cut_after",
+            self._cut,
         )
 
     def _no_chain(self, stage: str) -> BackboneError:
         return BackboneError(
             f"backbone {self.name} is no chain of convolutional layers up to {stage}; "
             f"its stages are {', '.join(self._stage_names)}",
-            "cut_after",
+            self._cut,
         )
 
 
