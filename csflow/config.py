@@ -55,9 +55,7 @@ StorageOptions = Annotated[dict[str, Any], BeforeValidator(_json_object)]
 class JobConfig(BaseModel):
     """Base of every job's settings. The docstring under a field is its `--help` text."""
 
-    model_config = ConfigDict(
-        use_attribute_docstrings=True, extra="forbid", frozen=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(use_attribute_docstrings=True, extra="forbid", frozen=True, allow_inf_nan=False)
     positional: ClassVar[str | None] = None
     """Name of the setting, if any, that is given without a flag."""
 
