@@ -11,14 +11,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
 import ray.data
 
 from csflow.console import is_verbose
-from csflow.inputs.helpers import Decode, Helpers
-from csflow.inputs.loading import LoaderSettings, load_as_helper
+from csflow.inputs.helpers import Decode, Helpers, Load
+from csflow.inputs.loading import HelpingLoader, LoaderSettings
 from csflow.precision import Device
 
 T = TypeVar("T")
@@ -179,16 +180,23 @@ def run_task(function: Callable[..., T], *arguments: Any, resources: WorkerResou
 
 
 def helpers(settings: LoaderSettings, resources: WorkerResources) -> Helpers | None:
-    """Helpers that load images in tasks of one CPU each, on any node; None if there are to be none."""
+    """Helpers that load images in actors of one CPU each, on any node; None if there are to be none."""
     if resources.decode == "beside":
         return None
     # What takes its process down may be an image, and the worker knows what to do about that.
-    task = ray.remote(num_cpus=1, max_retries=0)(load_as_helper)
-    return Helpers(
-        lambda images: ray.get(task.remote(settings, images)),
-        3 * math.prod(settings.preprocessing.image_size),
-        are_always_wanted=resources.decode == "cluster",
-    )
+    actors: Any = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(HelpingLoader)
+
+    @contextmanager
+    def helper() -> Iterator[Load]:
+        actor = actors.remote(settings)
+        try:
+            ray.get(actor.load.remote([]))
+            yield lambda images: partial(ray.get, actor.load.remote(images))
+        finally:
+            ray.kill(actor)
+
+    pixel_bytes = 3 * math.prod(settings.preprocessing.image_size)
+    return Helpers(helper, pixel_bytes, are_always_wanted=resources.decode == "cluster")
 
 
 def in_thread(function: Callable[[], T]) -> T:

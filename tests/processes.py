@@ -36,8 +36,8 @@ def scoring_workers() -> list[int]:
 
 
 def helping_workers() -> list[int]:
-    """Process ids of Ray's workers that load images for others at this moment."""
-    return list(_ray_processes(rb"ray::load_as_helper"))
+    """Process ids of Ray's workers that load images for others."""
+    return list(_ray_processes(rb"ray::HelpingLoader"))
 
 
 def workers() -> list[int]:

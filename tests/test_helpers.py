@@ -3,7 +3,9 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -14,21 +16,19 @@ import pytest
 
 from csflow.errors import ErrorCode
 from csflow.inputs import helpers, loading
-from csflow.inputs.helpers import Helpers
+from csflow.inputs.helpers import Helpers, Images, Load
 from csflow.inputs.listing import list_images
 from csflow.inputs.loaded import LoadedImage
-from csflow.inputs.loading import ImageLoader, LoaderSettings, load_as_helper
+from csflow.inputs.loading import HelpingLoader, ImageLoader, LoaderSettings
 from csflow.inputs.reading import ImageReader
 from csflow.preprocessing import Preprocessing
 from csflow.process import IdleClock
 
 SETTINGS = LoaderSettings({}, Preprocessing((64, 64)), with_sha256=True)
+HELPER = HelpingLoader(SETTINGS)
 PIXEL_BYTES = 3 * 64 * 64
 PATIENCE_S = 120
 """Only a test that fails waits so long."""
-
-Images = Sequence[tuple[str, str]]
-Loaded = tuple[list[LoadedImage], float]
 
 
 @pytest.fixture
@@ -69,10 +69,21 @@ class SleepingReader(ImageReader):
         return super().read(image_uri, image_version)
 
 
+def helping(load: Callable[[Images], list[LoadedImage]]) -> Callable[[], AbstractContextManager[Load]]:
+    """Helpers that load with this function; it is called without images while there is no CPU yet."""
+
+    @contextmanager
+    def helper() -> Iterator[Load]:
+        load([])
+        yield lambda images: partial(load, images)
+
+    return helper
+
+
 def loader_with(
-    load: Callable[[Images], Loaded], reader: ImageReader, are_always_wanted: bool = True
+    load: Callable[[Images], list[LoadedImage]], reader: ImageReader, are_always_wanted: bool = True
 ) -> ImageLoader:
-    some = Helpers(load, PIXEL_BYTES, are_always_wanted)
+    some = Helpers(helping(load), PIXEL_BYTES, are_always_wanted)
     return ImageLoader(reader, SETTINGS.preprocessing, 2, with_sha256=True, helpers=some)
 
 
@@ -94,12 +105,12 @@ def assert_same(loaded: list[LoadedImage], images: Images) -> None:
 def test_helpers_load_what_the_own_threads_have_not_begun(images, gate):
     reader, asked = SlowReader(gate), []
 
-    def elsewhere(some: Images) -> Loaded:
+    def elsewhere(some: Images) -> list[LoadedImage]:
         asked.extend(some)
         # All but the two images that the own threads hold.
         if len(asked) == len(images) - 2:
             gate.set()
-        return load_as_helper(SETTINGS, some)
+        return HELPER.load(some)
 
     loaded = load(loader_with(elsewhere, reader), images)
     assert_same(loaded, images)
@@ -114,12 +125,12 @@ def test_helpers_load_what_the_own_threads_have_not_begun(images, gate):
 def test_what_a_lost_helper_had_is_loaded_here(images, gate):
     lost = []
 
-    def elsewhere(some: Images) -> Loaded:
+    def elsewhere(some: Images) -> list[LoadedImage]:
         if some:
             lost.extend(some)
             gate.set()
             raise RuntimeError("the node is gone")
-        return [], 0.0
+        return []
 
     loaded = load(loader_with(elsewhere, SlowReader(gate)), images)
     assert lost
@@ -131,11 +142,11 @@ def test_what_a_helper_keeps_too_long_is_loaded_here_too(images, gate, monkeypat
     monkeypatch.setattr(loading, "REVIEW_S", 0.05)
     never = threading.Event()
 
-    def elsewhere(some: Images) -> Loaded:
+    def elsewhere(some: Images) -> list[LoadedImage]:
         if some:
             gate.set()
             never.wait(PATIENCE_S)
-        return load_as_helper(SETTINGS, some)
+        return HELPER.load(some)
 
     loaded = load(loader_with(elsewhere, SlowReader(gate)), images)
     assert_same(loaded, images)
@@ -144,10 +155,10 @@ def test_what_a_helper_keeps_too_long_is_loaded_here_too(images, gate, monkeypat
 
 
 def test_no_image_waits_for_a_cpu_that_does_not_come(images, gate):
-    def elsewhere(some: Images) -> Loaded:
+    def elsewhere(some: Images) -> list[LoadedImage]:
         assert not some
         gate.wait(PATIENCE_S)
-        return [], 0.0
+        return []
 
     assert_same(load(loader_with(elsewhere, ImageReader({})), images), images)
 
@@ -156,11 +167,11 @@ def test_helpers_come_if_all_wait_for_more_than_a_twentieth_of_the_time(monkeypa
     now, called = [0.0], threading.Event()
     monkeypatch.setattr(helpers, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
-    def elsewhere(some: Images) -> Loaded:
+    def elsewhere(some: Images) -> list[LoadedImage]:
         called.set()
-        return [], 0.0
+        return []
 
-    some, queue = Helpers(elsewhere, PIXEL_BYTES, are_always_wanted=False), SimpleQueue()
+    some, queue = Helpers(helping(elsewhere), PIXEL_BYTES, are_always_wanted=False), SimpleQueue()
     # Too early to tell, then too little.
     for seconds, idle_seconds in ((0.5, 0.5), (10.0, 0.5), (20.0, 0.99)):
         now[0] = seconds
@@ -175,40 +186,45 @@ def test_a_slow_store_calls_helpers(images, monkeypatch):
     monkeypatch.setattr(helpers, "REVIEW_S", 0.02)
     helped = []
 
-    def elsewhere(some: Images) -> Loaded:
+    def elsewhere(some: Images) -> list[LoadedImage]:
         helped.extend(some)
-        return load_as_helper(SETTINGS, some)
+        return HELPER.load(some)
 
     slow = loader_with(elsewhere, SleepingReader({}), are_always_wanted=False)
     assert_same(load(slow, images), images)
     assert helped
 
 
-def test_there_are_not_many_more_helpers_than_cpus_for_them(monkeypatch):
-    monkeypatch.setattr(helpers, "REVIEW_S", 0.25)
-    monkeypatch.setattr(helpers, "TRAVEL_S", 0.0)
-    cpus, lock, under_way, seen = threading.Semaphore(2), threading.Lock(), [0], []
+def test_each_helper_has_two_chunks_under_way_and_gives_its_cpu_back(monkeypatch):
+    monkeypatch.setattr(helpers, "REVIEW_S", 0.05)
+    monkeypatch.setattr(helpers, "LEASE_S", 0.2)
+    lock, waited_for, most, ended = threading.Lock(), [0], [], []
 
-    def elsewhere(some: Images) -> Loaded:
-        if not some:
-            return [], 0.0
-        with lock:
-            under_way[0] += 1
-            seen.append(under_way[0])
-        with cpus:
-            started = time.monotonic()
-            time.sleep(0.05)
-            loaded = load_as_helper(SETTINGS, some)[0]
-            worked = time.monotonic() - started
-        with lock:
-            under_way[0] -= 1
-        return loaded, worked
+    @contextmanager
+    def helper() -> Iterator[Load]:
+        def load(some: Images) -> Callable[[], list[LoadedImage]]:
+            with lock:
+                waited_for[0] += 1
+                most.append(waited_for[0])
 
-    many = [(f"/missing/{i}.png", "1-1") for i in range(2000)]
-    assert len(load(loader_with(elsewhere, SleepingReader({})), many)) == len(many)
-    # It finds out by trying, and goes back.
-    assert max(seen) > 2
-    assert np.mean(seen[len(seen) // 2 :]) <= 6
+            def result() -> list[LoadedImage]:
+                time.sleep(0.01)
+                with lock:
+                    waited_for[0] -= 1
+                return HELPER.load(some)
+
+            return result
+
+        yield load
+        ended.append(True)
+
+    one = Helpers(helper, PIXEL_BYTES, are_always_wanted=True)
+    monkeypatch.setattr(helpers, "MOST_HELPERS", 1)
+    loader = ImageLoader(SleepingReader({}), SETTINGS.preprocessing, 2, helpers=one)
+    many = [(f"/missing/{i}.png", "1-1") for i in range(1500)]
+    assert len(load(loader, many)) == len(many)
+    assert max(most) == 2
+    assert len(ended) >= 2
 
 
 def test_idle_is_the_time_in_which_all_wait():

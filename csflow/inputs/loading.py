@@ -11,7 +11,7 @@ from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from csflow.inputs.helpers import REVIEW_S, Helpers, Pending
+from csflow.inputs.helpers import REVIEW_S, Helpers, Images, Pending
 from csflow.inputs.loaded import LoadedImage, load_one
 from csflow.inputs.reading import ImageReader
 from csflow.preprocessing import Preprocessing
@@ -133,23 +133,15 @@ class LoaderSettings:
         return ImageLoader(reader, self.preprocessing, threads, self.with_sha256, helpers)
 
 
-_kept: tuple[LoaderSettings, ImageLoader] | None = None
+class HelpingLoader:
+    """Loads images in the process of a helper, which keeps its connections from call to call."""
 
+    def __init__(self, settings: LoaderSettings) -> None:
+        self._loader = settings.loader(HELPER_THREADS)
 
-def load_as_helper(
-    settings: LoaderSettings, images: Sequence[tuple[str, str]]
-) -> tuple[list[LoadedImage], float]:
-    """Loads images in this process, which keeps the loader and its connections for the next call.
-
-    Returns the images, and the seconds that it took.
-    """
-    global _kept
-    started = time.monotonic()
-    if _kept is None or _kept[0] != settings:
-        _kept = settings, settings.loader(HELPER_THREADS)
-    uris, versions = [uri for uri, _ in images], [version for _, version in images]
-    loaded = [image.by_helper() for image in _kept[1].load(uris, versions)]
-    return loaded, time.monotonic() - started
+    def load(self, images: Images) -> list[LoadedImage]:
+        uris, versions = [uri for uri, _ in images], [version for _, version in images]
+        return [image.by_helper() for image in self._loader.load(uris, versions)]
 
 
 def batches(items: Iterable[T], batch_size: int) -> Iterator[list[T]]:

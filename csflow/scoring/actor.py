@@ -8,8 +8,9 @@ import pyarrow as pa
 from csflow.cluster import WorkerResources, on_this_node
 from csflow.scoring.config import ScoringSettings
 
-CALLS_PER_SCORER = 2
-"""Number of shards in an actor at once: while the model scores one, the other is read or written."""
+CALLS_PER_SCORER, CALLS_WITH_HELPERS = 2, 4
+"""Number of shards in an actor at once: while the model scores one, others are read or written. Helpers read
+several shards, since all of them work only while many images are wanted."""
 
 
 class ScoringActor:

@@ -13,7 +13,7 @@ from csflow.inputs.listing import list_images
 from csflow.inputs.selection import Selection
 from csflow.model_directory import ModelFiles, read_model
 from csflow.output.layout import Output
-from csflow.scoring.actor import CALLS_PER_SCORER, ScoringActor
+from csflow.scoring.actor import CALLS_PER_SCORER, CALLS_WITH_HELPERS, ScoringActor
 from csflow.scoring.config import ScoreConfig, ScoringSettings
 from csflow.scoring.frozen_listing import Listing
 from csflow.scoring.plan import PlannedShard, account, make_plan
@@ -87,7 +87,8 @@ def _score_shards(
 ) -> None:
     """Scores the shards; then those again that took their workers down, image by image in a child process."""
     work = [shard.to_row() for shard in shards]
-    rows = map_shards(work, ScoringActor, [settings, resources], resources, CALLS_PER_SCORER)
+    calls = CALLS_PER_SCORER if resources.decode == "beside" else CALLS_WITH_HELPERS
+    rows = map_shards(work, ScoringActor, [settings, resources], resources, calls)
     awaited = None if has_room(resources) else resources
     if not _follow(rows, len(shards), tally, settings.output.model_id, config, awaited):
         return

@@ -80,7 +80,7 @@ class _Notes:
 
 
 class ShardScorer:
-    """The scoring pass in an actor. `CALLS_PER_SCORER` threads call it at once.
+    """The scoring pass in an actor. Several threads call it at once.
 
     The earlier shard has the model to itself; the other shard uses the model only while the earlier one waits
     for input. So the two do not reach their ends at the same time, when neither would have work for the
