@@ -74,10 +74,10 @@ def test_a_killed_worker_costs_no_image(model, cells, plain_loop, tmp_path, deco
 
 
 def test_killed_helpers_cost_no_image(model, cells, plain_loop, tmp_path, run_record):
-    images, output = copy_some(cells / "functional" / "test", tmp_path / "images", 300), tmp_path / "output"
+    images, output = copy_some(cells / "functional" / "test", tmp_path / "images", 500), tmp_path / "output"
     cluster = ["--decode", "cluster", "--workers", "1"]
     job = start_job("--model", model, "--input", images, "--output", output, *cluster)
-    for _ in range(3):
+    for _ in range(2):
         wait_for(helping_workers, job)
         for victim in helping_workers():
             with suppress(ProcessLookupError):
@@ -88,7 +88,7 @@ def test_killed_helpers_cost_no_image(model, cells, plain_loop, tmp_path, run_re
     record = run_record(output)
     assert record["images_helped"] > 0
     assert record["seconds_in_workers"].keys() >= {"helped_read", "helped_decode", "wait", "score"}
-    assert f"{record['images_helped'] / 300:.0%} on other CPUs" in printed
+    assert f"{record['images_helped'] / 500:.0%} on other CPUs" in printed
 
 
 def test_drivers_killed_while_they_list_and_plan_leave_nothing_in_the_way(model, cells, plain_loop, tmp_path):
