@@ -173,6 +173,7 @@ SHARD_ROW: dict[str, Any] = {
     "failure": None,
     "is_published": True,
     "images": 10,
+    "helped": 0,
     "scored": 10,
     "anomalous": 0,
     "p_values_below_5_percent": 0,

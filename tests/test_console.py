@@ -141,7 +141,7 @@ def test_a_scoring_run_in_a_terminal_shows_a_bar_and_no_line_of_rays(model, cell
     assert lines[0] == f"csflow {__version__} score: starting"
     assert "2/2 shards" in terminal.shown
     assert "RAY_BACKEND_LOG_LEVEL" not in terminal.shown
-    expected = r"csflow |run \d|40 images listed|warning: |scored |errors |rate |drift |output |$"
+    expected = r"csflow |run \d|40 images listed|warning: |scored |errors |rate |loading |drift |output |$"
     assert [line for line in lines if not re.match(expected, line)] == []
 
 

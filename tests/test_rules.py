@@ -112,6 +112,7 @@ def test_the_model_knows_no_files_no_cluster_and_no_store() -> None:
         "contextlib",
         "copy",
         "dataclasses",
+        "difflib",
         "functools",
         "logging",
         "typing",

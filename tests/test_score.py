@@ -142,7 +142,7 @@ def test_every_image_is_scored_once_or_has_an_error(scored, archive, run_record)
     counts = record["counts"]
     assert [counts[k] for k in ("listed", "scored", "permanent_errors", "missing")] == [43, 40, 3, 0]
     # Where the time went: on the clock, and of processors.
-    assert {"read", "decode", "score", "write"} == record["seconds_in_workers"].keys()
+    assert {"read", "decode", "score", "wait", "write"} == record["seconds_in_workers"].keys()
     stages = {"start", "read", "decode", "score", "write", "other"}
     assert stages == record["cpu_seconds_in_workers"].keys()
     assert record["seconds_to_first_image"] > record["seconds"]["start"]

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
@@ -42,7 +41,9 @@ class ImageLoader:
             with_sha256: whether to compute the digest of each image's bytes.
             helpers: load images in other processes while `threads` are too few.
         """
-        self._load = partial(load_one, reader, preprocessing, with_sha256)
+        self._reader = reader
+        self._preprocessing = preprocessing
+        self._with_sha256 = with_sha256
         self._threads = threads
         self._helpers = helpers
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="image-loader")
@@ -117,7 +118,7 @@ class ImageLoader:
         self._pool.submit(self._finish, pending)
 
     def _finish(self, pending: Pending) -> None:
-        pending.finish(self._load(*pending.image))
+        pending.finish(load_one(self._reader, self._preprocessing, self._with_sha256, *pending.image))
 
 
 @dataclass(frozen=True)
