@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +79,21 @@ class FixedCostDetector:
         return lambda: scores
 
 
-def score(nodes: int, arguments: Sequence[str], output: Path) -> dict[str, float]:
-    """Runs the job on a cluster of so many nodes; its images per second, and the first to last."""
+def blank_images(folder: Path, images: int) -> list[str]:
+    """Writes a model, and a manifest of images that are nowhere; the arguments of a job over them."""
+    model = plant.write_model(folder / "model", plant.SETTINGS["light"])
+    uris = [f"{folder}/{i:06d}.png" for i in range(images)]
+    manifest = folder / "images.parquet"
+    pq.write_table(pa.table({"image_uri": uris, "image_version": ["1"] * len(uris)}), manifest)
+    return ["--model", str(model), "--input", str(manifest), "--max_error_rate", "1"]
+
+
+def run_job(nodes: Sequence[Mapping[str, int]], arguments: Sequence[str], output: Path) -> None:
+    """Runs the job on a cluster of nodes that have this."""
     cluster = Cluster()
     try:
-        for _ in range(nodes):
-            cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+        for node in nodes:
+            cluster.add_node(**node)
         cluster.wait_for_nodes()
         ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
         status = csflow.scoring.job.score(parse(ScoreConfig, None, [*arguments, "--output", str(output)]))
@@ -92,6 +101,11 @@ def score(nodes: int, arguments: Sequence[str], output: Path) -> dict[str, float
         ray.shutdown()
         cluster.shutdown()
     assert status == ExitStatus.DONE
+
+
+def score(nodes: int, arguments: Sequence[str], output: Path) -> dict[str, float]:
+    """Runs the job on a cluster of so many nodes; its images per second, and the first to last."""
+    run_job([{"num_cpus": 1, "object_store_memory": 100 << 20}] * nodes, arguments, output)
     scores = ds.dataset(output / "scores").to_table(columns=["image_height", "scored_at"])
     times = scores["scored_at"].cast("int64").to_numpy() / 1e6
     actors = scores["image_height"].to_numpy()
@@ -114,11 +128,7 @@ def main() -> None:
     rates: dict[tuple[int, str], list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="csflow-cluster-") as name:
         folder = Path(name)
-        model = plant.write_model(folder / "model", plant.SETTINGS["light"])
-        uris = [f"{folder}/{i:06d}.png" for i in range(options.images)]
-        manifest = folder / "images.parquet"
-        pq.write_table(pa.table({"image_uri": uris, "image_version": ["1"] * len(uris)}), manifest)
-        arguments = ["--model", str(model), "--input", str(manifest), "--max_error_rate", "1"]
+        arguments = blank_images(folder, options.images)
         for _ in range(options.rounds):
             for nodes in NODES:
                 for kind, rate in score(nodes, arguments, folder / secrets.token_hex(4)).items():

@@ -20,26 +20,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# A call after the benchmark's cluster has gone must not join, or start, another.
-os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
-
 import numpy as np
-import pyarrow as pa
+import plant
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
-import ray
 import results
 from fixed_cost import DECODE_S, FixedCostSettings
-from ray.cluster_utils import Cluster
 
 import cluster
 import csflow.scoring.job
-import plant
 from csflow.cluster import WorkerResources, helpers
-from csflow.config import parse
-from csflow.errors import ExitStatus
 from csflow.preprocessing import Preprocessing
-from csflow.scoring.config import ScoreConfig, ScoringSettings
+from csflow.scoring.config import ScoringSettings
 from csflow.scoring.scorer import ShardScorer
 
 SCORE_S = 0.002
@@ -61,19 +52,9 @@ class FixedCostScorer(ShardScorer):
 
 def score(cpu_nodes: int, decode: str, arguments: list[str], output: Path) -> dict[str, float]:
     """Runs the job on a cluster of a GPU node and so many CPU nodes; images per second."""
-    nodes = Cluster()
-    try:
-        nodes.add_node(num_cpus=1, num_gpus=1, object_store_memory=200 << 20)
-        for _ in range(cpu_nodes):
-            nodes.add_node(num_cpus=1, object_store_memory=200 << 20)
-        nodes.wait_for_nodes()
-        ray.init(address=nodes.address, logging_level="error", log_to_driver=False)
-        settings = [*arguments, "--output", str(output), "--decode", decode]
-        status = csflow.scoring.job.score(parse(ScoreConfig, None, settings))
-    finally:
-        ray.shutdown()
-        nodes.shutdown()
-    assert status == ExitStatus.DONE
+    node = {"num_cpus": 1, "object_store_memory": 200 << 20}
+    nodes = [node | {"num_gpus": 1}, *[node] * cpu_nodes]
+    cluster.run_job(nodes, [*arguments, "--decode", decode], output)
     scored_at = ds.dataset(output / "scores").to_table(columns=["scored_at"])["scored_at"]
     times = np.sort(scored_at.cast("int64").to_numpy() / 1e6)
     middle = times[len(times) * STEADY.start // 10 : len(times) * STEADY.stop // 10]
@@ -96,11 +77,7 @@ def main() -> None:
     variants = [(0, "beside"), *((nodes, "auto") for nodes in CPU_NODES)]
     with tempfile.TemporaryDirectory(prefix="csflow-split-") as name:
         folder = Path(name)
-        model = plant.write_model(folder / "model", plant.SETTINGS["light"])
-        uris = [f"{folder}/{i:06d}.png" for i in range(options.images)]
-        manifest = folder / "images.parquet"
-        pq.write_table(pa.table({"image_uri": uris, "image_version": ["1"] * len(uris)}), manifest)
-        arguments = ["--model", str(model), "--input", str(manifest), "--max_error_rate", "1"]
+        arguments = cluster.blank_images(folder, options.images)
         for _ in range(options.rounds):
             for nodes, decode in variants:
                 for kind, rate in score(nodes, decode, arguments, folder / secrets.token_hex(4)).items():

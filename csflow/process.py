@@ -130,10 +130,10 @@ class IdleClock:
 
     def take(self) -> float:
         """Seconds since the last call."""
-        seconds = self.seconds()
         with self._lock:
-            new, self._taken = max(0.0, seconds - self._taken), max(seconds, self._taken)
-        return new
+            self._add()
+            new, self._taken = self._seconds - self._taken, self._seconds
+            return new
 
     @contextmanager
     def _changed(self, users: int, waiting: int) -> Iterator[None]:
