@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from csflow.errors import StorageFailed, WrongUse
+from csflow.literal_paths import remove_folder
 
 CONFLICT_RETRIES = 5
 
@@ -114,6 +115,11 @@ class Location:
         """Removes a file. Raises StorageFailed if that fails."""
         with _naming(self.url, "removed"):
             self.fs.rm_file(self.path)
+
+    def remove_folder(self) -> None:
+        """Removes all files below this folder. Raises StorageFailed if that fails."""
+        with _naming(self.url, "removed"):
+            remove_folder(self.fs, self.path)
 
     def _create_remote(self, data: bytes) -> None:
         for attempt in itertools.count():

@@ -417,6 +417,39 @@ def test_patterns_match_files_and_folders(tmp_path: Path, bucket: faulty_s3.Faul
             assert sorted(found) == [f"{root}/{name}" for name in matches]
 
 
+@pytest.mark.parametrize("form", ["lot[3]", "lot[3]/", "lot[3]/*.png", "lot[[]3]", "lo*[[]3]/a.png"])
+def test_a_folder_that_exists_is_meant_and_not_the_pattern_that_its_name_is(
+    tmp_path: Path, bucket: faulty_s3.FaultyS3, form: str
+) -> None:
+    for name in ("in/lot[3]/a.png", "in/lot3/a.png", "in/lot3/b.png", "in/lot33/a.png"):
+        write(tmp_path / name, png(1))
+        bucket.put(name, png(1))
+    for root, options in ((str(tmp_path), {}), ("s3://inputs", bucket.options)):
+        assert list(listing(f"{root}/in/{form}", options=options)) == [f"{root}/in/lot[3]/a.png"]
+
+
+def test_a_pattern_below_a_folder_that_has_marks_in_its_name_is_still_a_pattern(tmp_path: Path) -> None:
+    for name in ("lot[3]/n1/a.png", "lot[3]/n[12]/b.png", "lot[3]/n2/c.png", "lot3/n1/d.png"):
+        write(tmp_path / name, png(1))
+    assert names_below(tmp_path, "lot[3]/n?/*.png") == ["lot[3]/n1/a.png", "lot[3]/n2/c.png"]
+    assert names_below(tmp_path, "lot[3]/n[12]/*.png") == ["lot[3]/n[12]/b.png"]
+    assert names_below(tmp_path, "lot[2-4]/n[12]/*.png") == ["lot3/n1/d.png"]
+
+
+def names_below(folder: Path, pattern: str) -> list[str]:
+    return sorted(uri.removeprefix(f"{folder}/") for uri in listing(f"{folder}/{pattern}"))
+
+
+def test_a_relative_uri_of_a_manifest_keeps_the_names_of_its_folders(bucket: faulty_s3.FaultyS3) -> None:
+    for name in ("d//double//a.png", "d/double/a.png", "d//b.png", "d//double//.c.png", "e/d.png"):
+        bucket.put(name, png(1))
+    relative = ["a.png", "../b.png", "./.c.png", "../../../e/d.png", "../../../../../e/d.png"]
+    manifest = bucket.put("d//double//m.csv", "\n".join(["image_uri", *relative]).encode())
+    root = "s3://inputs"
+    names = ["d//double//a.png", "d//double/b.png", "d//double//.c.png", "d/e/d.png", "e/d.png"]
+    assert list(listing(manifest, options=bucket.options)) == [f"{root}/{name}" for name in names]
+
+
 def test_symbolic_links_are_followed_once_and_dangling_ones_accounted_for(tmp_path: Path) -> None:
     write(tmp_path / "real" / "a.png", png(1))
     (tmp_path / "in").mkdir()

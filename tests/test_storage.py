@@ -14,6 +14,7 @@ import pytest
 from csflow import storage
 from csflow.cluster import WorkerResources, _fit, share_out
 from csflow.errors import StorageFailed, WrongUse
+from csflow.literal_paths import arrow_filesystem
 from csflow.storage import Location
 
 
@@ -58,6 +59,28 @@ def test_files_are_written_read_and_found(folder):
         (folder / "none").read()
     folder.check_writable(exclusively=True)
     assert len(folder.find("")) == 2
+
+
+def test_a_folder_is_removed_by_its_very_name(folder):
+    for name in ("m[1]/a", "m[1]/below/b", "m1/a", "m[1]x"):
+        (folder / name).write(b"")
+    (folder / "m[1]").remove_folder()
+    assert not (folder / "m[1]").exists()
+    assert [file.url.removeprefix(f"{folder.url}/") for file in folder.find("")] == ["m1/a", "m[1]x"]
+
+
+def test_arrow_and_ray_remove_what_they_name(folder):
+    for name in ("m[1]/a", "m[1]/below/b", "m[1]/c?", "m1/a", "m[1]/cd"):
+        (folder / name).write(b"")
+    fs = arrow_filesystem(folder.fs)
+    fs.delete_file((folder / "m[1]" / "c?").path)
+    fs.delete_dir((folder / "m[1]" / "below").path)
+    assert [file.name for file in folder.find("")] == ["a", "a", "cd"]
+    fs.delete_dir_contents((folder / "m[1]").path)
+    assert [file.url.removeprefix(f"{folder.url}/") for file in folder.find("")] == ["m1/a"]
+    fs.delete_dir_contents((folder / "none").path, missing_dir_ok=True)
+    with pytest.raises(FileNotFoundError):
+        fs.delete_dir_contents((folder / "none").path)
 
 
 def test_a_relative_path_means_the_same_to_every_process(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Walks folders, prefixes and glob patterns of any store: every file below, with its version, in order."""
 
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
+from csflow.errors import ErrorCode, ImageError
 from csflow.inputs.objects import (
     UNKNOWN_VERSION,
     ObjectStore,
@@ -18,7 +20,7 @@ from csflow.inputs.objects import (
     modified_at,
     version_of,
 )
-from csflow.inputs.uris import as_text, is_s3, local_path, split_s3
+from csflow.inputs.uris import as_text, is_s3, local_path, path_in, root_of, split_s3, uri_of
 
 LISTINGS_AT_ONCE = 16
 PATTERN_MARKS = "*?["
@@ -32,17 +34,23 @@ def is_folder(store: ObjectStore, uri: str) -> bool:
     """Whether a folder exists; in an object store, whether any object is below that prefix.
 
     Raises:
-        ImageError: NOT_FOUND if the bucket does not exist, or as `ObjectStore.fetch`.
+        ImageError: NOT_FOUND if the bucket does not exist, unless the URI is a pattern, too; or as
+            `ObjectStore.fetch`.
     """
     path = local_path(uri)
     if path is not None:
         return Path(path).is_dir()
     if is_s3(uri):
         bucket, prefix = _split_prefix(uri)
-        page = store.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        try:
+            page = store.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        except ImageError as error:
+            if error.code == ErrorCode.NOT_FOUND and is_pattern(uri):
+                return False
+            raise
         return bool(page["KeyCount"]) or not prefix
     fs = store.remote(uri)
-    return store.retried(lambda _: bool(fs.isdir(fs._strip_protocol(uri))))
+    return store.retried(lambda _: bool(fs.isdir(path_in(fs, uri))))
 
 
 def walk(store: ObjectStore, pool: ThreadPoolExecutor, uri: str, is_wanted: Wanted) -> Iterator[StoredObject]:
@@ -87,6 +95,21 @@ def is_pattern(uri: str) -> bool:
     return any(mark in uri for mark in PATTERN_MARKS)
 
 
+def escaped(store: ObjectStore, pattern: str) -> str:
+    """The pattern, with marks escaped in the names of its leading folders that exist as they are written.
+
+    Raises:
+        ImageError: as `is_folder`.
+    """
+    parts = pattern.split("/")
+    literal = 0
+    while literal < len(parts) - 1:
+        if is_pattern(parts[literal]) and not is_folder(store, "/".join(parts[: literal + 1])):
+            break
+        literal += 1
+    return "/".join([re.sub(r"[*?[]", r"[\g<0>]", part) for part in parts[:literal]] + parts[literal:])
+
+
 def is_hidden(name: str, folder_marks: tuple[str, ...] = (".", "_")) -> bool:
     """Whether a relative name begins with a dot, or one of its folders (which end in /) with a mark.
 
@@ -126,11 +149,11 @@ def _examine(path: str) -> StoredObject:
 
 def _walk_other(store: ObjectStore, uri: str, is_wanted: Wanted) -> Iterator[StoredObject]:
     fs = store.remote(uri)
-    root = fs._strip_protocol(uri).rstrip("/") + "/"
+    root = path_in(fs, uri).rstrip("/") + "/"
     found = store.retried(lambda _: fs.find(root, detail=True))
     for path, info in sorted(found.items()):
         if is_wanted(path) and not is_hidden(path.removeprefix(root)):
-            yield _described(fs.unstrip_protocol(path), info)
+            yield _described(uri_of(fs, root_of(uri), path), info)
 
 
 def _walk_s3(
@@ -193,8 +216,8 @@ def _matches(store: ObjectStore, pattern: str) -> dict[str, Description]:
         found = LocalFileSystem().glob(path, detail=True)
         return {uri: info | {"type": _local_type(uri)} for uri, info in found.items()}
     fs = store.remote(pattern)
-    found = store.retried(lambda _: fs.glob(fs._strip_protocol(pattern), detail=True))
-    return {fs.unstrip_protocol(name): info for name, info in found.items()}
+    found = store.retried(lambda _: fs.glob(path_in(fs, pattern), detail=True))
+    return {uri_of(fs, root_of(pattern), name): info for name, info in found.items()}
 
 
 def _local_type(path: str) -> str:

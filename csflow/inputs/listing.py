@@ -113,13 +113,14 @@ class _Listing:
                 if error.code not in (ErrorCode.NOT_FOUND, ErrorCode.PERMISSION_DENIED):
                     raise
                 failure = error
+        # What is there by this very name is meant, even if the name is a pattern too.
+        if folders.is_folder(self._store, uri):
+            return self._walk(uri)
         if folders.is_pattern(uri):
-            files, below = folders.glob(self._store, uri)
+            files, below = folders.glob(self._store, folders.escaped(self._store, uri))
             if not files and not below:
                 raise WrongUse(f"{uri}: nothing matches this pattern; quote it, and check it with a listing")
             return self._read_matches(uri, files, below)
-        if folders.is_folder(self._store, uri):
-            return self._walk(uri)
         raise failure
 
     def _read_named(self, file: StoredObject) -> Iterator[StoredObject]:

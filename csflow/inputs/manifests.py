@@ -1,7 +1,6 @@
 """Manifests: CSV or Parquet tables that name images one by one in a column `image_uri`."""
 
 import os
-import posixpath
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from pyarrow import csv
 from csflow.errors import WrongUse
 from csflow.inputs import archives
 from csflow.inputs.objects import UNKNOWN_VERSION, ObjectStore, StoredObject
-from csflow.inputs.uris import local_path
+from csflow.inputs.uris import local_path, resolve
 from csflow.redaction import holds_credentials
 
 SUFFIX = ".csv"
@@ -62,8 +61,7 @@ def canonical_uri(uri: str, folder: str | None = None) -> str:
         scheme, _, rest = uri.partition("://")
         return f"{'s3' if scheme in ('s3a', 's3n') else scheme}://{rest}"
     if folder is not None and local_path(folder) is None and not path.startswith("/"):
-        scheme, _, rest = folder.partition("://")
-        return f"{scheme}://{posixpath.normpath(posixpath.join(rest, path))}"
+        return resolve(folder, path)
     return os.path.normpath(Path(folder or Path.cwd(), Path(path).expanduser()))
 
 

@@ -21,7 +21,7 @@ from fsspec.asyn import sync
 from csflow.errors import ErrorCode, ImageError, WrongUse
 from csflow.inputs.native_s3 import NativeS3
 from csflow.inputs.store_errors import NO_CREDENTIALS, check_size, image_error
-from csflow.inputs.uris import is_s3, local_path, split_s3
+from csflow.inputs.uris import is_s3, local_path, path_in, root_of, split_s3
 from csflow.storage import filesystem
 
 T = TypeVar("T")
@@ -37,6 +37,7 @@ LONGEST_PAUSE_S = 20.0
 MAX_RANGE_BYTES = 1 << 30
 """Largest single read in an archive or a Parquet file, so that a hostile header cannot exhaust the memory."""
 
+S3 = "s3://"
 # Retries are ours alone: nested ones multiply the load on a store that asked to slow down, and hide why it
 # failed. botocore's 10 connections would leave most of a reader's threads waiting.
 S3_CLIENT = {"retries": {"total_max_attempts": 1}, "max_pool_connections": 64}
@@ -63,6 +64,7 @@ class ObjectStore:
         self._options = dict(storage_options)
         self._deadline_s = deadline_s
         self._remote: dict[str, fsspec.AbstractFileSystem] = {}
+        """Asynchronous file systems by scheme and host; of others each thread has its own."""
         self._native: NativeS3 | None = None
         self._lock = threading.Lock()
 
@@ -107,23 +109,25 @@ class ObjectStore:
         """The response of one S3 operation, tried again as `fetch` does."""
 
         def attempt(left_s: float) -> Any:
-            fs = self.remote("s3://")
+            fs = self.remote(S3)
             return sync(fs.loop, _call_s3, fs, method, request, timeout=left_s)
 
         return self.retried(attempt)
 
     def remote(self, uri: str) -> fsspec.AbstractFileSystem:
-        """The file system of a remote URI. Raises WrongUse for an unknown scheme."""
-        scheme = uri.partition("://")[0]
-        if scheme not in self._remote:
+        """The file system of a remote URI's scheme and host. Raises WrongUse for an unknown scheme."""
+        root = S3 if is_s3(uri) else root_of(uri)
+        fs = self._remote.get(root)
+        if fs is None:
             options = self._options
-            if scheme == "s3":
+            if root == S3:
                 options = options | {"config_kwargs": S3_CLIENT | options.get("config_kwargs", {})}
-            fs, _ = filesystem(uri, options)
-            if scheme == "s3":
+            fs, _ = filesystem(root, options)
+            if root == S3:
                 fs.retries = 1
-            self._remote[scheme] = fs
-        return self._remote[scheme]
+            if fs.async_impl:
+                self._remote[root] = fs
+        return fs
 
     def retried(self, attempt: Callable[[float], T]) -> T:
         """The result of `attempt(seconds left)`, repeated with growing random pauses until the deadline.
@@ -162,7 +166,7 @@ class ObjectStore:
     def _native_s3(self) -> NativeS3:
         with self._lock:
             if self._native is None:
-                self._native = NativeS3(self.remote("s3://"), self._deadline_s)
+                self._native = NativeS3(self.remote(S3), self._deadline_s)
             return self._native
 
     def _get_s3(
@@ -178,13 +182,13 @@ class ObjectStore:
 
     def _get_other(self, uri: str, start: int, end: int | None, limit: int) -> bytes:
         fs = self.remote(uri)
-        data: bytes = fs.cat_file(fs._strip_protocol(uri), start=start or None, end=end)
+        data: bytes = fs.cat_file(path_in(fs, uri), start=start or None, end=end)
         check_size(len(data), limit)
         return data
 
     def _stat_other(self, uri: str) -> StoredObject:
         fs = self.remote(uri)
-        info = fs.info(fs._strip_protocol(uri))
+        info = fs.info(path_in(fs, uri))
         if info["type"] != "file":
             raise ImageError(ErrorCode.NOT_FOUND, "not an object")
         return StoredObject(uri, version_of(info), info["size"] or 0, modified_at(info))

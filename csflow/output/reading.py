@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from csflow.errors import WrongUse
+from csflow.literal_paths import arrow_filesystem
 from csflow.output.layout import SCORES_FILES, Kind, output_files, run_ids
 from csflow.output.runs import RunRecord, read_record
 from csflow.output.schemas import ERRORS, KEY_COLUMNS, SCORES
@@ -115,7 +115,7 @@ def permanent_errors(files: Sequence[Location]) -> Iterator[pa.RecordBatch]:
 
 def dataset(files: Sequence[Location], schema: pa.Schema) -> ds.Dataset:
     """At least one file, opened as one dataset of this schema."""
-    fs = PyFileSystem(FSSpecHandler(files[0].fs))
+    fs = arrow_filesystem(files[0].fs)
     return ds.dataset([file.path for file in files], schema, format="parquet", filesystem=fs)
 
 
@@ -141,7 +141,8 @@ def _find_models(location: Location) -> tuple[Location, dict[str, list[str]]]:
 
 
 def _possible_roots(location: Location) -> Iterator[Location]:
-    url = location.fs.unstrip_protocol(location.path)
+    # Not `unstrip_protocol`, which forgets the host of some stores.
+    url = location.url.rstrip("/")
     yield Location(url, location.storage_options)
     if url.endswith("/scores"):
         yield Location(url.removesuffix("/scores"), location.storage_options)

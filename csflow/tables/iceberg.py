@@ -112,4 +112,4 @@ def _data_file(table: Table, footer: Footer) -> DataFile:
 
 
 def _uri(location: Location) -> str:
-    return str(location.fs.unstrip_protocol(location.path))
+    return str(location.fs.unstrip_protocol(location.path)) if location.is_local else location.url

@@ -10,13 +10,13 @@ import pyarrow as pa
 import ray
 import ray.train
 import ray.train.torch
-from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from csflow.cluster import in_thread, node_resources, share_out
 from csflow.errors import Failed
+from csflow.literal_paths import arrow_filesystem
 from csflow.model import Architecture
 from csflow.storage import Location, to_parquet
 from csflow.training.cache import FeatureCache
@@ -100,7 +100,7 @@ class Run:
     def fit(self) -> Result:
         """Trains until the end, restarting workers that die. Raises Failed if the training diverges."""
         if not self._config.resume and self._folder.exists():
-            self._folder.fs.rm(self._folder.path, recursive=True)
+            self._folder.remove_folder()
         self._split.write(to_parquet(self._data.split))
         # Beside this process, without which the training ends anyway; any other node may be lost.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -160,7 +160,7 @@ class Run:
             run_config=ray.train.RunConfig(
                 name=self.name,
                 storage_path=self._folder.parent.path,
-                storage_filesystem=PyFileSystem(FSSpecHandler(self._folder.fs)),
+                storage_filesystem=arrow_filesystem(self._folder.fs),
                 failure_config=ray.train.FailureConfig(max_failures=WORKER_RETRIES),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             ),
