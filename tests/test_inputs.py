@@ -990,7 +990,7 @@ def test_tables_that_are_no_manifests_are_wrong_use(tmp_path: Path) -> None:
 
 def test_unknown_schemes_are_wrong_use() -> None:
     assert "nonsense" in wrong_use("nonsense://bucket/a.png")
-    assert "gcsfs" in wrong_use("gs://bucket/a.png")
+    assert "paramiko" in wrong_use("sftp://host/a.png")
 
 
 def test_refused_and_missing_credentials_are_wrong_use(

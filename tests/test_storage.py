@@ -239,7 +239,7 @@ def test_all_that_is_done_with_a_location_is_done_with_its_options(tmp_path):
     assert folder.find("") == [folder / "file"]
 
 
-@pytest.mark.parametrize("scheme", ["nowhere", "gs"])
+@pytest.mark.parametrize("scheme", ["nowhere", "sftp"])
 @pytest.mark.parametrize("act", [Location.exists, Location.read, lambda location: location.find("")])
 def test_a_scheme_that_is_unknown_or_has_no_driver_here_is_wrong_use(act, scheme):
     with pytest.raises(WrongUse, match=rf"^{scheme}://plant/a: "):

@@ -12,14 +12,8 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from csflow.errors import ErrorCode, ImageError
-from csflow.inputs.objects import (
-    UNKNOWN_VERSION,
-    ObjectStore,
-    StoredObject,
-    local_version,
-    modified_at,
-    version_of,
-)
+from csflow.inputs.http_objects import is_http
+from csflow.inputs.objects import UNKNOWN_VERSION, ObjectStore, StoredObject, described, local_version
 from csflow.inputs.uris import as_text, is_s3, local_path, path_in, root_of, split_s3, uri_of
 
 LISTINGS_AT_ONCE = 16
@@ -87,7 +81,7 @@ def glob(store: ObjectStore, pattern: str) -> tuple[list[StoredObject], list[str
         if is_directory:
             folders.append(uri)
         else:
-            files.append(_examine(uri) if local_path(uri) else _described(uri, info))
+            files.append(_examine(uri) if local_path(uri) else _described(store, uri, info))
     return files, [] if "**" in pattern else folders
 
 
@@ -153,7 +147,7 @@ def _walk_other(store: ObjectStore, uri: str, is_wanted: Wanted) -> Iterator[Sto
     found = store.retried(lambda _: fs.find(root, detail=True))
     for path, info in sorted(found.items()):
         if is_wanted(path) and not is_hidden(path.removeprefix(root)):
-            yield _described(uri_of(fs, root_of(uri), path), info)
+            yield _described(store, uri_of(fs, root_of(uri), path), info)
 
 
 def _walk_s3(
@@ -224,8 +218,14 @@ def _local_type(path: str) -> str:
     return "directory" if Path(path).is_dir() else "file"  # also through symbolic links
 
 
-def _described(uri: str, info: Description) -> StoredObject:
-    return StoredObject(uri, version_of(info), info["size"] or 0, modified_at(info))
+def _described(store: ObjectStore, uri: str, info: Description) -> StoredObject:
+    """Describes a link of a web page that leads nowhere, too: reading it raises NOT_FOUND."""
+    if not is_http(uri):
+        return described(uri, info)
+    try:
+        return store.stat(uri)  # a page of links says nothing of their versions
+    except ImageError:
+        return StoredObject(uri, UNKNOWN_VERSION, 0)
 
 
 def _split_prefix(uri: str) -> tuple[str, str]:

@@ -5,12 +5,13 @@ import itertools
 import math
 import os
 import random
+import re
 import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from datetime import datetime
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
@@ -19,6 +20,8 @@ from botocore.utils import parse_timestamp
 from fsspec.asyn import sync
 
 from csflow.errors import ErrorCode, ImageError, WrongUse
+from csflow.inputs import http_objects, plain_reads
+from csflow.inputs.http_objects import is_http
 from csflow.inputs.native_s3 import NativeS3
 from csflow.inputs.store_errors import NO_CREDENTIALS, check_size, image_error
 from csflow.inputs.uris import is_s3, local_path, path_in, root_of, split_s3
@@ -42,7 +45,7 @@ S3 = "s3://"
 # failed. botocore's 10 connections would leave most of a reader's threads waiting.
 S3_CLIENT = {"retries": {"total_max_attempts": 1}, "max_pool_connections": 64}
 
-MODIFIED = ("LastModified", "mtime", "updated", "created")
+MODIFIED = ("LastModified", "last_modified", "mtime", "updated", "created")
 """Names under which fsspec's drivers give the time of the last change."""
 
 
@@ -74,9 +77,9 @@ class ObjectStore:
         """Bytes `start` to `end` of that version, with one GET or one read of a local file.
 
         Raises:
-            ImageError: CHANGED if the object has another version (only S3 and local files can tell),
-                TOO_LARGE above `limit` bytes, and the errors of `image_error`. Transient failures are retried
-                until the deadline.
+            ImageError: CHANGED if the object has another version (only S3, web servers and local files can
+                tell), TOO_LARGE above `limit` bytes, and the errors of `image_error`. Transient failures are
+                retried until the deadline.
         """
         path = local_path(uri)
         if path is not None:
@@ -84,6 +87,8 @@ class ObjectStore:
         if is_s3(uri):
             clients = itertools.chain([self._get_s3_natively], itertools.repeat(self._get_s3))
             return self.retried(lambda left_s: next(clients)(uri, version, start, end, limit, left_s))
+        if is_http(uri):
+            return self.retried(lambda left_s: self._get_http(uri, version, start, end, limit, left_s))
         return self.retried(lambda _: self._get_other(uri, start, end, limit))
 
     def stat(self, uri: str) -> StoredObject:
@@ -96,6 +101,8 @@ class ObjectStore:
             head = self.call_s3("head_object", Bucket=bucket, Key=key)
             modified_at = head["LastModified"].timestamp()
             return StoredObject(uri, head["ETag"].strip('"'), head["ContentLength"], modified_at)
+        if is_http(uri):
+            return self.retried(lambda left_s: self._stat_http(uri, left_s))
         return self.retried(lambda _: self._stat_other(uri))
 
     def open(self, stored: StoredObject, read_ahead: int = 0) -> BinaryIO:
@@ -180,18 +187,41 @@ class ObjectStore:
         data: bytes = sync(fs.loop, _get_body, fs, request, limit, timeout=left_s)
         return data
 
-    def _get_other(self, uri: str, start: int, end: int | None, limit: int) -> bytes:
+    def _get_http(
+        self, uri: str, version: str, start: int, end: int | None, limit: int, left_s: float
+    ) -> bytes:
         fs = self.remote(uri)
-        data: bytes = fs.cat_file(path_in(fs, uri), start=start or None, end=end)
-        check_size(len(data), limit)
-        return data
+        data, info = sync(fs.loop, http_objects.get, fs, uri, start, end, limit, timeout=left_s)
+        if version_of(info) != version:
+            raise ImageError(ErrorCode.CHANGED, "the file was changed after it was listed")
+        return bytes(data)
+
+    def _stat_http(self, uri: str, left_s: float) -> StoredObject:
+        fs = self.remote(uri)
+        return described(uri, sync(fs.loop, http_objects.stat, fs, uri, timeout=left_s))
+
+    def _get_other(self, uri: str, start: int, end: int | None, limit: int) -> bytes:
+        with self._other(uri) as (fs, path):
+            return plain_reads.read(fs, path, start, end, limit)
 
     def _stat_other(self, uri: str) -> StoredObject:
-        fs = self.remote(uri)
-        info = fs.info(path_in(fs, uri))
+        with self._other(uri) as (fs, path):
+            info = fs.info(path)
         if info["type"] != "file":
             raise ImageError(ErrorCode.NOT_FOUND, "not an object")
-        return StoredObject(uri, version_of(info), info["size"] or 0, modified_at(info))
+        return described(uri, info)
+
+    @contextmanager
+    def _other(self, uri: str) -> Iterator[tuple[fsspec.AbstractFileSystem, str]]:
+        """File system and path of a URI; after a failure the next attempt connects anew."""
+        fs = self.remote(uri)
+        try:
+            yield fs, path_in(fs, uri)
+        except FileNotFoundError:
+            raise
+        except Exception:
+            fs.clear_instance_cache()
+            raise
 
 
 class _RangeFile(io.RawIOBase):
@@ -241,27 +271,42 @@ class _RangeFile(io.RawIOBase):
         return self.read()
 
 
+def described(uri: str, info: Mapping[str, Any]) -> StoredObject:
+    """The object that fsspec describes so."""
+    return StoredObject(uri, version_of(info), info["size"] or 0, modified_at(info))
+
+
 def version_of(info: Mapping[str, Any]) -> str:
     """The version in fsspec's description of a remote object."""
     etag = info.get("ETag") or info.get("etag")
     if etag:
         return str(etag).strip('"')
-    changed = next((info[key] for key in MODIFIED if key in info), "")
-    return f"{info['size']}-{changed}".replace(" ", "T")
+    return f"{info['size']}-{_changed(info)}".replace(" ", "T")
 
 
 def modified_at(info: Mapping[str, Any]) -> float:
     """The time of the last change in fsspec's description of a remote object; NaN if it has none."""
-    for key in MODIFIED:
-        value = info.get(key)
-        if isinstance(value, datetime):
-            return value.timestamp()
-        if isinstance(value, int | float):
-            return float(value)
-        if isinstance(value, str):
-            with suppress(ValueError):
-                return datetime.fromisoformat(value).timestamp()
-    return math.nan
+    value = _changed(info)
+    if isinstance(value, int | float):
+        return float(value)
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            return math.nan
+    return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+
+
+def _changed(info: Mapping[str, Any]) -> datetime | float | str:
+    """The time of the last change as the driver tells it; "" if it has none."""
+    if isinstance(info.get("modify"), str):
+        # Of FTP's MLSD, in UTC. Without MLSD drivers take the text of a listing, which changes as files age.
+        digits = re.match(r"\d{14}", info["modify"])
+        return datetime.strptime(digits[0], "%Y%m%d%H%M%S").replace(tzinfo=UTC) if digits else ""
+    if "modificationTime" in info:
+        return float(info["modificationTime"]) / 1000  # WebHDFS
+    value: datetime | float | str = next((info[key] for key in MODIFIED if info.get(key)), "")
+    return value
 
 
 def local_version(status: os.stat_result) -> str:
