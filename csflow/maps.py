@@ -58,14 +58,34 @@ def overlay(
     Raises:
         ValueError: vmin is not below vmax.
     """
+    colours = layer(anomaly_map, image.height, image.width, vmin=vmin, vmax=vmax, box=box)
+    alpha = colours.getchannel("A").point(lambda value: round(value * opacity))
+    return Image.composite(colours.convert("RGB"), image, alpha)
+
+
+def layer(
+    anomaly_map: NDArray[np.float32],
+    height: int,
+    width: int,
+    *,
+    vmin: float,
+    vmax: float,
+    box: Sequence[float] | None = None,
+) -> Image.Image:
+    """The map in colours of `height` x `width` pixels, RGBA, to be laid over its image.
+
+    Arguments are those of `overlay`. Opacity grows linearly with the value, up to 1 for the brightest cells.
+
+    Raises:
+        ValueError: vmin is not below vmax.
+    """
     if not vmin < vmax:
         raise ValueError(f"vmin {vmin} must be below vmax {vmax}")
     level = np.nan_to_num((anomaly_map.astype(np.float32) - vmin) / (vmax - vmin), nan=1.0)
     # Clipped before upsampling too: a cell far above vmax would bleed its colour over its neighbours.
-    level_HW = resample(level.clip(0, 1), image.height, image.width, box, outside=0).clip(0, 1)
-    colours = Image.fromarray(COLOUR_TABLE[(level_HW * 255).round().astype(np.uint8)])
-    alpha = Image.fromarray((level_HW * opacity * 255).round().astype(np.uint8))
-    return Image.composite(colours, image, alpha)
+    level_HW = resample(level.clip(0, 1), height, width, box, outside=0).clip(0, 1)
+    colour_HW = (level_HW * 255).round().astype(np.uint8)
+    return Image.fromarray(np.dstack([COLOUR_TABLE[colour_HW], colour_HW]))
 
 
 def resample(

@@ -109,10 +109,18 @@ def _overlay(
 
 def read_image(row: Mapping[str, Any], reader: ImageReader, side: int | None = None) -> Image.Image:
     """The image of a row, RGB, its longest side at most `side` pixels. Raises ImageError if it is gone."""
+    return reduced(reader.read(row["image_uri"], row["image_version"]), row, side)
+
+
+def reduced(data: bytes, row: Mapping[str, Any], side: int | None = None) -> Image.Image:
+    """The image in these bytes, RGB, its longest side at most `side` pixels. Raises ImageError if damaged.
+
+    Args:
+        row: its row of `scores`, which has its size.
+    """
     sides = np.array([row["image_height"], row["image_width"]])
     small = sides * min(1.0, (side or sides.max()) / sides.max())
     height, width = np.maximum(1, small.round()).astype(int).tolist()
-    data = reader.read(row["image_uri"], row["image_version"])
     return Image.fromarray(decode(data, (height, width)).pixels_HWC)
 
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import urllib.request
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
@@ -28,7 +29,8 @@ from csflow.output.runs import ScoredWith
 from csflow.output.schemas import ERRORS, SCORES
 from csflow.report import ReportConfig, gallery, report
 from csflow.report.charts import folders, heat_map, histogram, time_line
-from csflow.report.gallery import LARGEST_SIDE, PictureMaker, picture_side
+from csflow.report.gallery import LARGEST_SIDE, PictureMaker, close_up_edges, picture_side
+from csflow.report.links import links
 from csflow.storage import Location, read_parquet, to_parquet
 
 NIGHT = datetime(2026, 9, 28, 2, tzinfo=UTC)
@@ -188,9 +190,53 @@ def test_pictures_are_small_whatever_the_size_of_the_image(tmp_path: Path) -> No
     row = scored(image["image_uri"], image["image_version"], 3.0, image_height=1000, image_width=3000)
     write_rows(tmp_path / "out", [row])
     _, page = make_report(tmp_path)
-    for picture in page.pictures:
-        data = base64.b64decode((picture["src"] or "").partition("base64,")[2])
-        assert Image.open(io.BytesIO(data)).size == (384, 128)
+    photograph, anomaly_map, close_up = map(picture_in, page.pictures)
+    assert photograph.size == (384, 128)
+    assert anomaly_map.size == (96, 32)
+    # A cell of the map has 500 x 1000 pixels.
+    assert close_up.size == (768, 500)
+
+
+def picture_in(element: dict[str, str | None]) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode((element["src"] or "").partition("base64,")[2])))
+
+
+def test_a_large_image_has_a_close_up_of_its_hottest_place_pixel_by_pixel(tmp_path: Path) -> None:
+    # Smooth enough for a lossy picture, and different everywhere.
+    y_H1, x_1W = np.arange(900)[:, None], np.arange(1200)[None]
+    ramps_HWC = np.stack(np.broadcast_arrays(y_H1 / 4, x_1W / 5, (x_1W + y_H1) / 9), axis=-1)
+    pixels_HWC = ramps_HWC.astype(np.uint8)
+    Image.fromarray(pixels_HWC).save(tmp_path / "large.png")
+    (image,) = pa.Table.from_batches(list_images([str(tmp_path / "large.png")], {})).to_pylist()
+    sizes = {"image_height": 900, "image_width": 1200, "peak_y": 880.0, "peak_x": 600.0}
+    map_9x12 = {"anomaly_map": [0.5] * 107 + [3.0], "map_height": 9, "map_width": 12}
+    row = scored(image["image_uri"], image["image_version"], 3.0) | sizes | map_9x12
+    write_rows(tmp_path / "out", [row])
+    _, page = make_report(tmp_path)
+    _, _, element = page.pictures
+    assert (element["alt"] or "").startswith("Close-up of the hottest place of large.png, 384 × 384 pixels")
+    shown_HWC = np.asarray(picture_in(element)).astype(int)
+    assert shown_HWC.shape == (384, 384, 3)
+    # Moved up from the peak, to lie in the image.
+    assert np.abs(shown_HWC - pixels_HWC[516:900, 408:792]).mean() < 2
+    (outline,) = [span["style"] for span in page.all("span") if span.get("class") == "outline"]
+    assert outline == "left: 34.00%; top: 57.33%; width: 32.00%; height: 42.67%"
+
+
+@pytest.mark.parametrize(
+    ("peak", "cell", "edges"),
+    [
+        ((450, 600), 10, [258, 408, 642, 792]),
+        ((0, 1200), 10, [0, 816, 384, 1200]),
+        ((450, 600), 500, [200, 350, 700, 850]),  # as large as a cell
+        ((450, 600), 2000, [66, 216, 834, 984]),  # but at most twice as large
+    ],
+)
+def test_a_close_up_lies_in_the_image_and_holds_the_hottest_cell(peak, cell, edges):
+    row = {"image_height": 900, "image_width": 1200, "peak_y": peak[0], "peak_x": peak[1], "map_box": None}
+    row |= {"map_height": 9, "map_width": 12, "map_box": [0.0, 0.0, 9.0 * cell, 12.0 * cell]}
+    assert close_up_edges(row, 384) == edges
+    assert close_up_edges(row, 800) is None
 
 
 def test_the_summary_counts_images_flags_and_open_errors(tmp_path: Path) -> None:
@@ -267,6 +313,60 @@ def test_scores_without_maps_are_reported_with_the_originals_and_their_peaks(tmp
     assert sum(span.get("class") == "peak" for span in page.all("span")) == 2
     assert "one scale for all images" not in page.text
     assert "Where anomalies occur" not in page.text
+
+
+def test_the_page_says_what_the_defect_list_has_beyond_the_images_that_it_shows(tmp_path: Path) -> None:
+    write_rows(tmp_path / "out", rows_of(20, 0.01, 5.0) + rows_of(80, 0.6, 1.0))
+    _, page = make_report(tmp_path, top=8)
+    assert (
+        "On the defect list 20 of which at most 10 % are normal, on average See the worst 8 below"
+        in page.text
+    )
+    assert "on the defect list (8 of 20)" in page.text
+    _, page = make_report(tmp_path, top=30)
+    assert "See all below" in page.text
+    assert "on the defect list (20)" in page.text
+
+
+def test_a_template_links_each_image_by_its_encoded_uri_or_path() -> None:
+    uris = ["s3://plant/a b.tar!/c&d.png", "/data/{path}.png"]
+    by_uri = links(uris, "https://viewer.example/?image={uri}", None, {})
+    assert by_uri[0] == "https://viewer.example/?image=s3%3A%2F%2Fplant%2Fa%20b.tar%21%2Fc%26d.png"
+    by_path = links(uris, "https://files.example/{path}", None, {})
+    assert by_path == [
+        "https://files.example/plant/a%20b.tar%21/c%26d.png",
+        "https://files.example/data/%7Bpath%7D.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("template", "complaint"),
+    [
+        ("javascript:alert({uri})", "must begin with https:// or http://"),
+        ("https://viewer.example/", "needs the placeholder {uri} or {path}"),
+        ("https://viewer.example/{url}", "{url} is no placeholder"),
+    ],
+)
+def test_a_template_that_makes_no_links_is_refused(template: str, complaint: str) -> None:
+    with pytest.raises(WrongUse, match=f"--link: .*{re.escape(complaint)}"):
+        parse(ReportConfig, None, ["--scores", "out", "--link", template])
+
+
+def test_links_are_presigned_by_stores_that_can(s3_bucket: str) -> None:
+    (Location(s3_bucket) / "images" / "a.png").write(b"content")
+    objects = [f"{s3_bucket}/images/a.png", f"{s3_bucket}/images/b.tar!/a.png"]
+    first, member = links(objects, None, 2, {})
+    assert member is None
+    assert first is not None
+    with urllib.request.urlopen(first) as answer:
+        assert answer.read() == b"content"
+    assert "Expires" in first
+    with pytest.raises(
+        WrongUse, match="--presign_hours: no shown image is an object in a store that presigns"
+    ):
+        links(["/data/a.png"], None, 2, {})
+    with pytest.raises(WrongUse, match="give one of them"):
+        links(objects, "https://viewer.example/{uri}", 2, {})
 
 
 def test_a_score_that_is_no_number_is_shown_first(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 A position is a fraction of the plot's width or height.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from numpy.typing import ArrayLike, NDArray
 
-from csflow.maps import box_of, resample
+from csflow.maps import box_of, map_of, resample
 from csflow.preprocessing import Box
 
 HISTOGRAM_BINS = 60
@@ -186,8 +187,10 @@ def _periods(images: pa.Table, column: pa.ChunkedArray) -> Iterator[Period]:
 class Folder:
     """The images directly in one folder, in one folder of an archive, or in one Parquet file."""
 
+    path: str
+    """As `parents` gives it."""
     name: str
-    """Path of the folder, without the part that all folders share."""
+    """The path without the part that all folders share."""
     images: int
     flagged: int
     listed: int
@@ -201,11 +204,7 @@ class Folder:
 
 def folders(images: pa.Table, is_listed: NDArray[np.bool_]) -> tuple[list[Folder], int]:
     """The folders with the most flagged images, sorted, and the number of all; empty if there is one."""
-    uris = images["image_uri"]
-    is_row = pc.match_substring_regex(uris, r"#\d+$")
-    parents = pc.replace_substring_regex(uris, r"[^/]*$", "")
-    parents = pc.if_else(is_row, pc.replace_substring_regex(uris, r"#\d+$", ""), parents)
-    columns = {"parent": parents, "flagged": images["is_anomalous"].cast(pa.int64())}
+    columns = {"parent": parents(images["image_uri"]), "flagged": images["is_anomalous"].cast(pa.int64())}
     columns |= {"listed": pa.array(is_listed).cast(pa.int64()), "score": images["anomaly_score"]}
     sums = [("flagged", "sum"), ("listed", "sum"), ("score", "count"), ("score", "approximate_median")]
     table = pa.table(columns).group_by("parent").aggregate(sums)
@@ -215,6 +214,7 @@ def folders(images: pa.Table, is_listed: NDArray[np.bool_]) -> tuple[list[Folder
     order = [("flagged_sum", "descending"), ("score_count", "descending"), ("parent", "ascending")]
     shown = [
         Folder(
+            row["parent"],
             row["parent"][common:].rstrip("/") or ".",
             row["score_count"],
             row["flagged_sum"],
@@ -226,8 +226,15 @@ def folders(images: pa.Table, is_listed: NDArray[np.bool_]) -> tuple[list[Folder
     return shown, len(table)
 
 
-def _common_folder(parents: Sequence[str]) -> str:
-    lowest, highest = min(parents), max(parents)
+def parents(image_uris: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The path of the folder that each image lies directly in, or in an archive; or of the Parquet file."""
+    is_row = pc.match_substring_regex(image_uris, r"#\d+$")
+    folder = pc.replace_substring_regex(image_uris, r"[^/]*$", "")
+    return pc.if_else(is_row, pc.replace_substring_regex(image_uris, r"#\d+$", ""), folder)
+
+
+def _common_folder(paths: Sequence[str]) -> str:
+    lowest, highest = min(paths), max(paths)
     same = next((i for i, (a, b) in enumerate(zip(lowest, highest, strict=False)) if a != b), len(lowest))
     return lowest[: lowest.rfind("/", 0, same) + 1]
 
@@ -249,6 +256,19 @@ class HeatMap:
         height, width = self.hot_share_HW.shape
         row, column = divmod(int(self.hot_share_HW.argmax()), width)
         return (row + 0.5) / height, (column + 0.5) / width, float(self.hot_share_HW.max())
+
+    @property
+    def hot_images(self) -> list[int]:
+        """Number of flagged images that are hot in each cell, row by row."""
+        return (self.hot_share_HW * self.flagged).round().astype(int).ravel().tolist()
+
+    def hot_cells(self, row: Mapping[str, Any]) -> NDArray[np.bool_]:
+        """In which cells a row of `scores` is hot, row by row; none without a map."""
+        anomaly_map = map_of(row)
+        if anomaly_map is None:
+            return np.zeros(self.hot_share_HW.size, dtype=bool)
+        box = box_of(row, row["map_height"], row["map_width"])
+        return _on_image(~(anomaly_map < self.hot_from), box).ravel()
 
 
 def heat_map(scores: ds.Dataset) -> HeatMap | None:

@@ -2,9 +2,10 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from csflow.config import JobConfig
+from csflow.report.links import check_template
 
 
 class ReportConfig(JobConfig):
@@ -22,6 +23,13 @@ class ReportConfig(JobConfig):
     """CSV or Parquet file to write the defect list to, highest anomaly score first."""
     run_id: str | None = None
     """Report only on the images that this run scored; `latest` is the last run. [default: all images]"""
+    link: Annotated[str, AfterValidator(check_template)] | None = None
+    """Address that opens an image in another program, with the placeholder `{uri}`, the image URI with all
+    special characters encoded, or `{path}`, the URI without its `s3://` or first slash, other slashes kept:
+    `--link 'https://viewer.example/?image={uri}'`. [default: no links]"""
+    presign_hours: Annotated[float, Field(gt=0, le=168)] | None = None
+    """Link each shown image of an object store by a presigned URL that is valid for so many hours. Until
+    then everybody who has the report can open these images. [default: no links]"""
     model_id: str | None = None
     """Model whose scores are shown, needed if --scores holds several models."""
     model: str | None = None

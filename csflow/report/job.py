@@ -32,7 +32,7 @@ def report(config: ReportConfig) -> ExitStatus:
 
 def _draw(config: ReportConfig, archive: Archive, defects: DefectList) -> Page:
     images = archive.images
-    cards, colours = make_gallery(archive, defects.is_chosen, config.top, config.storage_options)
+    cards, colours = make_gallery(archive, defects.is_chosen, config)
     scores, flagged = images["anomaly_score"].to_numpy(), images["is_anomalous"].to_numpy()
     return Page(
         archive,

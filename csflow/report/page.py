@@ -10,19 +10,24 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
+from numpy.typing import NDArray
 from PIL import Image
 
 import csflow
 from csflow import calibration, maps
 from csflow.maps import ColourRange
+from csflow.report import charts
 from csflow.report.archive import Archive
 from csflow.report.charts import Folder, HeatMap, Histogram, TimeLine
 from csflow.report.defects import DefectList
 from csflow.report.gallery import Card
 
 FOLDER = Path(__file__).parent
+SCRIPTS = ("page.theme.js", "page.gallery.js", "page.verdicts.js", "page.charts.js", "page.js")
+"""Joined in this order; the last one starts the page."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Page:
 def render(page: Page) -> str:
     """The whole page as HTML."""
     images = page.archive.images
-    script, style = ((FOLDER / name).read_text() for name in ("page.js", "page.css"))
+    script, style = _text(*SCRIPTS), _text("page.css")
     return _template().render(
         page=page,
         archive=page.archive,
@@ -55,6 +60,12 @@ def render(page: Page) -> str:
         drift=_drift(page.archive),
         anchors=maps.ANCHORS,
         heat=data_uri("png", _cells(page.heat_map)) if page.heat_map else None,
+        shown={
+            "listed": sum(card.is_listed for card in page.cards),
+            "flagged": sum(card.row["is_anomalous"] for card in page.cards),
+        },
+        folders=charts.parents(pa.chunked_array([[c.row["image_uri"] for c in page.cards]], pa.string())),
+        bits=bits,
         data_uri=data_uri,
         style=Markup(style),
         script=Markup(script),
@@ -90,6 +101,15 @@ def _cells(heat_map: HeatMap) -> bytes:
     data = io.BytesIO()
     Image.fromarray(maps.COLOUR_TABLE[(share_HW * 255).round().astype(np.uint8)]).save(data, "PNG")
     return data.getvalue()
+
+
+def _text(*files: str) -> str:
+    return "".join((FOLDER / name).read_text() for name in files)
+
+
+def bits(are_set: NDArray[np.bool_]) -> str:
+    """Booleans in Base64, eight to a byte, the first in the highest bit."""
+    return base64.b64encode(np.packbits(are_set).tobytes()).decode()
 
 
 def data_uri(kind: str, picture: bytes) -> str:
