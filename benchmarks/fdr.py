@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from csflow.calibration import choose_defects, p_values
-from csflow.evaluate.labels import read_labels
+from csflow.evaluation.labels import read_labels
 from csflow.output.reading import latest_per_image, open_scores
 from csflow.storage import Location
 

@@ -11,7 +11,7 @@ from scipy.stats import betabinom, ks_2samp
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from csflow.calibration import p_values
-from csflow.evaluate.pixel_metrics import PixelHistograms
+from csflow.evaluation.pixel_metrics import PixelHistograms
 
 FALSE_POSITIVE_RATE = 0.01
 CHECKED_RATE = 0.05

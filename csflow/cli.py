@@ -52,8 +52,8 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "Measure how well scores separate normal from defective images",
-        "csflow.evaluate:EvaluateConfig",
-        "csflow.evaluate:evaluate",
+        "csflow.evaluation:EvaluateConfig",
+        "csflow.evaluation:evaluate",
         ("evaluate --scores out --labels labels.csv", "evaluate --scores out --layout mvtec"),
     ),
     "report": Command(

@@ -17,7 +17,7 @@ from PIL import Image
 
 from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
-from csflow.evaluate import EvaluateConfig, evaluate
+from csflow.evaluation import EvaluateConfig, evaluate
 from csflow.model.whitening import Gaussians, Moments, gaussians_of
 from csflow.model_directory import Calibration
 from csflow.scoring.config import ScoreConfig

@@ -26,11 +26,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from csflow import __version__
 from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
-from csflow.evaluate import EvaluateConfig, evaluate, image_metrics
-from csflow.evaluate.labels import Label, mvtec_labels, read_labels
-from csflow.evaluate.masks import decode_mask
-from csflow.evaluate.pixel_metrics import FPR_LIMIT, PixelHistograms, upsample
-from csflow.evaluate.ranking import Ranking, bootstrap_intervals, share
+from csflow.evaluation import EvaluateConfig, evaluate, image_metrics
+from csflow.evaluation.labels import Label, mvtec_labels, read_labels
+from csflow.evaluation.masks import decode_mask
+from csflow.evaluation.pixel_metrics import FPR_LIMIT, PixelHistograms, upsample
+from csflow.evaluation.ranking import Ranking, bootstrap_intervals, share
 from csflow.output.schemas import SCORES
 from csflow.storage import Location
 

@@ -78,7 +78,7 @@ class CrossScaleFlow(nn.Module):
 
     @staticmethod
     def _run(steps: Sequence[Step], x: Sequence[Tensor]) -> FlowOutput:
-        log_det_B = x[0].new_zeros(len(x[0]))
+        log_det_B = x[0].new_zeros(x[0].shape[0])  # `len` would fix the batch in an exported graph
         for step in steps:
             x, step_log_det_B = step(x)
             log_det_B = log_det_B + step_log_det_B

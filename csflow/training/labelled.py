@@ -13,8 +13,8 @@ from torch import Tensor
 from csflow import process
 from csflow.cluster import WorkerResources, run_task, share_out
 from csflow.errors import WrongUse
-from csflow.evaluate import image_metrics
-from csflow.evaluate.labels import Label, read_labels
+from csflow.evaluation import image_metrics
+from csflow.evaluation.labels import Label, read_labels
 from csflow.inputs.listing import list_table
 from csflow.model import Detector
 from csflow.precision import Device

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from csflow.charts import Curve, chart, steps
-from csflow.evaluate.labels import LabelledScore
-from csflow.evaluate.pixel_metrics import FPR_LIMIT, PixelHistograms
-from csflow.evaluate.ranking import Ranking
+from csflow.evaluation.labels import LabelledScore
+from csflow.evaluation.pixel_metrics import FPR_LIMIT, PixelHistograms
+from csflow.evaluation.ranking import Ranking
 
 HISTOGRAM_BINS = 60
 RATE = (0.0, 1.0)

@@ -1,6 +1,6 @@
 """Evaluates how well anomaly scores and maps find known defects."""
 
-from csflow.evaluate.job import EvaluateConfig, evaluate
-from csflow.evaluate.ranking import image_metrics
+from csflow.evaluation.job import EvaluateConfig, evaluate
+from csflow.evaluation.ranking import image_metrics
 
 __all__ = ["EvaluateConfig", "evaluate", "image_metrics"]

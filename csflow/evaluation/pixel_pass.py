@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow.dataset as ds
 
 from csflow.errors import ErrorCode, ImageError, WrongUse
-from csflow.evaluate.labels import Label, LabelledScore, among
-from csflow.evaluate.masks import Mask, MaskReader
-from csflow.evaluate.pixel_metrics import FPR_LIMIT, PixelHistograms
+from csflow.evaluation.labels import Label, LabelledScore, among
+from csflow.evaluation.masks import Mask, MaskReader
+from csflow.evaluation.pixel_metrics import FPR_LIMIT, PixelHistograms
 
 MASK_THREADS = 8
 MAP_BATCH_ROWS = 64

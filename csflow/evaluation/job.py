@@ -9,11 +9,11 @@ from pydantic import Field
 
 from csflow.config import JobConfig, Seed
 from csflow.errors import ExitStatus, WrongUse
-from csflow.evaluate.labels import Label, LabelledScore, among, mvtec_labels, read_labels
-from csflow.evaluate.pixel_metrics import PixelHistograms
-from csflow.evaluate.pixel_pass import Masks, pixel_metrics
-from csflow.evaluate.ranking import Ranking, bootstrap_intervals, share
-from csflow.evaluate.summary import plots, print_evaluation
+from csflow.evaluation.labels import Label, LabelledScore, among, mvtec_labels, read_labels
+from csflow.evaluation.pixel_metrics import PixelHistograms
+from csflow.evaluation.pixel_pass import Masks, pixel_metrics
+from csflow.evaluation.ranking import Ranking, bootstrap_intervals, share
+from csflow.evaluation.summary import plots, print_evaluation
 from csflow.output.reading import latest_per_image, open_scores
 from csflow.storage import Location
 
