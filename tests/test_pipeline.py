@@ -33,7 +33,8 @@ from csflow.scoring import plan
 from csflow.scoring.config import ScoringSettings
 from csflow.scoring.frozen_listing import Listing
 from csflow.scoring.plan import PlannedShard, make_plan
-from csflow.scoring.scorer import READ_THREADS, ShardScorer, peak
+from csflow.scoring.rows import peak
+from csflow.scoring.scorer import READ_THREADS, ShardScorer
 from csflow.storage import Location, read_parquet
 
 PATIENCE_S = 120

@@ -53,7 +53,8 @@ from csflow.scoring.config import ScoringSettings
 from csflow.scoring.frozen_listing import Listing
 from csflow.scoring.key_sets import keys
 from csflow.scoring.plan import Account, account, make_plan, read_log
-from csflow.scoring.scorer import ShardScorer, peak
+from csflow.scoring.rows import peak
+from csflow.scoring.scorer import ShardScorer
 from csflow.scoring.tally import Tally
 from csflow.storage import Location, to_parquet
 

@@ -7,31 +7,28 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from csflow import process
-from csflow.calibration import p_values
 from csflow.cluster import WorkerResources, helpers
 from csflow.errors import ImageError
-from csflow.images import DecodedImage
 from csflow.inputs.isolation import IsolatedLoader
 from csflow.inputs.loaded import HELPED, LoadedImage
 from csflow.inputs.loading import ImageLoader, LoaderSettings, batches
 from csflow.model import InferenceDetector, Scores
 from csflow.model_directory import load_model
-from csflow.output.schemas import ERRORS, FLOATS, SCORES
-from csflow.preprocessing import whole
+from csflow.output.schemas import ERRORS, SCORES
 from csflow.process import ProcessCpu, Stages, peak_memory_bytes
 from csflow.redaction import redact
 from csflow.scoring.config import ScoringSettings
 from csflow.scoring.plan import PlannedShard
+from csflow.scoring.rows import ScorableImage, judge, score_rows
 from csflow.storage import Location, to_parquet
 
 READ_THREADS, READ_THREADS_PER_CPU = 8, 2
@@ -60,12 +57,6 @@ RESULT = pa.schema(
         pa.field("failure", pa.string()),  # why the whole shard failed, if it did
     ]
 )
-
-
-class ScorableImage(NamedTuple):
-    image_uri: str
-    image_version: str
-    decoded: DecodedImage
 
 
 @dataclass
@@ -200,42 +191,19 @@ class ShardScorer:
         Raises:
             FloatingPointError: an image has no score, since numbers left the range of the precision.
         """
-        anomaly_score_B = scores.anomaly_score_B.double().numpy()
-        anomaly_map_BHW = scores.anomaly_map_BHW.float().numpy()
-        for image, score in zip(images, anomaly_score_B, strict=True):
+        judged = judge(scores, self._calibration, self._settings.false_positive_rate)
+        for image, score in zip(images, judged.anomaly_score_B, strict=True):
             if not np.isfinite(score):
                 precision = self._detector.form.precision
                 remedy = "train the model anew" if precision == "float32" else "choose --precision float32"
                 raise FloatingPointError(f"{image.image_uri} has the score {score} in {precision}; {remedy}")
-        height_B = np.array([image.decoded.height for image in images], dtype=np.int32)
-        width_B = np.array([image.decoded.width for image in images], dtype=np.int32)
-        box_B4 = np.array([image.decoded.box for image in images])
-        peak_y_B, peak_x_B = peak(anomaly_map_BHW, height_B, width_B, box_B4)
-        p_value_B = p_values(anomaly_score_B, self._calibration.anomaly_score)
-        keeps_maps = self._settings.keep_maps
-        columns = {
-            "image_uri": [image.image_uri for image in images],
-            "image_version": [image.image_version for image in images],
-            "image_height": height_B,
-            "image_width": width_B,
-            "anomaly_score": anomaly_score_B,
-            "scale_scores": _float_lists(scores.scale_scores_BS.float().numpy()),
-            "p_value": p_value_B,
-            "is_anomalous": p_value_B <= self._settings.false_positive_rate,
-            "anomaly_map": _float_lists(anomaly_map_BHW) if keeps_maps else pa.nulls(len(images), FLOATS),
-            "map_height": np.full(len(images), anomaly_map_BHW.shape[1], dtype=np.int32),
-            "map_width": np.full(len(images), anomaly_map_BHW.shape[2], dtype=np.int32),
-            "peak_y": peak_y_B.astype(np.float32),
-            "peak_x": peak_x_B.astype(np.float32),
-            "run_id": [self._settings.run_id] * len(images),
-            "scored_at": [datetime.now(UTC)] * len(images),
-            "map_box": [_map_box(image.decoded) for image in images],
-            "map_threshold": [self._map_threshold] * len(images),
-        }
-        # Of models without whitening the anomaly score is the global one, and there is no other.
-        columns |= _with_p_values("global", scores.global_score_B, self._calibration.global_score, p_value_B)
-        columns |= _with_p_values("local", scores.local_score_B, self._calibration.local_score, None)
-        return pa.RecordBatch.from_pydict(columns, schema=SCORES)
+        return score_rows(
+            images,
+            judged,
+            run_id=self._settings.run_id,
+            keeps_maps=self._settings.keep_maps,
+            map_threshold=self._map_threshold,
+        )
 
     def _error_row(self, image: LoadedImage, error: ImageError) -> dict[str, Any]:
         return {
@@ -304,47 +272,3 @@ class _Released:
 
     def __exit__(self, *error: object) -> None:
         self._lock.acquire()
-
-
-def _with_p_values(
-    name: str, score_B: Tensor, heldout: NDArray[np.float64] | None, without: NDArray[np.float64] | None
-) -> dict[str, Any]:
-    """The columns of a score and its p-value, which is `without` if no held-out image has such a score."""
-    score_B = score_B.double()
-    p_value_B = without if heldout is None else p_values(score_B.numpy(), heldout)
-    if p_value_B is None:
-        return {f"{name}_score": [None] * len(score_B), f"{name}_p_value": [None] * len(score_B)}
-    return {f"{name}_score": score_B.numpy(), f"{name}_p_value": p_value_B}
-
-
-def _float_lists(values_BX: NDArray[np.float32]) -> pa.Array:
-    """A row of numbers per image, flattened row-major, as a `FLOATS` column."""
-    flat_BN = values_BX.reshape(len(values_BX), -1)
-    offsets = np.arange(len(flat_BN) + 1, dtype=np.int32) * flat_BN.shape[1]
-    return pa.ListArray.from_arrays(offsets, flat_BN.ravel(), type=FLOATS)
-
-
-def _map_box(decoded: DecodedImage) -> list[float] | None:
-    """The part of the original that the map covers, in pixels; None for all of it."""
-    return None if decoded.box == whole(decoded.height, decoded.width) else list(decoded.box)
-
-
-def peak(
-    anomaly_map_BHW: NDArray[np.float32],
-    image_height_B: NDArray[np.int32],
-    image_width_B: NDArray[np.int32],
-    box_B4: NDArray[np.float64],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Centres (y, x) of the maps' hottest cells, in pixels of the original images.
-
-    A cell in the padding of a letterbox gives the nearest pixel of the image.
-
-    Args:
-        box_B4: the part that each map covers: top, left, bottom and right edge.
-    """
-    map_height, map_width = anomaly_map_BHW.shape[1:]
-    row_B, column_B = np.divmod(anomaly_map_BHW.reshape(len(anomaly_map_BHW), -1).argmax(1), map_width)
-    top_B, left_B, bottom_B, right_B = box_B4.T
-    y_B = top_B + (row_B + 0.5) * (bottom_B - top_B) / map_height
-    x_B = left_B + (column_B + 0.5) * (right_B - left_B) / map_width
-    return y_B.clip(0.5, image_height_B - 0.5), x_B.clip(0.5, image_width_B - 0.5)

@@ -1,0 +1,140 @@
+"""Rows of `scores`, for whatever scores images: the job, the library and the edge runtime.
+
+Dimension letters: B batch, H height, W width, S levels of the pyramid.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from csflow.calibration import p_values
+from csflow.images import DecodedImage
+from csflow.output.schemas import FLOATS, SCORES
+from csflow.preprocessing import whole
+
+if TYPE_CHECKING:  # the edge runtime has neither torch nor what reads model directories
+    from csflow.model import Scores
+    from csflow.model_directory import Calibration
+
+
+class ScorableImage(NamedTuple):
+    image_uri: str
+    image_version: str
+    decoded: DecodedImage
+
+
+class Judged(NamedTuple):
+    """Scores of a batch, compared with those of the held-out images."""
+
+    anomaly_score_B: NDArray[np.float64]
+    p_value_B: NDArray[np.float64]
+    is_anomalous_B: NDArray[np.bool_]
+    global_score_B: NDArray[np.float64]
+    global_p_value_B: NDArray[np.float64]
+    local_score_B: NDArray[np.float64] | None
+    """None, with the next, from models without whitening."""
+    local_p_value_B: NDArray[np.float64] | None
+    scale_scores_BS: NDArray[np.float32]
+    anomaly_map_BHW: NDArray[np.float32]
+
+
+def judge(scores: "Scores", calibration: "Calibration", false_positive_rate: float) -> Judged:
+    """Compares scores, on the CPU, with the calibration."""
+    anomaly_score_B = scores.anomaly_score_B.double().numpy()
+    global_score_B = scores.global_score_B.double().numpy()
+    local_score_B = scores.local_score_B.double().numpy()
+    p_value_B = p_values(anomaly_score_B, calibration.anomaly_score)
+    # Of models without whitening the anomaly score is the global one, and there is no other.
+    heldout_global, heldout_local = calibration.global_score, calibration.local_score
+    return Judged(
+        anomaly_score_B,
+        p_value_B,
+        p_value_B <= false_positive_rate,
+        global_score_B,
+        p_value_B if heldout_global is None else p_values(global_score_B, heldout_global),
+        None if heldout_local is None else local_score_B,
+        None if heldout_local is None else p_values(local_score_B, heldout_local),
+        scores.scale_scores_BS.float().numpy(),
+        scores.anomaly_map_BHW.float().numpy(),
+    )
+
+
+def score_rows(
+    images: Sequence[ScorableImage],
+    judged: Judged,
+    *,
+    run_id: str,
+    keeps_maps: bool,
+    map_threshold: float | None,
+) -> pa.RecordBatch:
+    """Rows in the `SCORES` schema."""
+    height_B = np.array([image.decoded.height for image in images], dtype=np.int32)
+    width_B = np.array([image.decoded.width for image in images], dtype=np.int32)
+    box_B4 = np.array([image.decoded.box for image in images])
+    anomaly_map_BHW = judged.anomaly_map_BHW
+    peak_y_B, peak_x_B = peak(anomaly_map_BHW, height_B, width_B, box_B4)
+    columns: dict[str, Any] = {
+        "image_uri": [image.image_uri for image in images],
+        "image_version": [image.image_version for image in images],
+        "image_height": height_B,
+        "image_width": width_B,
+        "anomaly_score": judged.anomaly_score_B,
+        "scale_scores": _float_lists(judged.scale_scores_BS),
+        "p_value": judged.p_value_B,
+        "is_anomalous": judged.is_anomalous_B,
+        "anomaly_map": _float_lists(anomaly_map_BHW) if keeps_maps else pa.nulls(len(images), FLOATS),
+        "map_height": np.full(len(images), anomaly_map_BHW.shape[1], dtype=np.int32),
+        "map_width": np.full(len(images), anomaly_map_BHW.shape[2], dtype=np.int32),
+        "peak_y": peak_y_B.astype(np.float32),
+        "peak_x": peak_x_B.astype(np.float32),
+        "run_id": [run_id] * len(images),
+        "scored_at": [datetime.now(UTC)] * len(images),
+        "map_box": [_map_box(image.decoded) for image in images],
+        "global_score": judged.global_score_B,
+        "global_p_value": judged.global_p_value_B,
+        "local_score": _or_nulls(judged.local_score_B, len(images)),
+        "local_p_value": _or_nulls(judged.local_p_value_B, len(images)),
+        "map_threshold": [map_threshold] * len(images),
+    }
+    return pa.RecordBatch.from_pydict(columns, schema=SCORES)
+
+
+def _or_nulls(value_B: NDArray[np.float64] | None, images: int) -> NDArray[np.float64] | list[None]:
+    return [None] * images if value_B is None else value_B
+
+
+def _float_lists(values_BX: NDArray[np.float32]) -> pa.Array:
+    """A row of numbers per image, flattened row-major, as a `FLOATS` column."""
+    flat_BN = values_BX.reshape(len(values_BX), -1)
+    offsets = np.arange(len(flat_BN) + 1, dtype=np.int32) * flat_BN.shape[1]
+    return pa.ListArray.from_arrays(offsets, flat_BN.ravel(), type=FLOATS)
+
+
+def _map_box(decoded: DecodedImage) -> list[float] | None:
+    """The part of the original that the map covers, in pixels; None for all of it."""
+    return None if decoded.box == whole(decoded.height, decoded.width) else list(decoded.box)
+
+
+def peak(
+    anomaly_map_BHW: NDArray[np.float32],
+    image_height_B: NDArray[np.int32],
+    image_width_B: NDArray[np.int32],
+    box_B4: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Centres (y, x) of the maps' hottest cells, in pixels of the original images.
+
+    A cell in the padding of a letterbox gives the nearest pixel of the image.
+
+    Args:
+        box_B4: the part that each map covers: top, left, bottom and right edge.
+    """
+    map_height, map_width = anomaly_map_BHW.shape[1:]
+    row_B, column_B = np.divmod(anomaly_map_BHW.reshape(len(anomaly_map_BHW), -1).argmax(1), map_width)
+    top_B, left_B, bottom_B, right_B = box_B4.T
+    y_B = top_B + (row_B + 0.5) * (bottom_B - top_B) / map_height
+    x_B = left_B + (column_B + 0.5) * (right_B - left_B) / map_width
+    return y_B.clip(0.5, image_height_B - 0.5), x_B.clip(0.5, image_width_B - 0.5)
