@@ -15,9 +15,9 @@ import torch
 
 from csflow import process
 from csflow.model import InferenceDetector
+from csflow.model.inference import CPU_BATCH_SIZE
 from csflow.model.interleaved_flow import InterleavedFlow
 from csflow.precision import resolved
-from csflow.scoring.scorer import CPU_BATCH_SIZE
 
 
 @torch.inference_mode()

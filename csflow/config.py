@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
@@ -80,18 +80,29 @@ def parse(
     flags = build_parser(config_type, doc, prog).parse(argv)
     print_config = flags.pop("print_config", False)
     set_verbosity(flags.pop("verbosity", Verbosity.NORMAL))
-    values = _read_yaml(flags.pop("config", None)) | flags
-    try:
-        config = config_type.model_validate(values)
-    except ValidationError as error:
-        raise WrongUse("; ".join(_explain(e) for e in error.errors())) from None
-    _refuse_credentials(config)
+    config = configured(config_type, flags.pop("config", None), flags)
     if print_config:
         shown = config.model_dump(mode="json") | {
             "storage_options": dict.fromkeys(config.storage_options, HIDDEN)
         }
         print(yaml.safe_dump(shown, sort_keys=False), end="")
         raise SystemExit(0)
+    return config
+
+
+def configured(
+    config_type: type[Config], file: str | os.PathLike[str] | None, settings: Mapping[str, Any]
+) -> Config:
+    """The settings in a YAML file, if there is one, overridden by these.
+
+    Raises:
+        WrongUse: a setting is unknown, missing or out of its range.
+    """
+    try:
+        config = config_type.model_validate(_read_yaml(file) | dict(settings))
+    except ValidationError as error:
+        raise WrongUse("; ".join(_explain(e) for e in error.errors())) from None
+    _refuse_credentials(config)
     return config
 
 
@@ -175,7 +186,7 @@ def _shown(default: object) -> str:
     return "none" if default in (None, {}, "") else str(default)
 
 
-def _read_yaml(path: str | None) -> dict[str, Any]:
+def _read_yaml(path: str | os.PathLike[str] | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:

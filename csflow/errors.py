@@ -28,6 +28,10 @@ class Failed(RuntimeError):
     """A reason outside of the job, which the message names in one line, stops the job (exit status 1)."""
 
 
+class Incomplete(RuntimeError):
+    """A job that was called as a function ended with rows or epochs missing; the same call continues it."""
+
+
 class StorageFailed(OSError):
     """A file of the job's own cannot be read or written: the disk is full, or the store refuses or is away.
 

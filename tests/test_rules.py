@@ -115,6 +115,7 @@ def test_the_model_knows_no_files_no_cluster_and_no_store() -> None:
         "difflib",
         "functools",
         "logging",
+        "math",
         "typing",
         "warnings",
     }

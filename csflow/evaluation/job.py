@@ -44,7 +44,20 @@ class EvaluateConfig(JobConfig):
 
 
 def evaluate(config: EvaluateConfig) -> ExitStatus:
-    """Compares scores with labels, prints the metrics and writes them to `--output`."""
+    """Runs the job; raises as `measure`."""
+    measure(config)
+    return ExitStatus.DONE
+
+
+def measure(config: EvaluateConfig) -> dict[str, Any]:
+    """Compares scores with labels, prints the metrics and writes them to `--output`.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        WrongUse: a setting or an input is wrong.
+    """
     result = Location(config.output, config.storage_options) if config.output else None
     if result:
         (result.parent if _is_json(result) else result).check_writable()
@@ -77,7 +90,7 @@ def evaluate(config: EvaluateConfig) -> ExitStatus:
     print_evaluation(evaluation)
     if result:
         _write(result, evaluation, plots(normal, defective, ranking, histograms))
-    return ExitStatus.DONE
+    return evaluation
 
 
 def _labels_and_scores(

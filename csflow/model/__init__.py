@@ -3,7 +3,7 @@
 from csflow.model.backbone import PAPER_STAGE, Backbone, BackboneError, download_weights, load_weights
 from csflow.model.detector import Architecture, Detector, energies, new_flow
 from csflow.model.flow import CrossScaleFlow, FlowOutput, negative_log_likelihood
-from csflow.model.inference import Form, InferenceBackbone, InferenceDetector
+from csflow.model.inference import Form, InferenceBackbone, InferenceDetector, default_batch_size
 from csflow.model.statistic import PlainStatistic, Scores, StandardisedStatistic, fitted_statistic
 from csflow.model.whitening import Gaussians, Moments, Whitening, fit_latents, gaussians_of
 
@@ -24,6 +24,7 @@ __all__ = [
     "Scores",
     "StandardisedStatistic",
     "Whitening",
+    "default_batch_size",
     "download_weights",
     "energies",
     "fit_latents",

@@ -1,5 +1,6 @@
 """The inference form: a trained detector rebuilt for scoring alone, with the same scores."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,18 @@ from csflow.model.gpu import GpuDetector, GpuFeatures, Recorded
 from csflow.model.interleaved_flow import InterleavedFlow
 from csflow.model.statistic import Scores
 from csflow.precision import Precision, PrecisionSetting, resolved
+
+CPU_BATCH_SIZE = 8
+"""Default number of images per pass on a CPU. More is slower: early activations leave the cache."""
+GPU_BATCH_PIXELS, GPU_BATCH_SIZE = 1 << 24, 128
+"""Default number of pixels, and largest number of images, per pass on a GPU (benchmarks/gpu.md)."""
+
+
+def default_batch_size(image_size: tuple[int, int], device: torch.device) -> int:
+    """Number of images per pass."""
+    if device.type == "cpu":
+        return CPU_BATCH_SIZE
+    return min(GPU_BATCH_SIZE, max(1, GPU_BATCH_PIXELS // math.prod(image_size)))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from csflow.inputs.listing import list_images
 from csflow.inputs.selection import Selection
 from csflow.model_directory import ModelFiles, read_model
 from csflow.output.layout import Output
+from csflow.output.runs import RunRecord
 from csflow.scoring.actor import CALLS_PER_SCORER, CALLS_WITH_HELPERS, ScoringActor
 from csflow.scoring.config import ScoreConfig, ScoringSettings
 from csflow.scoring.frozen_listing import Listing
@@ -24,7 +25,16 @@ from csflow.storage import Location
 
 
 def score(config: ScoreConfig) -> ExitStatus:
-    """Runs the job. Raises WrongUse before any cluster work starts if a setting or input is wrong."""
+    """Runs the job; raises as `run`."""
+    return ExitStatus(run(config).exit_status)
+
+
+def run(config: ScoreConfig) -> RunRecord:
+    """Runs the job; returns its record.
+
+    Raises:
+        WrongUse: a setting or input is wrong, before any cluster work starts.
+    """
     clock = Clock()
     run_id = f"{clock.started_at:%Y%m%dT%H%M%S%fZ}-{secrets.token_hex(4)}"
     model = read_model(Location(config.model, config.storage_options))
@@ -54,7 +64,7 @@ def score(config: ScoreConfig) -> ExitStatus:
     record = run_record(run_id, status, config, output, accounted, tally, drifted, clock)
     record.write(output.location)
     print(summary(record, output))
-    return status
+    return record
 
 
 def _settings(config: ScoreConfig, output: Output, run_id: str) -> ScoringSettings:

@@ -63,6 +63,14 @@ def judge(scores: "Scores", calibration: "Calibration", false_positive_rate: flo
     )
 
 
+def require_scores(names: Sequence[str], judged: Judged, precision: str) -> None:
+    """Raises FloatingPointError if an image has no score, since numbers left the range of the precision."""
+    for name, score in zip(names, judged.anomaly_score_B, strict=True):
+        if not np.isfinite(score):
+            remedy = "train the model anew" if precision == "float32" else "choose --precision float32"
+            raise FloatingPointError(f"{name} has the score {score} in {precision}; {remedy}")
+
+
 def score_rows(
     images: Sequence[ScorableImage],
     judged: Judged,

@@ -1,7 +1,6 @@
 """The scoring actor: reads, decodes and scores one shard of images, and publishes its rows."""
 
 import json
-import math
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,22 +20,18 @@ from csflow.errors import ImageError
 from csflow.inputs.isolation import IsolatedLoader
 from csflow.inputs.loaded import HELPED, LoadedImage
 from csflow.inputs.loading import ImageLoader, LoaderSettings, batches
-from csflow.model import InferenceDetector, Scores
+from csflow.model import InferenceDetector, Scores, default_batch_size
 from csflow.model_directory import load_model
 from csflow.output.schemas import ERRORS, SCORES
 from csflow.process import ProcessCpu, Stages, peak_memory_bytes
 from csflow.redaction import redact
 from csflow.scoring.config import ScoringSettings
 from csflow.scoring.plan import PlannedShard
-from csflow.scoring.rows import ScorableImage, judge, score_rows
+from csflow.scoring.rows import ScorableImage, judge, require_scores, score_rows
 from csflow.storage import Location, to_parquet
 
 READ_THREADS, READ_THREADS_PER_CPU = 8, 2
 """Number of reading threads in a worker: at least the first, since most of them wait for the store."""
-CPU_BATCH_SIZE = 8
-"""Default number of images per pass on a CPU. More is slower: early activations leave the cache."""
-GPU_BATCH_PIXELS, GPU_BATCH_SIZE = 1 << 24, 128
-"""Default number of pixels, and largest number of images, per pass on a GPU (benchmarks/gpu.md)."""
 RESULT = pa.schema(
     [
         pa.field("shard", pa.string()),
@@ -192,11 +187,7 @@ class ShardScorer:
             FloatingPointError: an image has no score, since numbers left the range of the precision.
         """
         judged = judge(scores, self._calibration, self._settings.false_positive_rate)
-        for image, score in zip(images, judged.anomaly_score_B, strict=True):
-            if not np.isfinite(score):
-                precision = self._detector.form.precision
-                remedy = "train the model anew" if precision == "float32" else "choose --precision float32"
-                raise FloatingPointError(f"{image.image_uri} has the score {score} in {precision}; {remedy}")
+        require_scores([image.image_uri for image in images], judged, self._detector.form.precision)
         return score_rows(
             images,
             judged,
@@ -245,13 +236,6 @@ class ShardScorer:
         seconds["other"] = total - sum(own)
         seconds["start"], self._start_cpu_seconds = self._start_cpu_seconds, 0.0
         return seconds
-
-
-def default_batch_size(image_size: tuple[int, int], device: torch.device) -> int:
-    """Number of images per pass."""
-    if device.type == "cpu":
-        return CPU_BATCH_SIZE
-    return min(GPU_BATCH_SIZE, max(1, GPU_BATCH_PIXELS // math.prod(image_size)))
 
 
 def _finished(

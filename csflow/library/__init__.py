@@ -1,0 +1,1 @@
+"""What `import csflow` offers: models that score single images, and the jobs as functions."""
