@@ -10,8 +10,8 @@ import pytest
 from test_report import failed, make_report, rows_of, write_rows, write_scored_images
 
 from csflow.errors import ExitStatus
-from csflow.evaluate.job import EvaluateConfig, evaluate
-from csflow.evaluate.labels import read_labels
+from csflow.evaluation.job import EvaluateConfig, evaluate
+from csflow.evaluation.labels import read_labels
 from csflow.output.schemas import ERRORS
 from csflow.storage import Location
 
