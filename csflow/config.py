@@ -19,6 +19,7 @@ from csflow import __version__
 from csflow.console import Verbosity, set_verbosity
 from csflow.errors import WrongUse
 from csflow.flags import VERSION_HELP, FlagParser, spelling
+from csflow.inputs.names import SKIPPED_FOLDERS
 from csflow.redaction import HIDDEN, holds_credentials
 
 
@@ -61,6 +62,15 @@ class JobConfig(BaseModel):
 
     storage_options: StorageOptions = {}
     """JSON: options of the object store client, if the AWS_* variables lack them."""
+
+
+class ListingConfig(JobConfig):
+    """Settings of the jobs that list images."""
+
+    skip_folders: Patterns = Field(list(SKIPPED_FOLDERS))
+    """Do not look into folders of these names, in which storage and operating systems keep thumbnails,
+    deleted files and snapshots. `*` stands for any text, and case does not matter; an empty name skips none.
+    Folders that begin with a dot or an underscore are never looked into."""
 
 
 Config = TypeVar("Config", bound=JobConfig)
@@ -153,8 +163,9 @@ def _usage(config_type: type[JobConfig], prog: str) -> str:
 
 
 def setting_names(config_type: type[JobConfig]) -> list[str]:
-    """The names of a job's settings, its own before those that all jobs share."""
-    return sorted(config_type.model_fields, key=lambda name: name in JobConfig.model_fields)
+    """The names of a job's settings, its own before those that jobs share."""
+    shared = (JobConfig, ListingConfig)
+    return sorted(config_type.model_fields, key=lambda name: [name in base.model_fields for base in shared])
 
 
 def help_text(field: FieldInfo) -> str:

@@ -35,7 +35,8 @@ class Incomplete(RuntimeError):
 class StorageFailed(OSError):
     """A file of the job's own cannot be read or written: the disk is full, or the store refuses or is away.
 
-    The message names the file in one line. Written files stay; the same command continues (exit status 3).
+    Or a part of the input cannot be listed, and the job needs all of it. The message names the file in one
+    line. Written files stay; the same command continues (exit status 3).
     """
 
 

@@ -13,7 +13,7 @@ import test_inputs
 
 from csflow.errors import ErrorCode
 from csflow.images import MAX_PIXELS
-from csflow.inputs.listing import IMAGE_SUFFIXES
+from csflow.inputs.names import IMAGE_SUFFIXES
 
 CUT_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
 

@@ -215,6 +215,23 @@ print((len(d), total, int(d.anomaly_map.map(len).sum()), d.model_id.nunique()))
     assert lines[0].startswith("(40, ")
 
 
+def test_a_run_goes_on_without_what_cannot_be_listed_and_ends_with_status_3(
+    scored, model, archive, tmp_path, run_record, capsys
+):
+    bad = tmp_path / "utf16.csv"
+    bad.write_bytes("image_uri".encode("utf-16"))
+    output = shutil.copytree(scored, tmp_path / "output")
+    arguments = ["--model", model, "--input", archive, bad, "--output", output]
+    assert run_score(*arguments) == ExitStatus.INCOMPLETE
+    record = run_record(output)
+    assert [record["counts"][key] for key in ("scored", "missing", "not_listed")] == [40, 0, 1]
+    assert list(record["not_listed"]) == [str(bad)]
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"warning: not listed: {bad}: ") for line in lines)
+    assert any(line.startswith("INCOMPLETE: 1 file") and str(bad) in line for line in lines)
+    assert run_score(*arguments, "--exclude", "*.csv") == ExitStatus.DONE
+
+
 def test_running_again_scores_what_is_new_or_changed_and_nothing_else(model, archive, tmp_path, run_record):
     images = shutil.copytree(archive, tmp_path / "images")
     output = tmp_path / "output"

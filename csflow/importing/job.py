@@ -13,15 +13,17 @@ import torch
 from pydantic import Field
 
 import csflow
-from csflow.config import JobConfig, Locations, Side
+from csflow.config import ListingConfig, Locations, Side
 from csflow.console import Progress, say, warn
 from csflow.errors import ExitStatus, ImageError, WrongUse
 from csflow.images import DecodedImage
 from csflow.importing.checkpoints import SCALES, ForeignModel, ForeignModelError, load_extractor, read_foreign
-from csflow.inputs.listing import list_images
+from csflow.inputs.listing import LISTING, list_images
 from csflow.inputs.loaded import LoadedImage
 from csflow.inputs.loading import ImageLoader, batches
 from csflow.inputs.reading import ImageReader
+from csflow.inputs.selection import Selection
+from csflow.inputs.unlisted import Unlisted
 from csflow.model import PAPER_STAGE, Architecture, BackboneError, Detector, load_weights
 from csflow.model_directory import CALIBRATION, holds_model, save_model
 from csflow.storage import Location
@@ -61,7 +63,7 @@ The flow gives the scores of the original on the same features. The features are
 """
 
 
-class ImportConfig(JobConfig):
+class ImportConfig(ListingConfig):
     """Settings of the import."""
 
     checkpoint: str
@@ -105,7 +107,12 @@ def import_model(config: ImportConfig) -> ExitStatus:
     say(f"{foreign.source} flow of {len(foreign.kernel_sizes)} coupling blocks, {height} x {width} px")
     for name in foreign.preprocessing.keys() - REPRESENTED:
         warn(f"the model was trained on images after {name}, which csflow does not do")
-    images = pa.Table.from_batches(list_images(config.calibrate, config.storage_options))
+    unlisted, selection = Unlisted(), Selection(skip_folders=config.skip_folders)
+    listed = list_images(config.calibrate, config.storage_options, selection, unlisted)
+    images = pa.Table.from_batches(listed, LISTING)
+    for line in unlisted.lines():
+        warn(line)
+    unlisted.check()
     calibration, failed = calibrate(detector, images, config.storage_options)
     for image in failed:
         print(f"left out: {image.image_uri}: {image.content}")

@@ -13,9 +13,9 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import pairwise
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from csflow.errors import ErrorCode, ImageError
 from csflow.inputs.objects import ObjectStore, StoredObject
@@ -47,9 +47,15 @@ def split_member(uri: str) -> tuple[str, str] | None:
 
 
 def list_members(
-    store: ObjectStore, archive: StoredObject, is_wanted: Callable[[str], bool]
+    store: ObjectStore,
+    archive: StoredObject,
+    is_wanted: Callable[[str], bool],
+    is_no_file: Callable[[str], object] = lambda name: None,
 ) -> list[StoredObject]:
     """The wanted members, in the order of the archive. Of a repeated name the last counts, as when unpacking.
+
+    Args:
+        is_no_file: is told of wanted members of a tar that are no files: links to what is no wanted member.
 
     Raises:
         ImageError: CORRUPT if the archive's index is damaged anywhere, TOO_LARGE if an index entry would fill
@@ -57,12 +63,19 @@ def list_members(
     """
     is_tar = archive.uri.lower().endswith(".tar")
     index = _index_tar if is_tar else _index_zip
+    members: dict[str, StoredObject] = {}
     with parsing("archive"), store.open(archive, READ_AHEAD) as file:
-        members = {
-            name: StoredObject(f"{archive.uri}{SEPARATOR}{name}", f"{archive.version}:{position}", size)
-            for name, position, size in index(file, archive.size)
-            if is_wanted(name)
-        }
+        for name, place, size in index(file, archive.size):
+            if not is_wanted(name):
+                continue
+            if not isinstance(place, _Link):
+                version = f"{archive.version}:{place}"
+            elif place.target in members:
+                _, version, size, _ = members[place.target]
+            else:
+                is_no_file(name)
+                continue
+            members[name] = StoredObject(f"{archive.uri}{SEPARATOR}{name}", version, size)
     return list(members.values())
 
 
@@ -84,7 +97,37 @@ def read_member(store: ObjectStore, uri: str, version: str, max_bytes: int) -> b
     return _read_tar_member(store, archive, position, max_bytes) if position else None
 
 
-def _index_tar(file: BinaryIO, size: int) -> Iterator[tuple[str, str, int]]:
+class _Link(NamedTuple):
+    """In place of the position of a member that is a hard link to an earlier one."""
+
+    target: str
+    """Name of the earlier member; empty for symbolic links, which may lead anywhere."""
+
+
+Entry = tuple[str, str | _Link, int]
+"""Name, position and size of a member."""
+
+
+def _index_tar(file: BinaryIO, size: int) -> Iterator[Entry]:
+    """Also of tars that were joined by `cat`: one may follow the zeros at the end of another."""
+    end = yield from _index_one_tar(file, size)
+    while end < size:
+        file.seek(end)
+        block = file.read(READ_AHEAD)
+        zeros = len(block) - len(block.lstrip(b"\0"))
+        end += zeros // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        if zeros < len(block):
+            file.seek(end)
+            try:
+                tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+            except tarfile.HeaderError:
+                return  # what follows an archive and is none is not read, as by tar itself
+            file.seek(end)
+            end = yield from _index_one_tar(file, size)
+
+
+def _index_one_tar(file: BinaryIO, size: int) -> Generator[Entry, None, int]:
+    """The members of the tar that begins here; returns where the zeros at its end begin."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         end = -1
         while (member := tar.next()) is not None:
@@ -98,10 +141,14 @@ def _index_tar(file: BinaryIO, size: int) -> Iterator[tuple[str, str, int]]:
             if member.isreg():
                 length = "sparse" if member.issparse() else str(member.size)
                 yield as_text(member.name), f"{member.offset_data}+{length}", member.size
+            elif member.islnk() or member.issym():
+                target = as_text(member.linkname) if member.islnk() else ""
+                yield as_text(member.name), _Link(target), 0
         # tarfile takes a damaged or cut header for the end of the archive, and what follows would be lost.
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
             raise tarfile.ReadError(f"no valid header at byte {tar.offset}")
+        return tar.offset
 
 
 def _read_tar_member(store: ObjectStore, archive: str, position: re.Match[str], max_bytes: int) -> bytes:
@@ -112,7 +159,7 @@ def _read_tar_member(store: ObjectStore, archive: str, position: re.Match[str], 
     return store.fetch(archive, position["archive"], start, start + size, max_bytes) if size else b""
 
 
-def _index_zip(file: BinaryIO, size: int) -> Iterator[tuple[str, str, int]]:
+def _index_zip(file: BinaryIO, size: int) -> Iterator[Entry]:
     # The index is at the end: one request for both it and the record that says where it begins.
     file.seek(max(0, size - ZIP_TAIL))
     file.read()
@@ -122,6 +169,8 @@ def _index_zip(file: BinaryIO, size: int) -> Iterator[tuple[str, str, int]]:
     # Header and data of a member end where the next begins: the length of the header is in the header alone.
     ends = dict(pairwise(starts))
     for member in members:
+        if member.is_dir():
+            continue
         if not 0 <= member.header_offset < size:
             raise zipfile.BadZipFile("a member lies outside of the archive")
         span = ends.get(member.header_offset, size) - member.header_offset

@@ -29,6 +29,10 @@ class Exclusion:
             pa.array((uri not in named and selection.takes_name(uri) for uri in uris), pa.bool_())
         )
 
+    def leaves_out(self, uri: str) -> bool:
+        """Whether a pattern names this file or folder (which ends in /)."""
+        return Selection(exclude=self.patterns).leaves_out(uri)
+
     def warnings(self, images: pa.Table) -> Iterator[str]:
         """A line for each manifest and pattern that does less than it says."""
         uris = images["image_uri"].to_pylist()

@@ -1,6 +1,5 @@
 """Walks folders, prefixes and glob patterns of any store: every file below, with its version, in order."""
 
-import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -9,19 +8,22 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from fsspec.implementations.local import LocalFileSystem
-
 from csflow.errors import ErrorCode, ImageError
+from csflow.inputs import local_folders
 from csflow.inputs.http_objects import is_http
-from csflow.inputs.objects import UNKNOWN_VERSION, ObjectStore, StoredObject, described, local_version
-from csflow.inputs.uris import as_text, is_s3, local_path, path_in, root_of, split_s3, uri_of
+from csflow.inputs.local_folders import fixed_part
+from csflow.inputs.names import Takes
+from csflow.inputs.objects import UNKNOWN_VERSION, ObjectStore, StoredObject, described
+from csflow.inputs.unlisted import Unlisted
+from csflow.inputs.uris import is_s3, local_path, path_in, root_of, split_s3, uri_of
 
 LISTINGS_AT_ONCE = 16
 PATTERN_MARKS = "*?["
 
 Description = dict[str, Any]
 """Description of files by fsspec or S3: of one file, or of a page of a listing."""
-Wanted = Callable[[str], bool]
+Page = Callable[..., Description]
+"""Lists a page of an S3 folder, given the folder and further parameters of `list_objects_v2`."""
 
 
 def is_folder(store: ObjectStore, uri: str) -> bool:
@@ -47,41 +49,50 @@ def is_folder(store: ObjectStore, uri: str) -> bool:
     return store.retried(lambda _: bool(fs.isdir(path_in(fs, uri))))
 
 
-def walk(store: ObjectStore, pool: ThreadPoolExecutor, uri: str, is_wanted: Wanted) -> Iterator[StoredObject]:
-    """Files below a folder whose names are wanted, without hidden files and folders.
+def walk(
+    store: ObjectStore, pool: ThreadPoolExecutor, uri: str, takes: Takes, unlisted: Unlisted
+) -> Iterator[StoredObject]:
+    """Files below a folder whose names are taken.
 
-    Their order depends only on the names and, on S3, on how names fall into pages of a listing.
+    Their order depends only on the names and, on S3, on how names fall into pages of a listing. Folders below
+    that may not be listed are noted.
 
     Raises:
-        ImageError, OSError: a part of the folder cannot be listed.
+        ImageError, OSError: the folder cannot be listed.
     """
     path = local_path(uri)
     if path is not None:
-        return _walk_local(path, is_wanted, frozenset())
-    return _walk_s3(store, pool, uri, is_wanted) if is_s3(uri) else _walk_other(store, uri, is_wanted)
+        return local_folders.walk(path, takes, unlisted)
+    if is_s3(uri):
+        return _walk_s3(store, pool, uri, takes, unlisted)
+    return _walk_other(store, uri, takes)
 
 
-def glob(store: ObjectStore, pattern: str) -> tuple[list[StoredObject], list[str]]:
+def glob(
+    store: ObjectStore, pattern: str, takes: Takes, unlisted: Unlisted
+) -> tuple[list[StoredObject], list[str]]:
     """Files and folders that match a pattern, each sorted; `**` matches files only.
 
-    Hidden ones are left out, unless the pattern itself has a hidden name.
+    Names are taken or not relative to the part of the pattern before its first mark.
 
     Raises:
+        WrongUse: the pattern is not understood.
         ImageError: as `ObjectStore.fetch`.
     """
-    fixed = pattern[: min(pattern.find(mark) for mark in PATTERN_MARKS if mark in pattern)]
-    root = fixed[: fixed.rfind("/") + 1]
-    shows_hidden = is_hidden(pattern[len(root) :])
+    path = local_path(pattern)
+    if path is not None:
+        return local_folders.glob(path, takes, unlisted)
+    root = fixed_part(pattern)
     files: list[StoredObject] = []
     folders: list[str] = []
     for uri, info in sorted(_matches(store, pattern).items()):
         is_directory = info["type"] == "directory"
-        if is_hidden(uri[len(root) :] + "/" * is_directory) and not shows_hidden:
+        if not takes(uri[len(root) :] + "/" * is_directory):
             continue
         if is_directory:
             folders.append(uri)
         else:
-            files.append(_examine(uri) if local_path(uri) else _described(store, uri, info))
+            files.append(_described(store, uri, info))
     return files, [] if "**" in pattern else folders
 
 
@@ -104,67 +115,41 @@ def escaped(store: ObjectStore, pattern: str) -> str:
     return "/".join([re.sub(r"[*?[]", r"[\g<0>]", part) for part in parts[:literal]] + parts[literal:])
 
 
-def is_hidden(name: str, folder_marks: tuple[str, ...] = (".", "_")) -> bool:
-    """Whether a relative name begins with a dot, or one of its folders (which end in /) with a mark.
-
-    Jobs write folders like `_runs`, but cameras write photographs like `_DSC0001.JPG`.
-    """
-    *folders, file = name.split("/")
-    if file.startswith("."):
-        return True
-    return any(folder.startswith(folder_marks) and folder not in (".", "..") for folder in folders)
-
-
-def _walk_local(path: str, is_wanted: Wanted, above: frozenset[tuple[int, int]]) -> Iterator[StoredObject]:
-    status = Path(path).stat()
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        return  # a symbolic link back to a folder that is being walked
-    with os.scandir(path) as entries:
-        ordered = sorted(entries, key=lambda entry: entry.name)
-    for entry in ordered:
-        is_directory = entry.is_dir()
-        if is_hidden(entry.name + "/" * is_directory):
-            continue
-        if is_directory:
-            yield from _walk_local(entry.path, is_wanted, above | {here})
-        elif is_wanted(entry.name):
-            yield _examine(entry.path)
-
-
-def _examine(path: str) -> StoredObject:
-    """Describes a link that leads nowhere, too, so that it is accounted for: reading it raises NOT_FOUND."""
-    try:
-        status = Path(path).stat()
-    except FileNotFoundError:
-        return StoredObject(as_text(path), UNKNOWN_VERSION, 0)
-    return StoredObject(as_text(path), local_version(status), status.st_size, status.st_mtime)
-
-
-def _walk_other(store: ObjectStore, uri: str, is_wanted: Wanted) -> Iterator[StoredObject]:
+def _walk_other(store: ObjectStore, uri: str, takes: Takes) -> Iterator[StoredObject]:
     fs = store.remote(uri)
     root = path_in(fs, uri).rstrip("/") + "/"
     found = store.retried(lambda _: fs.find(root, detail=True))
     for path, info in sorted(found.items()):
-        if is_wanted(path) and not is_hidden(path.removeprefix(root)):
+        if takes(path.removeprefix(root)):
             yield _described(store, uri_of(fs, root_of(uri), path), info)
 
 
 def _walk_s3(
-    store: ObjectStore, pool: ThreadPoolExecutor, uri: str, is_wanted: Wanted
+    store: ObjectStore, pool: ThreadPoolExecutor, uri: str, takes: Takes, unlisted: Unlisted
 ) -> Iterator[StoredObject]:
     """Lists several parts of the prefix at once, 1000 objects per request, and keeps none in memory."""
     bucket, root = _split_prefix(uri)
-    pages, folders = _split_up(store, bucket, root)
-    for page in chain(pages, _list_at_once(store, pool, bucket, folders)):
+
+    def fetch(folder: str, **request: str) -> Description:
+        try:
+            page: Description = store.call_s3("list_objects_v2", Bucket=bucket, Prefix=folder, **request)
+        except ImageError as failure:
+            if failure.code != ErrorCode.PERMISSION_DENIED or folder == root:
+                raise
+            unlisted.fail(f"s3://{bucket}/{folder}", failure.message)
+            return {"IsTruncated": False}
+        return page
+
+    pages, folders = _split_up(fetch, root, takes)
+    for page in chain(pages, _list_at_once(fetch, pool, folders)):
         for entry in page.get("Contents", ()):
             key = entry["Key"]
-            if is_wanted(key) and not is_hidden(key[len(root) :]):
+            if not key.endswith("/") and takes(key[len(root) :]):  # such a key marks an empty folder
                 etag, modified_at = entry["ETag"].strip('"'), entry["LastModified"].timestamp()
                 yield StoredObject(f"s3://{bucket}/{key}", etag, entry["Size"], modified_at)
 
 
-def _split_up(store: ObjectStore, bucket: str, root: str) -> tuple[list[Description], list[str]]:
+def _split_up(fetch: Page, root: str, takes: Takes) -> tuple[list[Description], list[str]]:
     """Descends until there are enough folders to list at once; returns the files above them, and the folders.
 
     A folder with more entries than one page is not entered, but listed as a whole.
@@ -174,48 +159,38 @@ def _split_up(store: ObjectStore, bucket: str, root: str) -> tuple[list[Descript
     whole: list[str] = []
     while waiting and len(waiting) + len(whole) < LISTINGS_AT_ONCE:
         folder = waiting.popleft()
-        page = store.call_s3("list_objects_v2", Bucket=bucket, Prefix=folder, Delimiter="/")
+        page = fetch(folder, Delimiter="/")
         if page["IsTruncated"]:
             whole.append(folder)
             continue
         pages.append(page)
         below = (entry["Prefix"] for entry in page.get("CommonPrefixes", ()))
-        waiting += (prefix for prefix in below if not is_hidden(prefix[len(root) :]))
+        waiting += (prefix for prefix in below if takes(prefix[len(root) :]))
     return pages, [*whole, *waiting]
 
 
-def _list_at_once(
-    store: ObjectStore, pool: ThreadPoolExecutor, bucket: str, folders: Iterable[str]
-) -> Iterator[Description]:
+def _list_at_once(fetch: Page, pool: ThreadPoolExecutor, folders: Iterable[str]) -> Iterator[Description]:
     """Pages of the folders in turn: the next page of one folder is fetched while others' pages are used."""
 
-    def fetch(folder: str, **after: str) -> Future[Description]:
-        return pool.submit(store.call_s3, "list_objects_v2", Bucket=bucket, Prefix=folder, **after)
+    def begin(folder: str, **after: str) -> tuple[str, Future[Description]]:
+        return folder, pool.submit(fetch, folder, **after)
 
-    unlisted = iter(folders)
-    under_way = deque((folder, fetch(folder)) for folder in islice(unlisted, LISTINGS_AT_ONCE))
+    waiting = iter(folders)
+    under_way = deque(begin(folder) for folder in islice(waiting, LISTINGS_AT_ONCE))
     while under_way:
         folder, future = under_way.popleft()
         page = future.result()
         if page["IsTruncated"]:
-            under_way.append((folder, fetch(folder, ContinuationToken=page["NextContinuationToken"])))
+            under_way.append(begin(folder, ContinuationToken=page["NextContinuationToken"]))
         else:
-            under_way += ((new, fetch(new)) for new in islice(unlisted, 1))
+            under_way += (begin(new) for new in islice(waiting, 1))
         yield page
 
 
 def _matches(store: ObjectStore, pattern: str) -> dict[str, Description]:
-    path = local_path(pattern)
-    if path is not None:
-        found = LocalFileSystem().glob(path, detail=True)
-        return {uri: info | {"type": _local_type(uri)} for uri, info in found.items()}
     fs = store.remote(pattern)
     found = store.retried(lambda _: fs.glob(path_in(fs, pattern), detail=True))
     return {uri_of(fs, root_of(pattern), name): info for name, info in found.items()}
-
-
-def _local_type(path: str) -> str:
-    return "directory" if Path(path).is_dir() else "file"  # also through symbolic links
 
 
 def _described(store: ObjectStore, uri: str, info: Description) -> StoredObject:

@@ -1,9 +1,9 @@
 """Lists the images behind the locations that a job is given."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -11,12 +11,15 @@ import numpy as np
 import pyarrow as pa
 
 from csflow.errors import ErrorCode, ImageError, WrongUse
-from csflow.inputs import archives, folders, inventories, manifests, rows
-from csflow.inputs.folders import is_hidden
-from csflow.inputs.objects import UNKNOWN_VERSION, ObjectStore, StoredObject
+from csflow.inputs import archives, containers, folders, inventories, manifests, rows
+from csflow.inputs.containers import Containers
+from csflow.inputs.local_folders import fixed_part
+from csflow.inputs.names import IMAGE_SUFFIXES, Takes, left_out, suffix, takes_of
+from csflow.inputs.objects import ObjectStore, StoredObject
 from csflow.inputs.selection import EVERYTHING, Selection
 from csflow.inputs.store_errors import image_error
-from csflow.inputs.uris import is_s3, split_s3
+from csflow.inputs.unlisted import Reason, Unlistable, Unlisted
+from csflow.inputs.uris import as_text, is_s3, split_s3
 
 LISTING = pa.schema(
     [
@@ -27,17 +30,17 @@ LISTING = pa.schema(
 )
 """Schema of a listing. `size_bytes` is 0 if a manifest does not say, and an average for Parquet rows."""
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-CONTAINER_SUFFIXES = (*archives.SUFFIXES, rows.SUFFIX)
+FOUND_SUFFIXES = (*IMAGE_SUFFIXES, *containers.SUFFIXES)
 BATCH_ROWS = 10_000
 THREADS = 16
-CONTAINERS_AT_ONCE = 32
-INDEXES_KEPT = 4
 DEADLINE_S = 60.0
 
 
 def list_images(
-    inputs: Sequence[str], storage_options: Mapping[str, Any], selection: Selection = EVERYTHING
+    inputs: Sequence[str],
+    storage_options: Mapping[str, Any],
+    selection: Selection = EVERYTHING,
+    unlisted: Unlisted | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """Every selected image behind the inputs, in batches of schema `LISTING`, always in the same order.
 
@@ -45,22 +48,30 @@ def list_images(
     file that cannot be listed is one row under its own URI; reading it raises the reason. All inputs are
     looked up before the first image is listed.
 
+    Args:
+        unlisted: is told of folders below the inputs, and of manifests and inputs among several, that cannot
+            be listed, and of everything that is not taken.
+
     Raises:
-        WrongUse: an input does not exist, is refused, is not understood or holds no image. With `since`, it
-            may hold none.
+        WrongUse: an input does not exist, is not understood or holds no image (with `since`, it may hold
+            none), or the only input is refused or damaged.
         ConnectionError: the store failed for longer than the listing retries.
     """
     store = ObjectStore(storage_options, DEADLINE_S)
     with ThreadPoolExecutor(THREADS, thread_name_prefix="listing") as pool:
-        listing = _Listing(store, pool, selection)
+        listing = _Listing(store, pool, selection, unlisted or Unlisted(), is_alone=len(inputs) == 1)
         found = [(uri, listing.find(uri)) for uri in inputs]
-        images = (image for uri, images in found for image in _some(uri, images, selection))
-        yield from _batches(image for image in images if selection.takes_name(image.uri))
+        yield from _batches(image for uri, images in found for image in listing.selected(uri, images))
 
 
-def list_table(inputs: Sequence[str], storage_options: Mapping[str, Any]) -> pa.Table:
-    """The listing as one table in memory, each URI once, where it is first found; raises as `list_images`."""
-    table = pa.Table.from_batches(list_images(inputs, storage_options), LISTING)
+def list_table(
+    inputs: Sequence[str],
+    storage_options: Mapping[str, Any],
+    selection: Selection = EVERYTHING,
+    unlisted: Unlisted | None = None,
+) -> pa.Table:
+    """The listing as one table in memory, each URI once, where it is first found; as `list_images`."""
+    table = pa.Table.from_batches(list_images(inputs, storage_options, selection, unlisted), LISTING)
     _, first = np.unique(table["image_uri"].to_pylist(), return_index=True)
     return table.take(np.sort(first))
 
@@ -89,19 +100,63 @@ def list_names(manifest: str, storage_options: Mapping[str, Any]) -> list[str]:
 
 
 class _Listing:
-    """Finds out what a location is, and lists the images in it and in its archives and tables."""
+    """Finds out what a location is, and lists the images in it."""
 
-    def __init__(self, store: ObjectStore, pool: ThreadPoolExecutor, selection: Selection) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        pool: ThreadPoolExecutor,
+        selection: Selection,
+        unlisted: Unlisted,
+        is_alone: bool,
+    ) -> None:
+        """
+        Args:
+            is_alone: whether there is a single input, so that nothing is left to list if it cannot be.
+        """
         self._store = store
         self._pool = pool
-        self._is_recent = selection.is_recent
-        self._index = lru_cache(INDEXES_KEPT)(self._read_index)
-        self._unindexed: set[str] = set()
+        self._selection = selection
+        self._unlisted = unlisted
+        self._is_alone = is_alone
+        self._containers = Containers(store, pool, selection, unlisted)
 
     def find(self, uri: str) -> Iterator[StoredObject]:
         """Looks an input up at once, and lists its images lazily."""
-        with _explaining(uri):
-            return self._find(manifests.canonical_uri(uri))
+        uri = as_text(uri)
+        try:
+            with _explaining(uri):
+                return self._find(manifests.canonical_uri(uri))
+        except (Unlistable, ConnectionError) as error:
+            self._fail(uri, error)
+            return iter(())
+
+    def selected(self, uri: str, images: Iterator[StoredObject]) -> Iterator[StoredObject]:
+        """The images of an input whose names are selected.
+
+        Raises:
+            WrongUse: it has no images, nothing failed to be listed, and `since` is not given.
+        """
+        is_empty = True
+        try:
+            with _explaining(uri):
+                for image in images:
+                    is_empty = False
+                    if self._selection.takes_name(image.uri):
+                        yield image
+                    else:
+                        self._unlisted.skip(Reason.NOT_SELECTED, suffix(image.uri))
+        except (Unlistable, ConnectionError) as error:
+            self._fail(uri, error)
+        if is_empty and self._selection.since is None and not self._unlisted.failed:
+            known = " ".join(FOUND_SUFFIXES)
+            raise WrongUse(f"{uri} holds no images ({known}); hidden files and folders do not count")
+
+    def _fail(self, uri: str, error: Exception) -> None:
+        """Notes an input that cannot be listed. Raises the error if there is no other input."""
+        if self._is_alone:
+            raise error
+        self._unlisted.fail(uri, _reason(uri, error))
 
     def _find(self, uri: str) -> Iterator[StoredObject]:
         failure = ImageError(ErrorCode.NOT_FOUND, "there is nothing below it")
@@ -117,8 +172,9 @@ class _Listing:
         if folders.is_folder(self._store, uri):
             return self._walk(uri)
         if folders.is_pattern(uri):
-            files, below = folders.glob(self._store, folders.escaped(self._store, uri))
-            if not files and not below:
+            pattern, failed = folders.escaped(self._store, uri), self._unlisted.failed
+            files, below = folders.glob(self._store, pattern, self._takes_match(pattern), self._unlisted)
+            if not files and not below and failed == self._unlisted.failed:
                 raise WrongUse(f"{uri}: nothing matches this pattern; quote it, and check it with a listing")
             return self._read_matches(uri, files, below)
         raise failure
@@ -126,15 +182,15 @@ class _Listing:
     def _read_named(self, file: StoredObject) -> Iterator[StoredObject]:
         name = file.uri.lower()
         if name.endswith((*IMAGE_SUFFIXES, *archives.SUFFIXES)):
-            return self._expand([file])
+            return self._containers.expand([file])
         if name.endswith(f"/{inventories.NAME}"):
             objects = inventories.read_inventory(self._store, file)
-            return self._expand(item for item in objects if _is_found(item.uri) and not is_hidden(item.uri))
+            return self._containers.expand(self._taken(objects))
         if name.endswith(manifests.SUFFIX):
-            return self._expand(self._look_up(manifests.read_csv(self._store, file)), in_manifest=True)
+            return self._expand_manifest(manifests.read_csv(self._store, file))
         if name.endswith(rows.SUFFIX):
             return self._read_named_parquet(file)
-        known = " ".join((*IMAGE_SUFFIXES, *CONTAINER_SUFFIXES, manifests.SUFFIX))
+        known = " ".join((*FOUND_SUFFIXES, manifests.SUFFIX))
         raise WrongUse(f"{file.uri} is not named like an input ({known}); rename it or list it in a manifest")
 
     def _read_named_parquet(self, file: StoredObject) -> Iterator[StoredObject]:
@@ -145,112 +201,58 @@ class _Listing:
                 raise
             return iter([file])
         if manifests.is_manifest(parquet.schema_arrow):
-            images = manifests.read_parquet(file.uri, parquet)
-            return self._expand(self._look_up(images), in_manifest=True)
+            return self._expand_manifest(manifests.read_parquet(file.uri, parquet))
         if rows.image_column(parquet.schema_arrow) is None:
             columns = f"a column {manifests.URI}, or one of image bytes named {' '.join(rows.COLUMN_NAMES)}"
             raise WrongUse(f"{file.uri} names no images; give it {columns}")
-        return self._expand([file])
+        return self._containers.expand([file])
+
+    def _expand_manifest(self, images: Iterable[StoredObject]) -> Iterator[StoredObject]:
+        return self._containers.expand(self._containers.look_up(images), in_manifest=True)
 
     def _read_matches(
         self, pattern: str, files: Iterable[StoredObject], below: Iterable[str]
     ) -> Iterator[StoredObject]:
         if pattern.lower().endswith(manifests.SUFFIX):
             for file in files:
-                yield from self._read_named(file)
+                yield from self._noting_failure(file.uri, partial(self._read_named, file))
         else:
-            yield from self._expand(file for file in files if _is_found(file.uri))
+            yield from self._containers.expand(files)
         for folder in below:
-            yield from self._walk(folder)
+            yield from self._noting_failure(f"{folder}/", partial(self._walk, folder))
+
+    def _noting_failure(
+        self, uri: str, images: Callable[[], Iterator[StoredObject]]
+    ) -> Iterator[StoredObject]:
+        """The images of one match of a pattern, as far as it can be listed."""
+        try:
+            with _explaining(uri):
+                yield from images()
+        except (Unlistable, ConnectionError) as error:
+            self._unlisted.fail(uri, _reason(uri, error))
 
     def _walk(self, uri: str) -> Iterator[StoredObject]:
-        return self._expand(folders.walk(self._store, self._pool, uri, _is_found))
+        takes = self._takes(f"{uri.rstrip('/')}/")
+        return self._containers.expand(folders.walk(self._store, self._pool, uri, takes, self._unlisted))
 
-    def _expand(self, files: Iterable[StoredObject], in_manifest: bool = False) -> Iterator[StoredObject]:
-        """Yields images, and the images in archives and Parquet files, several of which are open at once."""
-        # Before anything is opened: an old archive costs nothing.
-        files = filter(self._is_recent, files)
-        while chunk := list(islice(files, CONTAINERS_AT_ONCE)):
-            opened: list[StoredObject | Future[list[StoredObject]]] = [
-                self._pool.submit(self._open, file, in_manifest) if _needs_look(file) else file
-                for file in chunk
-            ]
-            for item in opened:
-                if isinstance(item, Future):
-                    yield from item.result()
-                else:
-                    yield item
+    def _taken(self, objects: Iterable[StoredObject]) -> Iterator[StoredObject]:
+        """The objects of an inventory that are taken, by their names below the bucket."""
+        for item in objects:
+            bucket, key = split_s3(item.uri)
+            if not key.endswith("/") and self._takes(f"s3://{bucket}/")(key):
+                yield item
 
-    def _open(self, file: StoredObject, in_manifest: bool) -> list[StoredObject]:
-        try:
-            if in_manifest:
-                file = self._store.stat(file.uri)
-                if not self._is_recent(file):
-                    return []
-            images = self._read_container(file, _is_image_member)
-        except ImageError:
-            return [file]
-        if images is None:
-            # Tables beside images are common; but what a manifest names must be accounted for.
-            return [file] if in_manifest else []
-        return images
+    def _takes(self, root: str) -> Takes:
+        return takes_of(root, FOUND_SUFFIXES, self._unlisted, tuple(self._selection.skip_folders))
 
-    def _read_container(
-        self, file: StoredObject, is_wanted: Callable[[str], bool]
-    ) -> list[StoredObject] | None:
-        name = file.uri.lower()
-        if name.endswith(archives.SUFFIXES):
-            return archives.list_members(self._store, file, is_wanted)
-        return rows.list_rows(self._store, file) if name.endswith(rows.SUFFIX) else [file]
-
-    def _look_up(self, images: Iterable[StoredObject]) -> Iterator[StoredObject]:
-        """Looks up the versions of archive members and Parquet rows in a manifest, which only an index knows.
-
-        If a container cannot be indexed, one row for it replaces all that the manifest names in it.
-        """
-        for image in images:
-            part = archives.split_member(image.uri) or rows.split_row(image.uri)
-            if part is None or image.version != UNKNOWN_VERSION:
-                yield image
-                continue
-            index = self._index(part[0])
-            if index is not None:
-                yield index.get(image.uri, image)
-            elif part[0] not in self._unindexed:
-                self._unindexed.add(part[0])
-                yield StoredObject(part[0], UNKNOWN_VERSION, 0)
-
-    def _read_index(self, uri: str) -> dict[str, StoredObject] | None:
-        try:
-            images = self._read_container(self._store.stat(uri), lambda name: True)
-        except ImageError:
-            return None
-        return {image.uri: image for image in images or ()}
-
-
-def _is_found(name: str) -> bool:
-    return name.lower().endswith((*IMAGE_SUFFIXES, *CONTAINER_SUFFIXES))
-
-
-def _is_image_member(name: str) -> bool:
-    # Only dots hide members: cameras write `_DSC0001.JPG`, macOS adds `__MACOSX/._DSC0001.JPG`.
-    return name.lower().endswith(IMAGE_SUFFIXES) and not folders.is_hidden(name, folder_marks=(".",))
-
-
-def _needs_look(file: StoredObject) -> bool:
-    return file.version == UNKNOWN_VERSION or file.uri.lower().endswith(CONTAINER_SUFFIXES)
-
-
-def _some(uri: str, images: Iterable[StoredObject], selection: Selection) -> Iterator[StoredObject]:
-    """The images of an input. Raises WrongUse if it has none and `since` is not given."""
-    is_empty = True
-    with _explaining(uri):
-        for image in images:
-            is_empty = False
-            yield image
-        if is_empty and selection.since is None:
-            known = " ".join((*IMAGE_SUFFIXES, *CONTAINER_SUFFIXES))
-            raise WrongUse(f"{uri} holds no images ({known}); hidden files and folders do not count")
+    def _takes_match(self, pattern: str) -> Takes:
+        """Takes what matches a pattern: also what is hidden or skipped if the pattern names such a thing."""
+        root = fixed_part(pattern)
+        skipped = tuple(self._selection.skip_folders)
+        suffixes = ("",) if pattern.lower().endswith(manifests.SUFFIX) else FOUND_SUFFIXES
+        if left_out(pattern[len(root) :], skipped):
+            return takes_of(root, suffixes, self._unlisted, (), ())
+        return takes_of(root, suffixes, self._unlisted, skipped)
 
 
 @contextmanager
@@ -259,7 +261,7 @@ def _explaining(uri: str) -> Iterator[None]:
     try:
         yield
     except WrongUse as error:
-        raise WrongUse(str(error) if uri in str(error) else f"{uri}: {error}") from None
+        raise type(error)(str(error) if uri in str(error) else f"{uri}: {error}") from None
     except (ImageError, OSError) as error:
         raise _explained(uri, image_error(error)) from None
 
@@ -272,8 +274,13 @@ def _explained(uri: str, failure: ImageError) -> Exception:
         return WrongUse(f"{uri} does not exist; check the spelling ({failure.message})")
     if failure.code == ErrorCode.PERMISSION_DENIED:
         remedy = "grant s3:ListBucket and s3:GetObject" if is_s3(uri) else "grant read permission"
-        return WrongUse(f"{uri}: access denied ({failure.message}); {remedy}")
+        return Unlistable(f"{uri}: access denied ({failure.message}); {remedy}")
     return ConnectionError(f"{uri} cannot be listed: {failure.message}")
+
+
+def _reason(uri: str, error: Exception) -> str:
+    """The message of an error without the name of the input at its start."""
+    return str(error).removeprefix(uri).lstrip(": ")
 
 
 def _batches(images: Iterable[StoredObject]) -> Iterator[pa.RecordBatch]:

@@ -2,22 +2,26 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv
 
-from csflow.errors import WrongUse
+from csflow.errors import ImageError, WrongUse
 from csflow.inputs import archives
 from csflow.inputs.objects import UNKNOWN_VERSION, ObjectStore, StoredObject
-from csflow.inputs.uris import local_path, resolve
+from csflow.inputs.unlisted import Unlistable
+from csflow.inputs.uris import as_text, local_path, resolve
 from csflow.redaction import holds_credentials
 
 SUFFIX = ".csv"
 READ_AHEAD = 4 << 20
 URI = "image_uri"
-COLUMNS = {URI: pa.string(), "image_version": pa.string(), "etag": pa.string(), "size": pa.int64()}
+COLUMNS = {URI: pa.binary(), "image_version": pa.binary(), "etag": pa.binary(), "size": pa.int64()}
+"""Texts are bytes here, so that one name that is not UTF-8 does not keep the others from being read."""
 
 
 def read_csv(store: ObjectStore, file: StoredObject) -> Iterator[StoredObject]:
@@ -26,12 +30,13 @@ def read_csv(store: ObjectStore, file: StoredObject) -> Iterator[StoredObject]:
     Reads the header at once, and the rest lazily.
 
     Raises:
-        WrongUse: the manifest is not readable as CSV or has no column `image_uri`.
+        Unlistable: the manifest is not readable as CSV, has no column `image_uri`, or a row that is refused.
         ImageError: as `ObjectStore.fetch`.
     """
-    names = _open_csv(store, file, None).schema.names
+    with _reading(file.uri):
+        names = _open_csv(store, file, None).schema.names
     if URI not in names:
-        raise WrongUse(
+        raise Unlistable(
             f"{file.uri} has no column {URI}, only {', '.join(names)[:200]}; name it in the header"
         )
     return _images(file.uri, _csv_batches(store, file, [name for name in COLUMNS if name in names]))
@@ -62,16 +67,22 @@ def canonical_uri(uri: str, folder: str | None = None) -> str:
         return f"{'s3' if scheme in ('s3a', 's3n') else scheme}://{rest}"
     if folder is not None and local_path(folder) is None and not path.startswith("/"):
         return resolve(folder, path)
-    return os.path.normpath(Path(folder or Path.cwd(), Path(path).expanduser()))
+    return os.path.normpath(Path(folder or Path.cwd(), _at_home(path)))
+
+
+def _at_home(path: str) -> Path:
+    """The path with `~` replaced by a home folder, if it stands for one: a file may be named `~1.png`."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def _open_csv(store: ObjectStore, file: StoredObject, columns: list[str] | None) -> csv.CSVStreamingReader:
     convert = csv.ConvertOptions(include_columns=columns, column_types=COLUMNS)
     read = csv.ReadOptions(use_threads=False)
-    try:
+    with _reading(file.uri):
         return csv.open_csv(store.open(file, READ_AHEAD), read_options=read, convert_options=convert)
-    except (pa.ArrowException, UnicodeError) as error:
-        raise _unreadable(file.uri, error) from None
 
 
 def _csv_batches(store: ObjectStore, file: StoredObject, columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -82,30 +93,42 @@ def _csv_batches(store: ObjectStore, file: StoredObject, columns: list[str]) -> 
 def _images(manifest_uri: str, batches: Iterable[pa.RecordBatch]) -> Iterator[StoredObject]:
     folder = manifest_uri.rpartition("/")[0] or "/"
     number = 0
-    try:
+    with _reading(manifest_uri):
         for batch in batches:
             columns = [_values(batch, name) for name in COLUMNS]
             for uri, version, etag, size in zip(*columns, strict=True):
                 number += 1
                 if not uri:
-                    raise WrongUse(f"{manifest_uri}: row {number} has no {URI}; fill it in or remove the row")
+                    raise Unlistable(
+                        f"{manifest_uri}: row {number} has no {URI}; fill it in or remove the row"
+                    )
                 if holds_credentials(uri):
-                    raise WrongUse(
+                    raise Unlistable(
                         f"{manifest_uri}: row {number} holds credentials in its URL, which would be written "
                         "down with its score; name the object itself"
                     )
                 known = str(version or etag or "").strip('"')
                 yield StoredObject(canonical_uri(uri, folder), known or UNKNOWN_VERSION, size or 0)
-    except pa.ArrowException as error:
-        raise _unreadable(manifest_uri, error) from None
 
 
-def _values(batch: pa.RecordBatch, name: str) -> list[str | int | None]:
+def _values(batch: pa.RecordBatch, name: str) -> list[Any]:
     if name not in batch.schema.names:
         return [None] * len(batch)
-    values: list[str | int | None] = batch.column(name).cast(COLUMNS[name]).to_pylist()
-    return values
+    column = batch.column(name)
+    if COLUMNS[name] != pa.binary():
+        return column.cast(COLUMNS[name]).to_pylist()
+    if not pa.types.is_binary(column.type):
+        column = column.cast(pa.string()).cast(pa.binary())
+    return [None if value is None else as_text(os.fsdecode(value)) for value in column.to_pylist()]
 
 
-def _unreadable(uri: str, error: Exception) -> WrongUse:
-    return WrongUse(f"{uri} cannot be read as a manifest: {' '.join(str(error).split())[:300]}")
+@contextmanager
+def _reading(uri: str) -> Iterator[None]:
+    """Turns whatever a parser raises on damaged or hostile bytes into one line."""
+    try:
+        yield
+    except (WrongUse, ImageError, OSError, MemoryError, GeneratorExit):
+        raise
+    except Exception as error:
+        text = " ".join(as_text(str(error)).split())[:300]
+        raise Unlistable(f"{uri} cannot be read as a manifest: {text}; save it as CSV in UTF-8") from None

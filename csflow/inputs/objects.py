@@ -346,7 +346,8 @@ async def _get_body(fs: Any, request: dict[str, str], limit: int) -> bytes:
 
 
 def _read_local(path: str, version: str, start: int, end: int | None, limit: int) -> bytes:
-    with Path(path).open("rb") as file:
+    # Without waiting for the other end of a pipe, should the path name one.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         size = _check_local(file, version)
         wanted = (size if end is None else end) - start
         check_size(wanted, limit)
@@ -359,6 +360,8 @@ def _read_local(path: str, version: str, start: int, end: int | None, limit: int
 
 def _check_local(file: io.BufferedReader, version: str) -> int:
     status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(ErrorCode.NOT_FOUND, "no regular file")
     if local_version(status) != version:
         raise ImageError(ErrorCode.CHANGED, "the file was changed after it was listed")
     return status.st_size

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
 
+from csflow.inputs.names import SKIPPED_FOLDERS
 from csflow.inputs.objects import StoredObject
 
 
@@ -19,12 +20,19 @@ class Selection:
     """Patterns of whole image URIs, none of which may match."""
     since: datetime | None = None
     """Files that were last changed before this time are left out, with all images in them."""
+    skip_folders: Sequence[str] = SKIPPED_FOLDERS
+    """Patterns of the names of folders that are not looked into."""
 
     def takes_name(self, image_uri: str) -> bool:
         def matches(patterns: Sequence[str]) -> bool:
             return any(fnmatchcase(image_uri, pattern) for pattern in patterns)
 
         return (not self.include or matches(self.include)) and not matches(self.exclude)
+
+    def leaves_out(self, uri: str) -> bool:
+        """Whether a pattern of `exclude` names this file or folder (which ends in /)."""
+        only = Selection(exclude=self.exclude)
+        return not (only.takes_name(uri) and only.takes_name(uri.rstrip("/")))
 
     def is_recent(self, file: StoredObject) -> bool:
         """Whether a file is wanted by its time. If its time is unknown, it is: better scored than missed."""

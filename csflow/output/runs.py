@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from csflow.calibration import Drift
 from csflow.errors import WrongUse
+from csflow.inputs.unlisted import Skipped
 from csflow.output.layout import run_folder
 from csflow.storage import Location
 
@@ -38,6 +39,8 @@ class Counts(Record):
     errors_in_this_run: dict[str, int]
     """Number of errors of this run, by error code."""
     failed_shards_in_this_run: int = 0
+    not_listed: int = 0
+    """Number of files and folders of the input that cannot be listed; images in them are not in `listed`."""
 
 
 class RunRecord(Record):
@@ -54,6 +57,11 @@ class RunRecord(Record):
     configuration: dict[str, Any]
     """The settings, without storage options, which may hold secrets."""
     counts: Counts
+    not_listed: dict[str, str] = {}
+    """Why files and folders (which end in /) of the input cannot be listed, by URI; at most 1,000 of them."""
+    skipped: list[Skipped] = []
+    """What lies below the input and is not taken, the most frequent first: `reason`, `kind` (the suffix of
+    files, or the name of a folder, which ends in /) and `number`."""
     precisions: list[str] = []
     """The precisions that workers computed in."""
     forms: list[dict[str, Any]] = []

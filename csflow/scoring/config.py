@@ -5,14 +5,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from csflow.config import JobConfig, Locations, Moment, Patterns
+from csflow.config import ListingConfig, Locations, Moment, Patterns
 from csflow.inputs.helpers import Decode
 from csflow.output.layout import Output
 from csflow.precision import Device, PrecisionSetting
 from csflow.storage import Location
 
 
-class ScoreConfig(JobConfig):
+class ScoreConfig(ListingConfig):
     """Settings of `jobs/score.py`."""
 
     model: str

@@ -11,6 +11,7 @@ from csflow.console import Progress, say, warn
 from csflow.errors import ExitStatus
 from csflow.inputs.listing import list_images
 from csflow.inputs.selection import Selection
+from csflow.inputs.unlisted import Unlisted
 from csflow.model_directory import ModelFiles, read_model
 from csflow.output.layout import Output
 from csflow.output.runs import RunRecord
@@ -41,9 +42,12 @@ def run(config: ScoreConfig) -> RunRecord:
     output = Output(Location(config.output, config.storage_options), model.model_id)
     output.location.check_writable(exclusively=True)
     clock.lap("start")
-    selection = Selection(config.include, config.exclude, config.since)
-    found = list_images(config.input, config.storage_options, selection)
+    selection = Selection(config.include, config.exclude, config.since, config.skip_folders)
+    unlisted = Unlisted(selection.leaves_out)
+    found = list_images(config.input, config.storage_options, selection, unlisted)
     listing = Listing.freeze(output.listing_folder(run_id), found, config.limit)
+    for line in unlisted.lines():
+        warn(line)
     clock.lap("list")
     shards = make_plan(listing, output, run_id, config.retry_errors)
     clock.lap("plan")
@@ -60,8 +64,8 @@ def run(config: ScoreConfig) -> RunRecord:
     clock.lap("account")
     low_share = tally.p_values_below_5_percent / max(1, tally.scored)
     drifted = drift(tally.sample, low_share, model.calibration.anomaly_score)
-    status = exit_status(accounted, drifted, config)
-    record = run_record(run_id, status, config, output, accounted, tally, drifted, clock)
+    status = exit_status(accounted, unlisted, drifted, config)
+    record = run_record(run_id, status, config, output, accounted, unlisted, tally, drifted, clock)
     record.write(output.location)
     print(summary(record, output))
     return record

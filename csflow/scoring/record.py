@@ -11,6 +11,7 @@ from importlib.metadata import version
 import csflow
 from csflow.calibration import Drift
 from csflow.errors import ExitStatus
+from csflow.inputs.unlisted import Unlisted, failures_in_words, in_words
 from csflow.output.layout import Output
 from csflow.output.runs import Counts, RunRecord, ScoredWith
 from csflow.process import peak_memory_bytes, process_started_at
@@ -38,11 +39,11 @@ class Clock:
         self.last = now
 
 
-def exit_status(account: Account, drift: Drift | None, config: ScoreConfig) -> ExitStatus:
-    """The exit status of a run, given the content of its output."""
+def exit_status(account: Account, unlisted: Unlisted, drift: Drift | None, config: ScoreConfig) -> ExitStatus:
+    """The exit status of a run, given the content of its output and what of its input is not listed."""
     # Judged on the whole listing: one bad image may be all that is new tonight.
     failed = account.permanent_errors + account.missing
-    if account.missing or failed > config.max_error_rate * account.listed:
+    if unlisted.failed or account.missing or failed > config.max_error_rate * account.listed:
         return ExitStatus.INCOMPLETE
     if config.exit_on_drift and drift and drift.ks_p_value < DRIFT_P_VALUE:
         return ExitStatus.DRIFT
@@ -55,6 +56,7 @@ def run_record(
     config: ScoreConfig,
     output: Output,
     account: Account,
+    unlisted: Unlisted,
     tally: Tally,
     drift: Drift | None,
     clock: Clock,
@@ -74,7 +76,10 @@ def run_record(
             anomalous_in_this_run=tally.anomalous,
             errors_in_this_run=dict(tally.error_codes),
             failed_shards_in_this_run=tally.failed_shards,
+            not_listed=unlisted.failed,
         ),
+        not_listed=unlisted.failures,
+        skipped=unlisted.skipped,
         precisions=sorted({form["precision"] for form in forms}),
         forms=forms,
         drift=drift,
@@ -111,10 +116,14 @@ def summary(record: RunRecord, output: Output) -> str:
         )
     for form in record.forms:
         lines += [f"slower    on {form['device']}: {fallback}" for fallback in form["fallbacks"]]
+    if record.skipped:
+        lines.append(f"skipped   {in_words(record.skipped)}")
     lines.append(f"output    {output.folder('scores')}")
+    if counts.not_listed:
+        lines.append(f"INCOMPLETE: {failures_in_words(counts.not_listed, record.not_listed)}")
     if counts.missing:
         lines.append(f"INCOMPLETE: {counts.missing} images are missing; the same command continues")
-    elif record.exit_status == ExitStatus.INCOMPLETE:
+    elif record.exit_status == ExitStatus.INCOMPLETE and not counts.not_listed:
         lines.append(
             f"INCOMPLETE: {counts.permanent_errors} of {counts.listed} images have a permanent error"
         )

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from csflow.config import JobConfig, Locations, Patterns, Seed, Side, Stages
+from csflow.config import ListingConfig, Locations, Patterns, Seed, Side, Stages
 from csflow.errors import WrongUse
 from csflow.inputs.helpers import Decode
 from csflow.precision import Device, TrainingPrecision
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # with torch --help and errors in settings would take seconds
     from csflow.model import Architecture
 
 
-class TrainConfig(JobConfig):
+class TrainConfig(ListingConfig):
     """Settings of `jobs/train.py`."""
 
     input: Locations

@@ -15,6 +15,8 @@ from csflow.console import Progress, say, warn
 from csflow.errors import ExitStatus, WrongUse
 from csflow.inputs.exclusion import read_exclusion
 from csflow.inputs.listing import list_table
+from csflow.inputs.selection import Selection
+from csflow.inputs.unlisted import Unlisted, in_words
 from csflow.model import BackboneError, Detector, load_weights
 from csflow.model_directory import Calibration, holds_model, save_model, worker_bytes
 from csflow.storage import Location
@@ -99,10 +101,22 @@ def train(config: TrainConfig) -> ExitStatus:
 
 
 def _list_images(config: TrainConfig) -> pa.Table:
-    """The images to learn from. Raises WrongUse if `--exclude` is wrong or leaves none."""
+    """The images to learn from.
+
+    Raises:
+        WrongUse: `--exclude` is wrong or leaves none.
+        StorageFailed: a part of the input cannot be listed.
+    """
     exclusion = read_exclusion(config.exclude, config.storage_options)
-    listed = list_table(config.input, config.storage_options)
+    unlisted = Unlisted(exclusion.leaves_out)
+    selection = Selection(skip_folders=config.skip_folders)
+    listed = list_table(config.input, config.storage_options, selection, unlisted)
+    for line in unlisted.lines():
+        warn(line)
+    unlisted.check()
     say(f"{listed.num_rows} images listed")
+    if unlisted.skipped:
+        say(f"skipped: {in_words(unlisted.skipped)}")
     if not config.exclude:
         return listed
     for line in exclusion.warnings(listed):
