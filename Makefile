@@ -19,12 +19,12 @@ $(ENV)/installed: pyproject.toml constraints.txt
 .PHONY: demo test soak lint docs tools wheel lock clean
 demo: $(ENV)/installed
 	$(BIN)/python -m csflow.demo cells demo/cells
-	$(BIN)/python jobs/train.py --input demo/cells/functional/train --output demo/model --overwrite --epochs 3
+	$(BIN)/csflow train --input demo/cells/functional/train --output demo/model --overwrite --epochs 3
 	rm -rf demo/scores  # of an earlier demo, whose model may have been another
-	$(BIN)/python jobs/score.py --model demo/model --input demo/cells --output demo/scores
-	$(BIN)/python jobs/evaluate.py --scores demo/scores --labels demo/cells/labels.csv
+	$(BIN)/csflow score --model demo/model --input demo/cells --output demo/scores
+	$(BIN)/csflow evaluate --scores demo/scores --labels demo/cells/labels.csv
 	$(BIN)/python -m csflow.demo query demo/scores
-	$(BIN)/python jobs/report.py --scores demo/scores --output demo/report.html
+	$(BIN)/csflow report --scores demo/scores --output demo/report.html
 
 test: $(ENV)/installed
 	$(BIN)/python -m pytest

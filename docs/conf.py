@@ -18,7 +18,8 @@ from csflow.config import JobConfig, help_text, setting_names
 
 project = "csflow"
 version = release = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["quickstart.md"]  # a part of the front page, and what a package index shows
 html_theme = "furo"
 html_title = f"csflow {__version__}"
 html_copy_source = html_show_sourcelink = html_show_sphinx = False
@@ -28,8 +29,9 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "undoc-members": False}
-# Diagrams stay text here: their renderers fetch scripts from elsewhere.
+# The lexer of SQL does not know the structs of DuckDB.
 suppress_warnings = ["misc.highlighting_failure"]
+copybutton_selector = "div:not(.highlight-text) > div.highlight > pre"  # `text` blocks show what is printed
 
 
 class Settings(SphinxDirective):

@@ -1,6 +1,7 @@
 """The documentation: the site builds, links lead somewhere, and code blocks are what they say."""
 
 import ast
+import html
 import re
 import shlex
 import subprocess
@@ -8,12 +9,13 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import duckdb
 import pytest
 import sqlglot
 import yaml
 from conftest import ROOT
-from pages import DOCS, Block, blocks, run_python
-from scored_output import write_output
+from pages import DOCS, Block, blocks, run_python, statements
+from scored_output import write_output, write_record
 
 from csflow import cli
 from csflow.config import build_parser
@@ -67,12 +69,33 @@ class Elements(HTMLParser):
 
 
 def test_the_site_builds_without_a_warning_and_fetches_nothing_from_elsewhere(site):
-    html = list(site.rglob("*.html"))
-    assert len(html) > len(list(DOCS.rglob("*.md")))
-    for page in html:
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > len(list(DOCS.rglob("*.md")))
+    for page in pages:
         assert not [a for a in Elements(page.read_text()).fetched if a.startswith(("http", "//"))], page
     for style in site.rglob("*.css"):
         assert not re.search(r"(url\(|@import)\s*['\"]?(https?:)?//", style.read_text()), style
+
+
+def test_the_front_page_has_installation_picture_commands_and_result(site):
+    page = (site / "index.html").read_text()
+    assert "report.png" in page
+    text = re.sub(r"<[^>]+>", "", page)
+    for expected in (
+        "pip install 'csflow[demo]'",
+        "csflow train --input",
+        "image_auroc",
+        "cell1627-poly.png",
+    ):
+        assert expected in html.unescape(text), expected
+
+
+def test_code_can_be_copied_and_diagrams_are_drawn_beforehand(site):
+    assert "copybutton.js" in (site / "queries.html").read_text()
+    assert (site / "_static" / "copybutton.js").exists()
+    for source in (DOCS / "images").glob("*.mmd"):
+        assert (site / "_images" / source.with_suffix(".svg").name).exists()
+    assert not [block for block in BLOCKS if block.language == "mermaid"]
 
 
 def test_the_settings_page_has_every_setting_of_every_command(site):
@@ -140,6 +163,27 @@ def test_the_tutorials_question_has_an_answer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     [question] = [block for block in blocks(DOCS / "tutorial.md") if block.language == "python"]
     assert len(run_python(question, {}).fetchall()) == 5
+
+
+def test_the_history_of_runs_is_read_by_duckdb_and_pandas(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "demo" / "scores"
+    write_record(output, "20261102T0200Z-a", counts={"errors_in_this_run": {"corrupt": 4, "timeout": 1}})
+    write_record(output, "20261103T0200Z-b", status="incomplete", exit_status=3, drift=None)
+    (output / "_runs" / "20261104T0200Z-cut-off").mkdir()
+    page = list(blocks(DOCS / "howto" / "run-history.md"))
+    of_runs, of_errors = (duckdb.sql(statements(block)[0]).df() for block in page if block.language == "sql")
+    assert list(of_runs.run_id) == ["20261103T0200Z-b", "20261102T0200Z-a"]
+    assert list(of_runs.exit_status) == [3, 0]
+    assert list(of_runs.minutes) == [10, 10]
+    assert of_errors.values.tolist() == [
+        ["20261102T0200Z-a", "corrupt", 4],
+        ["20261102T0200Z-a", "timeout", 1],
+    ]
+    [block] = [block for block in page if block.language == "python"]
+    runs = run_python(block, {})
+    assert list(runs["counts.scored_in_this_run"]) == [3, 3]
+    assert runs.loc["20261102T0200Z-a", "drift.share_below_5_percent"] == 0.125
 
 
 def test_a_registered_table_is_read_as_written(tmp_path, monkeypatch):

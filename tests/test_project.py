@@ -54,6 +54,14 @@ def test_files_of_the_project_are_yaml(file):
     assert yaml.safe_load((ROOT / file).read_text())
 
 
+def test_what_a_package_index_shows_has_no_picture_or_link_that_leads_nowhere_there():
+    shown = (ROOT / PROJECT["readme"]).read_text()
+    targets = re.findall(r"\]\(([^)\s]+)\)", shown)
+    assert len(targets) >= 2
+    assert all(target.startswith("https://") for target in targets)
+    assert "<img" not in shown
+
+
 def test_the_version_is_one_everywhere():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == __version__

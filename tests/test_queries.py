@@ -7,9 +7,12 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import duckdb
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import sqlglot
 from pages import DOCS, Block, blocks, run_python, statements
@@ -51,7 +54,9 @@ def duckdb_answers(folder: Path) -> Answers:
     return ask_duckdb([*set_up("sql", "duckdb", "setup"), *set_up("sql", "duckdb", "errors")])
 
 
-def ask_duckdb(views: list[Block], transpiled: Callable[[str], str] = str) -> Answers:
+def ask_duckdb(
+    views: list[Block], transpiled: Callable[[str], str] = str, only: str | None = None
+) -> Answers:
     connection = duckdb.connect()
     for block in views:
         for statement in statements(block):
@@ -59,6 +64,7 @@ def ask_duckdb(views: list[Block], transpiled: Callable[[str], str] = str) -> An
     return {
         heading: connection.execute(transpiled(statements(block)[0])).df()
         for heading, block in questions("sql").items()
+        if only in (None, heading)
     }
 
 
@@ -68,6 +74,16 @@ def polars_answers(folder: Path) -> Answers:
     for block in [*set_up("python", None, "setup"), *set_up("python", None, "errors")]:
         run_python(block, names)
     return {heading: run_python(block, names).to_pandas() for heading, block in questions("python").items()}
+
+
+@pytest.fixture(scope="module")
+def pandas_answers(folder: Path) -> Answers:
+    """pandas has not every question."""
+    names: dict[str, Any] = {}
+    for block in set_up("python", "pandas", "setup"):
+        run_python(block, names)
+    asked = [block for block in PAGE if block.language == "python" and block.words == {"pandas"}]
+    return {block.heading: run_python(block, names).reset_index(drop=True) for block in asked}
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +172,42 @@ def test_engines_give_the_same_answers(engine, duckdb_answers, request):
         answer = answers[heading]
         assert len(expected), heading
         pd.testing.assert_frame_equal(plain(answer), plain(expected), rtol=1e-6, obj=heading)
+
+
+def test_pandas_gives_the_same_answers_to_the_questions_of_every_morning(duckdb_answers, pandas_answers):
+    assert list(pandas_answers) == QUESTIONS[: len(pandas_answers)]
+    assert len(pandas_answers) == 5
+    for heading, answer in pandas_answers.items():
+        pd.testing.assert_frame_equal(plain(answer), plain(duckdb_answers[heading]), rtol=1e-6, obj=heading)
+
+
+def test_flagged_since_the_last_run_leaves_out_what_an_earlier_run_flagged(tmp_path, monkeypatch):
+    output = write_output(tmp_path / "demo" / "scores", range(19, 21))
+    monkeypatch.chdir(tmp_path)
+    views = set_up("sql", "duckdb", "setup")
+    heading = "Flagged since the last run"
+    before = ask_duckdb(views, only=heading)[heading]
+    assert set(before.image_uri) <= set(photographs(20))
+    assert len(before) > 1
+    # The worst one was photographed again: its older version was flagged the night before.
+    [file] = (output / "scores" / f"model_id={NEW_MODEL}" / f"date={day_of(19)}").iterdir()
+    rows = pq.read_table(file).to_pylist()
+    rows[0] |= {"image_uri": before.image_uri[0], "is_anomalous": True}
+    pq.write_table(pa.Table.from_pylist(rows, SCORES), file)
+    assert list(ask_duckdb(views, only=heading)[heading].image_uri) == list(before.image_uri[1:])
+
+
+def test_a_line_stands_out_against_its_own_baseline(duckdb_answers):
+    compared = duckdb_answers["A line against its baseline"].set_index("line")
+    assert set(compared.images) == {6}
+    assert compared.share_before.idxmax() == "line-3"
+    growth = compared.share - compared.share_before
+    assert growth.is_monotonic_decreasing
+
+
+def test_links_hold_the_encoded_uri(duckdb_answers):
+    first = duckdb_answers["Links to the images"].iloc[0]
+    assert parse_qs(urlsplit(first.link).query) == {"image": [first.image_uri]}
 
 
 def test_the_worst_of_the_last_night_come_first(duckdb_answers):
