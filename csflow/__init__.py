@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from csflow.library.archive import ScoresTable, read_scores
     from csflow.library.model import Model, load
     from csflow.library.result import Result
-    from csflow.library.verbs import evaluate, score, train
+    from csflow.library.verbs import evaluate, export, score, train
 
 _PLACES = {
     "ImageError": "csflow.errors",
@@ -29,6 +29,7 @@ _PLACES = {
     "ScoresTable": "csflow.library.archive",
     "WrongUse": "csflow.errors",
     "evaluate": "csflow.library.verbs",
+    "export": "csflow.library.verbs",
     "load": "csflow.library.model",
     "read_scores": "csflow.library.archive",
     "score": "csflow.library.verbs",
@@ -45,6 +46,7 @@ __all__ = [
     "WrongUse",
     "__version__",
     "evaluate",
+    "export",
     "load",
     "read_scores",
     "score",

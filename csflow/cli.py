@@ -68,6 +68,12 @@ COMMANDS = {
         "csflow.importing.job:import_model",
         ("import --checkpoint flow.pth --output s3://plant/models/cells --calibrate s3://plant/good",),
     ),
+    "export": Command(
+        "Export a model as one artefact for ONNX Runtime or OpenVINO, to score beside the camera",
+        "csflow.exporting.config:ExportConfig",
+        "csflow.exporting.job:export",
+        ("export s3://plant/models/cells --to onnx --output cells.onnx --runtime csflow-edge.pyz",),
+    ),
     "inspect": Command(
         "Show a model directory or an output of scoring at a glance",
         "csflow.inspection:InspectConfig",

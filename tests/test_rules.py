@@ -1,6 +1,7 @@
 """Which module may know what (docs/architecture.md), told from the sources: none of it is run."""
 
 import ast
+import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -8,6 +9,7 @@ from functools import cache
 import pytest
 from conftest import ROOT
 
+from csflow.exporting.bundle import MODULES
 from csflow.output.runs import Counts, RunRecord
 
 SOURCES = {
@@ -159,6 +161,13 @@ def test_the_files_of_a_model_directory_are_named_in_one_file() -> None:
     for name in ("config.json", "calibration.parquet", "model.safetensors"):
         found = {module for module in CSFLOW if name in strings(module)}
         assert found == {"csflow.model_directory"}, name
+
+
+def test_the_edge_runtime_holds_all_that_it_imports_and_little_else() -> None:
+    needed = reached("csflow.edge.command", "csflow.edge.artefact")
+    names = {name.replace("/", ".").removesuffix(".__init__") for name in MODULES}
+    assert {"csflow" if name == "__init__" else f"csflow.{name}" for name in names} == needed & SOURCES.keys()
+    assert libraries(needed) - sys.stdlib_module_names == {"csflow", "numpy", "PIL", "pyarrow"}
 
 
 def test_what_only_tests_and_benchmarks_use_is_no_dependency_of_csflow() -> None:

@@ -7,6 +7,7 @@ from csflow.config import JobConfig, configured
 from csflow.errors import ExitStatus, Incomplete
 from csflow.evaluation import EvaluateConfig
 from csflow.evaluation.job import measure
+from csflow.exporting.config import ExportConfig
 from csflow.library.model import Model, load
 from csflow.output.runs import RunRecord
 from csflow.scoring.config import ScoreConfig
@@ -69,6 +70,24 @@ def evaluate(config: ConfigFile = None, /, **settings: Any) -> dict[str, Any]:
         WrongUse: a setting or an input is wrong.
     """
     return measure(configured(EvaluateConfig, config, _plain(settings)))
+
+
+def export(config: ConfigFile = None, /, **settings: Any) -> list[str]:
+    """Exports a model as `csflow export` does; returns the address of the artefact in each format.
+
+    Args:
+        config: YAML file of settings.
+        settings: those of the command; they override the file's.
+
+    Raises:
+        WrongUse: a setting is wrong, or the self-test image cannot be read.
+        Failed: the artefact does not give the model's score.
+    """
+    from csflow.exporting.job import export as run_export
+
+    wanted = configured(ExportConfig, config, _plain(settings))
+    run_export(wanted)
+    return wanted.files()
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,21 +1,34 @@
 """The paths below the `--output` of scoring jobs: builds and parses all of them."""
 
+from __future__ import annotations
+
 import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
 
-from csflow.storage import Location
+if TYPE_CHECKING:  # the edge runtime has no object stores
+    from csflow.storage import Location
 
 SCORES_FILES = "scores/model_id=<id>/date=<date>/*.parquet"
 """The layout of scores files, as error messages show it."""
 _PARTITION = re.compile(r"/model_id=([^/]+)/date=(\d{4}-\d{2}-\d{2})/[^/]+$")
 
 Kind = Literal["scores", "errors"]
+
+
+def scores_path(model_id: str, date: str, shard: str) -> str:
+    """The scores file of a shard, below the output."""
+    return f"scores/model_id={model_id}/date={date}/part-{shard}.parquet"
+
+
+def errors_path(model_id: str, date: str, shard: str, digest: str) -> str:
+    """An errors file of a shard, below the output."""
+    return f"errors/model_id={model_id}/date={date}/part-{shard}-{digest}.parquet"
 
 
 @dataclass(frozen=True)
@@ -29,13 +42,13 @@ class Output:
         return self.location / kind / f"model_id={self.model_id}"
 
     def scores_file(self, shard: str, date: str) -> Location:
-        return self.folder("scores") / f"date={date}" / f"part-{shard}.parquet"
+        return self.location / scores_path(self.model_id, date, shard)
 
     def errors_file(self, shard: str, date: str, errors: pa.Table) -> Location:
         """The errors file of a shard, named by a digest of the errors: equal attempts log them once."""
         outcome = "\n".join(f"{row['image_uri']} {row['error_code']}" for row in errors.to_pylist())
         digest = hashlib.sha256(outcome.encode()).hexdigest()[:8]
-        return self.folder("errors") / f"date={date}" / f"part-{shard}-{digest}.parquet"
+        return self.location / errors_path(self.model_id, date, shard, digest)
 
     def files(self, kind: Kind, dates: Iterable[str]) -> list[Location]:
         """All files of these dates."""

@@ -1,0 +1,1 @@
+"""Exports a model as one graph, for machines without PyTorch."""

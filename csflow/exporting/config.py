@@ -1,0 +1,45 @@
+"""Settings of `csflow export`."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from csflow.config import JobConfig
+from csflow.errors import WrongUse
+
+Format = Literal["onnx", "openvino"]
+Formats = Annotated[
+    list[Format],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    Field(min_length=1),
+]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml"}
+
+
+class ExportConfig(JobConfig):
+    """Settings of `csflow export`."""
+
+    positional: ClassVar[str | None] = "model"
+
+    model: str
+    """Model directory, the --output of training or import."""
+    to: Formats
+    """Format of the artefact, or both. `onnx` is one file, for ONNX Runtime, OpenVINO, Triton and others;
+    `openvino` is an .xml file with a .bin file beside it."""
+    output: str
+    """File to write. The ending of its format, .onnx or .xml, is added where it has none."""
+    false_positive_rate: float = Field(0.01, gt=0, lt=1)
+    """Share of normal images that may be flagged; the artefact's verdict is made with it."""
+    self_test: str | None = None
+    """An image, of at most 4 MB, that travels in the artefact; wherever the artefact is loaded, it has to
+    give the score that it has now. [default: a held-out image of the calibration, of middling score]"""
+    runtime: str | None = None
+    """Also write the runtime, csflow-edge, as one Python file to this path, such as csflow-edge.pyz."""
+
+    def files(self) -> list[str]:
+        """Address of the artefact in each format. Raises WrongUse if the output has another's ending."""
+        written = [suffix for suffix in SUFFIXES.values() if self.output.endswith(suffix)]
+        wanted = [SUFFIXES[to] for to in self.to]
+        if written and written[0] not in wanted:
+            raise WrongUse(f"--output {self.output} must end with {wanted[0]} for --to {self.to[0]}")
+        return [self.output.removesuffix("".join(written)) + suffix for suffix in wanted]

@@ -1,0 +1,138 @@
+"""`csflow export`: writes a model as one artefact that ONNX Runtime or OpenVINO runs, and proves it."""
+
+import base64
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from csflow import __version__
+from csflow.edge.artefact import FORMAT_VERSION, KEY, Artefact
+from csflow.errors import ExitStatus, ImageError, WrongUse
+from csflow.exporting.bundle import write_runtime
+from csflow.exporting.config import ExportConfig
+from csflow.exporting.graph import OPSET, onnx_program
+from csflow.images import DECODING_VERSION, decode
+from csflow.inputs.reading import ImageReader
+from csflow.library.sources import Source
+from csflow.model_directory import Model, load_model
+from csflow.storage import Location
+
+TOLERANCE = 1e-4
+"""Largest relative difference of a score from PyTorch's in float32; seen: 2e-6."""
+READ_DEADLINE_S = 10.0
+MAX_SELF_TEST_BYTES = 4 << 20
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+
+
+def export(config: ExportConfig) -> ExitStatus:
+    """Writes the artefact, runs it, and compares it with the model.
+
+    Raises:
+        WrongUse: a setting is wrong, no self-test image can be read, or a package is missing.
+        SelfTestFailed: the artefact does not give the model's score.
+    """
+    outputs = [Location(file, config.storage_options) for file in config.files()]
+    _require_packages()
+    outputs[0].parent.check_writable()
+    model = load_model(Location(config.model, config.storage_options))
+    metadata = _metadata(config, model, _self_test_image(config, model))
+    program = onnx_program(model.detector, model.calibration, config.false_positive_rate)
+    for output in outputs:
+        _write(program, metadata, output)
+        print(f"model {model.model_id} written to {output}: float32, opset {OPSET} of ONNX, self-test passed")
+    if config.runtime is not None:
+        write_runtime(Path(config.runtime))
+    return ExitStatus.DONE
+
+
+def _require_packages() -> None:
+    """Raises WrongUse if a package is missing that exports or checks the artefact."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise WrongUse(f"csflow export needs {', '.join(missing)}; pip install 'csflow[export]'")
+
+
+def _metadata(config: ExportConfig, model: Model, self_test: bytes) -> dict[str, Any]:
+    """What travels with the graph."""
+    preprocessing = model.detector.architecture.preprocessing
+    decoded = decode(self_test, preprocessing)
+    with torch.inference_mode():
+        scores = model.detector(torch.from_numpy(decoded.pixels_HWC)[None])
+    return {
+        "format_version": FORMAT_VERSION,
+        "csflow": __version__,
+        "model_id": model.model_id,
+        "decoding_version": DECODING_VERSION,
+        "image_size": list(preprocessing.image_size),
+        "fit": preprocessing.fit,
+        "interpolation": preprocessing.interpolation,
+        "precision": "float32",
+        "opset": OPSET,
+        "heldout": len(model.calibration.anomaly_score),
+        "false_positive_rate": config.false_positive_rate,
+        "map_threshold": model.calibration.map_threshold(config.false_positive_rate),
+        "self_test": {
+            "image": base64.b64encode(self_test).decode(),
+            "anomaly_score": scores.anomaly_score_B.item(),
+            "map_maximum": scores.anomaly_map_BHW.max().item(),
+            "tolerance": TOLERANCE,
+        },
+    }
+
+
+def _self_test_image(config: ExportConfig, model: Model) -> bytes:
+    """The bytes of an image that can be decoded. Raises WrongUse if there is none."""
+    if config.self_test is not None:
+        try:
+            data = Source(config.self_test, config.storage_options).read()
+            decode(data)
+        except ImageError as error:
+            raise WrongUse(f"--self_test {config.self_test}: {error}") from None
+        if len(data) > MAX_SELF_TEST_BYTES:
+            raise WrongUse(f"--self_test {config.self_test} has {len(data)} bytes; give one of at most 4 MB")
+        return data
+    table = model.calibration.table
+    order = np.argsort(model.calibration.anomaly_score)
+    reader = ImageReader(config.storage_options, READ_DEADLINE_S)
+    # From the middle outwards: an extreme image is no typical one, and its score has the largest error.
+    for index in sorted(range(len(order)), key=lambda place: abs(place - len(order) // 2))[:5]:
+        row = table.slice(int(order[index]), 1).to_pylist()[0]
+        try:
+            data = reader.read(row["image_uri"], row["image_version"])
+        except ImageError:
+            continue
+        if len(data) <= MAX_SELF_TEST_BYTES:
+            return data
+    raise WrongUse(
+        f"no held-out image of {config.model} can be read where it was, or is at most 4 MB; "
+        "give an image with --self_test"
+    )
+
+
+def _write(program: "torch.onnx.ONNXProgram", metadata: dict[str, Any], output: Location) -> None:
+    """Writes and checks the artefact locally, then puts it where it is to be."""
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / output.name
+        _save(program, local, json.dumps(metadata))
+        Artefact(local).check()
+        for file in sorted(Path(folder).iterdir()):  # the .bin before the .xml
+            (output.parent / file.name).write(file.read_bytes())
+
+
+def _save(program: "torch.onnx.ONNXProgram", file: Path, metadata: str) -> None:
+    program.model.metadata_props[KEY] = metadata
+    program.model.producer_name, program.model.producer_version = "csflow", __version__
+    data = program.model_proto.SerializeToString()
+    if file.suffix == ".onnx":
+        file.write_bytes(data)
+        return
+    import openvino
+
+    network = openvino.Core().read_model(data)
+    network.set_rt_info(metadata, [KEY])
+    openvino.save_model(network, file, compress_to_fp16=False)

@@ -1,0 +1,276 @@
+"""Exported models: the artefact, its runtime without PyTorch, and the one number of all forms of a model."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.dataset as ds
+import pytest
+import torch
+from conftest import ROOT, copy_some
+from pages import Block, run_python
+
+import csflow
+from csflow.calibration import p_values
+from csflow.config import parse
+from csflow.edge import command
+from csflow.edge.artefact import Artefact, SelfTestFailed
+from csflow.edge.command import main
+from csflow.errors import ExitStatus, WrongUse
+from csflow.exporting.config import ExportConfig
+from csflow.exporting.graph import _most_at_least, _rounded_down
+from csflow.exporting.job import export
+from csflow.images import decode
+from csflow.inputs.listing import IMAGE_SUFFIXES, list_images
+from csflow.model_directory import Model, load_model
+from csflow.output.schemas import ERRORS, SCORES
+from csflow.storage import Location
+
+NOTEBOOK = ROOT / "docs" / "notebook.ipynb"
+RATE = 0.2
+TOLERANCE = 2e-5
+"""Largest relative difference of a score in float32, whatever computes it."""
+
+
+@pytest.fixture(scope="module")
+def photographs(cells: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder `demo/cells` of a small demo: eight cells with a defect, eight without, and their labels."""
+    demo = tmp_path_factory.mktemp("notebook") / "demo"
+    demo.mkdir()
+    (demo / "model").symlink_to(model)
+    (demo / "cells" / "functional").mkdir(parents=True)
+    rows = ["image_uri,label"]
+    for label, folder in enumerate(("functional/test", "defective")):
+        copied = copy_some(cells / folder, demo / "cells" / folder, 8)
+        rows += [f"{folder}/{path.name},{label}" for path in copied.iterdir()]
+    (demo / "cells" / "labels.csv").write_text("\n".join(rows))
+    return demo / "cells"
+
+
+def images(photographs: Path) -> list[Path]:
+    return sorted(photographs.rglob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def notebook(photographs: Path) -> tuple[Path, dict[str, Any], list[Any]]:
+    """The notebook's folder after all cells have run, its variables, and what each cell shows."""
+    folder = photographs.parent.parent
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    codes = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    blocks = [Block(NOTEBOOK, n, "", "python", frozenset(), code) for n, code in enumerate(codes)]
+    names: dict[str, Any] = {}
+    with contextlib.chdir(folder):
+        return folder, names, [run_python(block, names) for block in blocks]
+
+
+@pytest.fixture(scope="module")
+def artefacts(notebook: tuple[Path, dict[str, Any], list[Any]]) -> dict[str, Path]:
+    """The model as ONNX and as OpenVINO, and the runtime in one file, as the notebook has exported them."""
+    folder, names, _ = notebook
+    return {to: folder / names[to] for to in ("onnx", "openvino")} | {"runtime": folder / "csflow-edge.pyz"}
+
+
+@pytest.fixture(scope="module")
+def directory(model: Path) -> Model:
+    return load_model(Location(str(model)))
+
+
+def test_every_form_of_a_model_gives_the_same_score_p_value_and_verdict(
+    artefacts: dict[str, Path], photographs: Path, directory: Model, model: Path
+) -> None:
+    forms = [Artefact(artefacts["onnx"]), Artefact(artefacts["openvino"])]
+    scoring_form = csflow.load(model, precision="float32", device="cpu", false_positive_rate=RATE)
+    heldout = directory.calibration
+    verdicts = set()
+    for path in images(photographs):
+        decoded = decode(path.read_bytes(), directory.detector.architecture.preprocessing)
+        with torch.inference_mode():
+            exact = directory.detector(torch.from_numpy(decoded.pixels_HWC)[None])
+        score = exact.anomaly_score_B.item()
+        ties = np.abs(heldout.anomaly_score - score) <= TOLERANCE * score
+        result = scoring_form.score(path)
+        assert result.anomaly_score == pytest.approx(score, rel=TOLERANCE)
+        for judged in (form.judge(decoded) for form in forms):
+            assert judged.anomaly_score_B[0] == pytest.approx(score, rel=TOLERANCE)
+            assert judged.global_score_B[0] == pytest.approx(result.global_score, rel=TOLERANCE)
+            assert judged.local_score_B is not None
+            assert judged.local_score_B[0] == pytest.approx(result.local_score, rel=TOLERANCE)
+            np.testing.assert_allclose(
+                judged.anomaly_map_BHW[0], exact.anomaly_map_BHW[0], rtol=1e-3, atol=1e-4
+            )
+            np.testing.assert_allclose(judged.scale_scores_BS, exact.scale_scores_BS, rtol=1e-4)
+            # The graph's p-value is that of the graph's score; at a tie another form's may differ.
+            assert judged.p_value_B[0] == p_values(judged.anomaly_score_B, heldout.anomaly_score)[0]
+            assert judged.is_anomalous_B[0] == (judged.p_value_B[0] <= RATE)
+            if not ties.any():
+                assert judged.p_value_B[0] == result.p_value
+                assert judged.is_anomalous_B[0] == result.is_anomalous
+        verdicts.add(result.is_anomalous)
+    assert verdicts == {True, False}
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last(
+    notebook: tuple[Path, dict[str, Any], list[Any]],
+) -> None:
+    _, names, shown = notebook
+    assert len(shown) == 10
+    assert shown[-2] < TOLERANCE  # the exported model's scores are the library's
+    assert shown[-1] == names["metrics"]["metrics"]["image_auroc"] > 0.5
+
+
+def test_an_artefact_says_what_it_is(artefacts: dict[str, Path], directory: Model) -> None:
+    for to in ("onnx", "openvino"):
+        artefact = Artefact(artefacts[to])
+        artefact.check()
+        assert artefact.model_id == directory.model_id
+        assert artefact.metadata["precision"] == "float32"
+        assert artefact.metadata["opset"] == 20
+        assert artefact.metadata["false_positive_rate"] == RATE
+        assert artefact.preprocessing == directory.detector.architecture.preprocessing
+        assert artefact.metadata["map_threshold"] == directory.calibration.map_threshold(RATE)
+
+
+def test_an_artefact_takes_any_number_of_images(artefacts: dict[str, Path], photographs: Path) -> None:
+    import onnxruntime
+
+    artefact = Artefact(artefacts["onnx"])
+    pixels = [decode(p.read_bytes(), artefact.preprocessing) for p in images(photographs)[:3]]
+    session = onnxruntime.InferenceSession(artefacts["onnx"], providers=["CPUExecutionProvider"])
+    [scores] = session.run(["anomaly_score"], {"image": np.stack([image.pixels_HWC for image in pixels])})
+    for image, score in zip(pixels, scores, strict=True):
+        assert artefact.judge(image).anomaly_score_B[0] == pytest.approx(score, rel=TOLERANCE)
+
+
+def test_an_artefact_that_scores_otherwise_is_refused(artefacts: dict[str, Path]) -> None:
+    artefact = Artefact(artefacts["onnx"])
+    artefact.metadata["self_test"]["anomaly_score"] *= 1.001
+    with pytest.raises(SelfTestFailed, match="anomaly_score"):
+        artefact.check()
+
+
+def test_the_runtime_in_one_file_writes_the_rows_of_the_scoring_job_without_csflow(
+    artefacts: dict[str, Path], photographs: Path, directory: Model, tmp_path: Path
+) -> None:
+    line = tmp_path / "images"
+    shutil.copytree(photographs, line)
+    (line / "damaged.png").write_bytes(b"no image")
+    # Nothing but what the runtime may need can be imported; csflow comes from the file.
+    blocked = (
+        "import sys, runpy\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in {'torch', 'ray', 'timm', 'fsspec', 'pydantic', 'openvino'}:\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    words = [artefacts["onnx"], "--input", line, "--output", tmp_path / "out"]
+    arguments = [sys.executable, "-c", blocked, str(artefacts["runtime"]), *map(str, words)]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = {entry.pop("image_uri"): entry for entry in map(json.loads, done.stdout.splitlines())}
+    assert "unsupported_format" in said.pop(str(line / "damaged.png"))["error"]
+    scores = csflow.read_scores(tmp_path / "out")
+    assert scores.model_id == directory.model_id
+    frame = scores.to_pandas().set_index("image_uri")
+    assert {uri: row["anomaly_score"] for uri, row in said.items()} == dict(frame.anomaly_score)
+    [file] = (tmp_path / "out").glob("scores/*/*/*.parquet")
+    assert ds.dataset(file).schema.equals(SCORES)
+    [errors] = (tmp_path / "out").glob("errors/*/*/*.parquet")
+    assert ds.dataset(errors).schema.equals(ERRORS)
+    listed = [row for batch in list_images([str(line)], {}) for row in batch.to_pylist()]
+    versions = {row["image_uri"]: row["image_version"] for row in listed}
+    assert dict(frame.image_version) == {uri: versions[uri] for uri in frame.index}
+    assert command.IMAGE_SUFFIXES == IMAGE_SUFFIXES
+    again = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
+    assert (again.returncode, again.stdout) == (0, "")
+    assert len(list((tmp_path / "out").rglob("*.parquet"))) == 2
+
+
+def test_a_watched_folder_gives_a_line_per_image_once_it_is_whole(
+    photographs: Path,
+    artefacts: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second, *_ = images(photographs)
+    line = tmp_path / "line"
+    line.mkdir()
+    (line / "a.png").write_bytes(first.read_bytes())
+    half, looks = second.read_bytes(), 0
+
+    def camera() -> None:
+        """What the camera does between two looks: it writes a file in two parts, then the shift ends."""
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            (line / "b.png").write_bytes(half[: len(half) // 2])
+        elif looks == 2:
+            (line / "b.png").write_bytes(half)
+        elif looks == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "pause", camera)
+    with pytest.raises(SystemExit) as ended:
+        main([str(artefacts["openvino"]), "--input", str(line), "--output", str(tmp_path / "out"), "--watch"])
+    assert ended.value.code == ExitStatus.STOPPED
+    said = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    assert [Path(entry["image_uri"]).name for entry in said] == ["a.png", "b.png"]
+    assert not [entry for entry in said if "error" in entry]
+    assert len(csflow.read_scores(tmp_path / "out")) == 2
+
+
+@pytest.fixture
+def command_line(tmp_path: Path) -> Iterator[list[str]]:
+    yield ["--input", str(tmp_path), "--output", str(tmp_path / "out")]
+
+
+def test_what_is_no_artefact_is_refused_in_one_line(
+    command_line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.bin").write_bytes(b"")
+    for file, complaint in (("none.onnx", "does not exist"), ("model.bin", "neither .onnx nor .xml")):
+        with pytest.raises(SystemExit) as ended:
+            main([str(tmp_path / file), *command_line])
+        assert ended.value.code == ExitStatus.WRONG_USE
+        assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--to", "onnx", "--output", "cells.xml"], "must end with .onnx"),
+        (["--to", "openvino", "--output", "cells.onnx"], "must end with .xml"),
+        (["--to", "onnx", "--output", "cells.onnx", "--self_test", "gone.png"], "gone.png: not_found"),
+    ],
+)
+def test_a_wrong_export_is_refused_before_any_work(
+    words: list[str], complaint: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WrongUse, match=complaint):
+        export(parse(ExportConfig, None, [str(model), *words]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_verdict_in_whole_numbers_is_that_of_the_fraction() -> None:
+    for heldout in (1, 9, 19, 99, 199, 200, 299):
+        for rate in (0.001, 0.01, 0.05, 0.1, 0.3):
+            flagged = [k for k in range(heldout + 1) if (1 + k) / (heldout + 1) <= rate]
+            assert _most_at_least(heldout, rate) == max(flagged, default=-1)
+
+
+def test_held_out_scores_are_rounded_so_that_comparisons_stay() -> None:
+    scores = np.array([1.0, 1 + 1e-12, 1 - 1e-12, 0.1, np.pi])
+    rounded = _rounded_down(scores)
+    beside = [np.nextafter(rounded, np.float32(end)) for end in (0, 9)]
+    for score in np.concatenate([rounded, *beside]):
+        assert (rounded >= score).sum() == (scores >= np.float64(score)).sum()
