@@ -74,6 +74,16 @@ COMMANDS = {
         "csflow.exporting.job:export",
         ("export s3://plant/models/cells --to onnx --output cells.onnx --runtime csflow-edge.pyz",),
     ),
+    "promote": Command(
+        "Name the model in use in a pointer, which --model of scoring takes, or go back to the one before",
+        "csflow.promotion:PromoteConfig",
+        "csflow.promotion:promote",
+        (
+            "promote s3://plant/models/cells-2026-11-27 s3://plant/models/current.json",
+            "promote --back s3://plant/models/current.json",
+        ),
+        is_job=False,
+    ),
     "inspect": Command(
         "Show a model directory or an output of scoring at a glance",
         "csflow.inspection:InspectConfig",

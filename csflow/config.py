@@ -57,8 +57,8 @@ class JobConfig(BaseModel):
     """Base of every job's settings. The docstring under a field is its `--help` text."""
 
     model_config = ConfigDict(use_attribute_docstrings=True, extra="forbid", frozen=True, allow_inf_nan=False)
-    positional: ClassVar[str | None] = None
-    """Name of the setting, if any, that is given without a flag."""
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Names of the settings that are given without a flag, in their order."""
 
     storage_options: StorageOptions = {}
     """JSON: options of the object store client, if the AWS_* variables lack them."""
@@ -144,8 +144,9 @@ def build_parser(config_type: type[JobConfig], doc: str | None, prog: str | None
     for name in setting_names(config_type):
         field = config_type.model_fields[name]
         flag, how = f"--{name}", _argument(field.annotation)
-        if name == config_type.positional:
+        if name in config_type.positional:
             flag, how = name, how | {"metavar": name.upper()}
+            how |= {} if field.is_required() else {"nargs": "?"}
         settings.add_argument(flag, help=help_text(field).replace("%", "%%"), **how)
     return parser
 
@@ -155,8 +156,8 @@ def _usage(config_type: type[JobConfig], prog: str) -> str:
     words = []
     for name in setting_names(config_type):
         field = config_type.model_fields[name]
-        if name == config_type.positional:
-            words.append(name.upper())
+        if name in config_type.positional:
+            words.append(name.upper() if field.is_required() else f"[{name.upper()}]")
         elif field.is_required():
             words.append(f"--{name} {_argument(field.annotation).get('metavar', name.upper())}")
     return " ".join([prog, *words, "[settings]"]).replace("%", "%%")

@@ -10,7 +10,7 @@ from csflow.errors import ExitStatus, WrongUse
 from csflow.model_directory import heldout_scores, holds_model, read_config
 from csflow.output.layout import SCORES_FILES, OutputFile, output_files, run_ids
 from csflow.output.reading import dataset
-from csflow.output.runs import read_record
+from csflow.output.runs import read_progress, read_record
 from csflow.output.schemas import ERRORS, SCORES
 from csflow.storage import Location
 
@@ -18,7 +18,7 @@ from csflow.storage import Location
 class InspectConfig(JobConfig):
     """Settings of `csflow inspect`."""
 
-    positional: ClassVar[str | None] = "location"
+    positional: ClassVar[tuple[str, ...]] = ("location",)
 
     location: str
     """Model directory, or output of scoring jobs."""
@@ -103,6 +103,9 @@ def _last_run(location: Location) -> Iterator[Line]:
     record = read_record(location, runs[-1])
     if record is None:
         yield "", "has no record: it is at work or was cut off; the same command continues"
+        if progress := read_progress(location, runs[-1]):
+            shards = f", {progress.done:,} of {progress.of:,} shards" if progress.of else ""
+            yield "progress", f"{progress.step}{shards}, last at {progress.updated_at.isoformat()[:19]}Z"
         return
     counts, ended_at = record.counts, record.ended_at.isoformat()
     yield "status", f"{record.status} (exit status {record.exit_status}), ended {ended_at[:19]}Z"

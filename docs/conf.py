@@ -51,7 +51,7 @@ class Settings(SphinxDirective):
 
     def _table(self, config: type[JobConfig]) -> list[str]:
         def row(name: str) -> str:
-            flag = name.upper() if name == config.positional else f"--{name}"
+            flag = name.upper() if name in config.positional else f"--{name}"
             return f"| `{flag}` | {help_text(config.model_fields[name]).replace('|', chr(92) + '|')} |"
 
         return ["| setting | |", "|---|---|", *map(row, setting_names(config))]

@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 import tomllib
+from datetime import UTC, datetime
 from pathlib import Path
 
 import fsspec
@@ -18,6 +19,7 @@ from csflow import __version__, cli
 from csflow.config import JobConfig
 from csflow.model import Architecture, Detector
 from csflow.model_directory import CALIBRATION, save_model
+from csflow.output.runs import Progress
 from csflow.storage import Location
 
 VERBS = [v for v in cli.COMMANDS if importlib.util.find_spec(cli.COMMANDS[v].config.split(":")[0])]
@@ -190,10 +192,18 @@ def test_inspect_tells_of_the_last_run_and_whether_it_ended(csflow, tmp_path):
     assert "incomplete (exit status 3), ended 2026-11-02T02:10:00Z" in out
     assert "1,300 listed, 1,290 scored by this run, 6 permanent errors, 4 missing" in out
     assert "12.5% of p-values below 0.05" in out
-    (output / "_runs" / "20261103T020000000000Z-bbbbbbbb" / "listing").mkdir(parents=True)
+    run_id = "20261103T020000000000Z-bbbbbbbb"
+    (output / "_runs" / run_id / "listing").mkdir(parents=True)
     _, out, _ = csflow("inspect", output)
-    assert "20261103T020000000000Z-bbbbbbbb" in out
-    assert "at work or was cut off" in out
+    assert run_id in out
+    assert "at work or was cut off" in out and "progress" not in out
+    times = {
+        "started_at": datetime(2026, 11, 3, 2, tzinfo=UTC),
+        "updated_at": datetime(2026, 11, 3, 3, tzinfo=UTC),
+    }
+    Progress(run_id=run_id, step="score", done=30, of=4000, **times).write(Location(str(output)))
+    _, out, _ = csflow("inspect", output)
+    assert "progress     score, 30 of 4,000 shards, last at 2026-11-03T03:00:00Z" in out
 
 
 def test_inspect_reads_an_output_in_an_object_store(csflow, s3_bucket, tmp_path):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # the edge runtime has no object stores
 
 SCORES_FILES = "scores/model_id=<id>/date=<date>/*.parquet"
 """The layout of scores files, as error messages show it."""
+_RUN_TIME = "%Y%m%dT%H%M%S%fZ"
 _PARTITION = re.compile(r"/model_id=([^/]+)/date=(\d{4}-\d{2}-\d{2})/[^/]+$")
 
 Kind = Literal["scores", "errors"]
@@ -100,6 +102,19 @@ def output_files(output: Location, kind: Kind) -> list[OutputFile]:
 def run_folder(output: Location, run_id: str) -> Location:
     """The folder in which a run keeps its record and its listing."""
     return output / "_runs" / run_id
+
+
+def new_run_id(started_at: datetime) -> str:
+    """An id for a run, which begins with its time, in UTC."""
+    return f"{started_at:{_RUN_TIME}}-{secrets.token_hex(4)}"
+
+
+def run_started_at(run_id: str) -> datetime | None:
+    """When a run began, by its id; None if it has an id of another form."""
+    try:
+        return datetime.strptime(run_id.partition("-")[0], _RUN_TIME).replace(tzinfo=UTC)
+    except ValueError:
+        return None
 
 
 def run_ids(output: Location) -> list[str]:

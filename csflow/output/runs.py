@@ -1,4 +1,4 @@
-"""`run.json`: the record that a scoring run leaves of itself, typed and versioned."""
+"""What a scoring run leaves of itself: the record `run.json` at its end, and its progress until then."""
 
 import json
 from datetime import datetime
@@ -88,6 +88,36 @@ class RunRecord(Record):
     def write(self, output: Location) -> None:
         text = json.dumps(self.model_dump(), indent=2, default=datetime.isoformat)
         (run_folder(output, self.run_id) / "run.json").write(f"{text}\n".encode())
+
+
+class Progress(Record):
+    """The content of `progress.json`: what a run was doing when something was last done."""
+
+    run_id: str
+    started_at: datetime
+    updated_at: datetime
+    step: str
+    """`list`, `plan`, `score` or `account`."""
+    done: int = 0
+    """Number of shards that were scored, in the step `score`."""
+    of: int = 0
+    """Number of shards that are to be scored."""
+
+    def write(self, output: Location) -> None:
+        """Replaces the progress that was written before. Raises StorageFailed if that fails."""
+        _progress_file(output, self.run_id).write(f"{self.model_dump_json(indent=2)}\n".encode())
+
+
+def _progress_file(output: Location, run_id: str) -> Location:
+    return run_folder(output, run_id) / "progress.json"
+
+
+def read_progress(output: Location, run_id: str) -> Progress | None:
+    """The progress of a run; None if it wrote none, as versions before 0.3, or none that can be read."""
+    try:
+        return Progress.model_validate_json(_progress_file(output, run_id).read())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def read_record(output: Location, run_id: str) -> RunRecord | None:

@@ -16,7 +16,7 @@ class ScoreConfig(ListingConfig):
     """Settings of `jobs/score.py`."""
 
     model: str
-    """Model directory, the --output of training or import."""
+    """Model directory, the --output of training or import, or a pointer to one, made by `csflow promote`."""
     input: Locations
     """Folders, files, globs, archives or manifests of images; one or more."""
     output: str

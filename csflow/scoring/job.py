@@ -1,6 +1,5 @@
 """The scoring job: freezes a listing, plans and scores what is left, and accounts for every image."""
 
-import secrets
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,11 +12,13 @@ from csflow.inputs.listing import list_images
 from csflow.inputs.selection import Selection
 from csflow.inputs.unlisted import Unlisted
 from csflow.model_directory import ModelFiles, read_model
-from csflow.output.layout import Output
+from csflow.output.layout import Output, new_run_id
 from csflow.output.runs import RunRecord
+from csflow.promotion import resolve
 from csflow.scoring.actor import CALLS_PER_SCORER, CALLS_WITH_HELPERS, ScoringActor
 from csflow.scoring.config import ScoreConfig, ScoringSettings
 from csflow.scoring.frozen_listing import Listing
+from csflow.scoring.heartbeat import Heartbeat
 from csflow.scoring.plan import PlannedShard, account, make_plan
 from csflow.scoring.record import Clock, exit_status, run_record, summary
 from csflow.scoring.stopping import StopRules
@@ -37,43 +38,51 @@ def run(config: ScoreConfig) -> RunRecord:
         WrongUse: a setting or input is wrong, before any cluster work starts.
     """
     clock = Clock()
-    run_id = f"{clock.started_at:%Y%m%dT%H%M%S%fZ}-{secrets.token_hex(4)}"
-    model = read_model(Location(config.model, config.storage_options))
+    run_id = new_run_id(clock.started_at)
+    directory = resolve(Location(config.model, config.storage_options))
+    model = read_model(directory)
     output = Output(Location(config.output, config.storage_options), model.model_id)
     output.location.check_writable(exclusively=True)
+    heartbeat = Heartbeat(output.location, run_id, clock.started_at)
     clock.lap("start")
+    heartbeat.begin("list")
     selection = Selection(config.include, config.exclude, config.since, config.skip_folders)
     unlisted = Unlisted(selection.leaves_out)
     found = list_images(config.input, config.storage_options, selection, unlisted)
-    listing = Listing.freeze(output.listing_folder(run_id), found, config.limit)
+    listing = Listing.freeze(output.listing_folder(run_id), heartbeat.over(found), config.limit)
     for line in unlisted.lines():
         warn(line)
     clock.lap("list")
+    heartbeat.begin("plan")
     shards = make_plan(listing, output, run_id, config.retry_errors)
     clock.lap("plan")
     say(f"run {run_id} with model {model.model_id}")
     say(f"{listing.images} images listed, {len(shards)} shards to score")
     _warn_if_nothing_can_be_flagged(model, config.false_positive_rate)
     tally = Tally()
+    heartbeat.begin("score", len(shards))
     if shards:
         connect()
         resources = share_out(config.workers, model.worker_bytes, config.device, config.decode)
-        _score_shards(shards, _settings(config, output, run_id), resources, config, tally)
+        _score_shards(
+            shards, _settings(config, directory, output, run_id), resources, config, tally, heartbeat
+        )
     clock.lap("score")
+    heartbeat.begin("account")
     accounted = account(listing, output)
     clock.lap("account")
     low_share = tally.p_values_below_5_percent / max(1, tally.scored)
     drifted = drift(tally.sample, low_share, model.calibration.anomaly_score)
     status = exit_status(accounted, unlisted, drifted, config)
-    record = run_record(run_id, status, config, output, accounted, unlisted, tally, drifted, clock)
+    record = run_record(run_id, status, config, directory, output, accounted, unlisted, tally, drifted, clock)
     record.write(output.location)
     print(summary(record, output))
     return record
 
 
-def _settings(config: ScoreConfig, output: Output, run_id: str) -> ScoringSettings:
+def _settings(config: ScoreConfig, model: Location, output: Output, run_id: str) -> ScoringSettings:
     return ScoringSettings(
-        model=Location(config.model, config.storage_options),
+        model=model,
         output=output,
         run_id=run_id,
         keep_maps=config.maps == "native",
@@ -98,11 +107,12 @@ def _score_shards(
     resources: WorkerResources,
     config: ScoreConfig,
     tally: Tally,
+    heartbeat: Heartbeat,
 ) -> None:
     """Scores the shards; then those again that took their workers down, image by image in a child process."""
     work = [shard.to_row() for shard in shards]
     calls = CALLS_PER_SCORER if resources.decode == "beside" else CALLS_WITH_HELPERS
-    rows = map_shards(work, ScoringActor, [settings, resources], resources, calls)
+    rows = heartbeat.over(map_shards(work, ScoringActor, [settings, resources], resources, calls))
     awaited = None if has_room(resources) else resources
     if not _follow(rows, len(shards), tally, settings.output.model_id, config, awaited):
         return
@@ -110,7 +120,7 @@ def _score_shards(
     if lost:
         warn(f"{len(lost)} shards took their workers down; their images are now tried one by one")
         isolated = replace(settings, is_isolated=True)
-        rows = map_shards(lost, ScoringActor, [isolated, resources], resources)
+        rows = heartbeat.over(map_shards(lost, ScoringActor, [isolated, resources], resources))
         _follow(rows, len(shards), tally, settings.output.model_id, config)
 
 

@@ -18,6 +18,7 @@ from csflow.process import peak_memory_bytes, process_started_at
 from csflow.scoring.config import ScoreConfig
 from csflow.scoring.plan import Account
 from csflow.scoring.tally import Tally
+from csflow.storage import Location
 
 LIBRARIES = ("ray", "torch", "timm", "pyarrow", "pillow", "fsspec", "s3fs", "obstore")
 DRIFT_P_VALUE = 0.001
@@ -54,6 +55,7 @@ def run_record(
     run_id: str,
     status: ExitStatus,
     config: ScoreConfig,
+    model: Location,
     output: Output,
     account: Account,
     unlisted: Unlisted,
@@ -68,7 +70,7 @@ def run_record(
         exit_status=status,
         started_at=clock.started_at,
         ended_at=datetime.now(UTC),
-        model=ScoredWith(location=config.model, model_id=output.model_id),
+        model=ScoredWith(location=model.url, model_id=output.model_id),
         configuration=config.model_dump(mode="json", exclude={"storage_options"}),
         counts=Counts(
             **asdict(account),
