@@ -19,17 +19,22 @@ from typing import Any
 import faulty_s3
 import kuberay
 import kustomize
+import pod_security
 import pytest
 import yaml
 from conftest import ROOT, run_score
 
 from csflow.config import parse
 from csflow.errors import ExitStatus
+from csflow.output.layout import run_ids
+from csflow.output.runs import read_record
+from csflow.promotion import PromoteConfig, promote
 from csflow.scoring.config import ScoreConfig
+from csflow.storage import Location
 from csflow.training.config import TrainConfig
 
 CLUSTER = ROOT / "cluster"
-OVERLAYS = ["cpu-trial", "aws-gpu", "gcp-gpu"]
+OVERLAYS = ["cpu-trial", "aws-gpu", "aws-gpu-per-night", "gcp-gpu", "on-premises"]
 
 
 def find_tool(name: str) -> str:
@@ -48,9 +53,10 @@ def overlay(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return kustomize.build(CLUSTER / "kuberay" / "overlays" / request.param)
 
 
-def only(resources: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    (found,) = [resource for resource in resources if resource["kind"] == kind]
-    return found
+def only(resources: list[dict[str, Any]], kind: str, name: str = "") -> dict[str, Any]:
+    found = [resource for resource in resources if resource["kind"] == kind]
+    (one,) = [resource for resource in found if name in ("", resource["metadata"]["name"])]
+    return one
 
 
 def parts(value: Any, name: str) -> list[Any]:
@@ -63,38 +69,106 @@ def parts(value: Any, name: str) -> list[Any]:
     return []
 
 
+def of_cron_jobs(resources: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The pods' specs of the CronJobs that submit to Ray, by the CronJob's name."""
+    return {
+        resource["metadata"]["name"]: kuberay.pods(resource)["pod"]
+        for resource in resources
+        if resource["kind"] == "CronJob"
+    }
+
+
 def command_lines(resources: list[dict[str, Any]]) -> list[list[str]]:
-    """What the three jobs run."""
-    submit = only(resources, "CronJob")["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]
-    train, nightly = only(resources, "RayJob"), only(resources, "RayCronJob")
-    return [
-        shlex.split(train["spec"]["entrypoint"]),
-        shlex.split(nightly["spec"]["jobTemplate"]["entrypoint"]),
-        submit["args"],
-    ]
+    """What the jobs run."""
+    containers = [pod["containers"][0] for pod in of_cron_jobs(resources).values()]
+    words = [container["command"] + container["args"] for container in containers]
+    on_own_cluster = [resource for resource in resources if resource["kind"] == "RayCronJob"]
+    return words + [shlex.split(job["spec"]["jobTemplate"]["entrypoint"]) for job in on_own_cluster]
+
+
+def all_pods(resources: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The specs of all pods that come of these resources, by a name."""
+    return {
+        f"{resource['kind']} {resource['metadata']['name']}, {name}": pod
+        for resource in resources
+        for name, pod in kuberay.pods(resource).items()
+    }
 
 
 # KubeRay
 
 
 def test_every_object_of_an_overlay_is_valid(overlay):
-    assert [error for resource in overlay for error in kuberay.errors(resource)] == []
+    assert [error for resource in overlay for error in kuberay.kubernetes_errors(resource)] == []
     names = [(resource["kind"], resource["metadata"]["name"]) for resource in overlay]
     assert len(set(names)) == len(names)
 
 
-def test_what_is_invalid_is_found(overlay):
+@pytest.fixture(params=kuberay.VERSIONS)
+def version(request: pytest.FixtureRequest) -> str:
+    if not kuberay.has_schemas():
+        pytest.skip("KubeRay's schemas are not beside the project: ../shared/kuberay")
+    return request.param
+
+
+def test_every_object_of_kuberay_is_valid_in_both_versions_down_to_unknown_fields(overlay, version):
+    ours = [resource for resource in overlay if resource["apiVersion"] == "ray.io/v1"]
+    assert ours
+    assert [error for resource in ours for error in kuberay.kuberay_errors(resource, version)] == []
+
+
+def test_a_head_with_its_memory_in_redis_is_valid(overlay, version):
+    component = CLUSTER / "kuberay" / "components" / "gcs-fault-tolerance"
+    cluster = only(kustomize.build(component, json.loads(json.dumps(overlay))), "RayCluster")
+    assert cluster["spec"]["gcsFaultToleranceOptions"]["redisAddress"]
+    assert kuberay.kuberay_errors(cluster, version) == []
+
+
+def test_what_is_invalid_is_found(overlay, version):
     cluster = only(overlay, "RayCluster")
+    head = cluster["spec"]["headGroupSpec"]
     for change, said in [
-        ({"authOption": {}}, "no field authOption"),
-        ({"authOptions": {"mode": "tokens"}}, "none of"),
-        ({"enableInTreeAutoscaling": "yes"}, "is no bool"),
-        ({"headGroupSpec": {"rayStartParams": {}}}, "template is missing"),
-        ({"headGroupSpec": {"template": {"spec": {"containers": [{"image": "x"}]}}}}, "'name' is a required"),
-        ({"headGroupSpec": {"template": {"spec": {"containers": [], "volume": []}}}}, "volume"),
+        ({"authOption": {}}, "'authOption' was unexpected"),
+        ({"authOptions": {"mode": "tokens"}}, "not one of"),
+        ({"enableInTreeAutoscaling": "yes"}, "not of type 'boolean'"),
+        ({"headGroupSpec": {"rayStartParams": {}}}, "'template' is a required"),
+        ({"headGroupSpec": head | {"template": {"spec": {"containers": [{"image": "x"}]}}}}, "'name' is a"),
+        ({"headGroupSpec": head | {"template": {"spec": {"containers": [], "volume": []}}}}, "'volume' was"),
     ]:
         broken = cluster | {"spec": cluster["spec"] | change}
-        assert any(said in error for error in kuberay.errors(broken)), (change, kuberay.errors(broken))
+        errors = kuberay.kuberay_errors(broken, version)
+        assert any(said in error for error in errors), (change, errors)
+
+
+def test_a_field_of_a_later_version_is_no_field_of_an_earlier_one():
+    if not kuberay.has_schemas():
+        pytest.skip("KubeRay's schemas are not beside the project: ../shared/kuberay")
+    spec = {"schedule": "0 1 * * *", "timeZone": "Etc/UTC", "jobTemplate": {"entrypoint": "true"}}
+    job = {"apiVersion": "ray.io/v1", "kind": "RayCronJob", "metadata": {"name": "x"}, "spec": spec}
+    assert kuberay.kuberay_errors(job, "v1.7.0") == []
+    assert "timeZone" in str(kuberay.kuberay_errors(job, "v1.6.2"))
+
+
+def test_every_pod_is_let_in_at_the_level_that_the_namespace_enforces(overlay):
+    labels = only(overlay, "Namespace")["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+    pods = all_pods(overlay)
+    assert {"CronJob csflow-nightly, pod", "RayCluster csflow, head"} <= pods.keys()
+    assert {name: found for name, pod in pods.items() if (found := pod_security.violations(pod))} == {}
+
+
+def test_pods_that_kuberay_makes_by_itself_are_looked_at_too(overlay):
+    """The submitter without a template was refused, while the head waited for it for a day."""
+    spec = {"rayClusterSpec": only(overlay, "RayCluster")["spec"], "entrypoint": "true"}
+    pods = kuberay.pods({"kind": "RayJob", "spec": spec})
+    names = {name: [container["name"] for container in pod["containers"]] for name, pod in pods.items()}
+    assert names["head"] == ["ray-head", "autoscaler"]
+    assert [container["name"] for container in pods["worker cpu"]["initContainers"]] == ["wait-gcs-ready"]
+    assert len(pod_security.violations(pods["submitter"])) == 4
+    unlocked = json.loads(json.dumps(spec))
+    del unlocked["rayClusterSpec"]["autoscalerOptions"]["securityContext"]
+    head = kuberay.pods({"kind": "RayJob", "spec": unlocked})["head"]
+    assert len(pod_security.violations(head)) == 4
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -124,7 +198,7 @@ def test_jobs_ask_for_workers_that_a_group_can_give(overlay):
 
 
 def test_jobs_run_files_and_settings_that_exist(overlay, tmp_path):
-    settings = only(overlay, "ConfigMap")["data"]
+    settings = only(overlay, "ConfigMap", "csflow-settings")["data"]
     for words in command_lines(overlay):
         text = " ".join(words)
         for path in re.findall(r"/opt/csflow/(\S+)", text):
@@ -132,7 +206,42 @@ def test_jobs_run_files_and_settings_that_exist(overlay, tmp_path):
         (name,) = re.findall(r"--config[ =]/etc/csflow/(\S+)", text)
         (tmp_path / name).write_text(settings[name])
         config_type = TrainConfig if "train.py" in text else ScoreConfig
-        parse(config_type, None, ["--config", str(tmp_path / name)])
+        script = max(i for i, word in enumerate(words) if word.endswith(".py"))
+        own = [word.replace("/etc/csflow", str(tmp_path)) for word in words[script + 1 :]]
+        parse(config_type, None, own)
+
+
+def test_a_training_writes_into_a_directory_of_its_own_that_no_night_reads(overlay):
+    settings = only(overlay, "ConfigMap", "csflow-settings")["data"]
+    train, score = (yaml.safe_load(settings[name]) for name in ("train.yaml", "score.yaml"))
+    assert "output" not in train and "overwrite" not in train
+    pod = of_cron_jobs(overlay)["csflow-train"]["containers"][0]
+    (output,) = [word for word in pod["args"] if word.startswith("--output=")]
+    assert output.endswith("/$(RUN)")
+    (name,) = [variable for variable in pod["env"] if variable["name"] == "RUN"]
+    assert name["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.labels['batch.kubernetes.io/job-name']"
+    assert not score["model"].startswith(output.removeprefix("--output=").removesuffix("$(RUN)") + "cells")
+
+
+def test_a_submit_pod_ends_its_job_at_the_deadline_and_is_not_repeated_in_vain(overlay):
+    submit = runpy.run_path(str(CLUSTER / "submit.py"))
+    for resource in (resource for resource in overlay if resource["kind"] == "CronJob"):
+        if resource["metadata"]["name"] not in ("csflow-nightly", "csflow-train"):
+            continue
+        job = resource["spec"]["jobTemplate"]["spec"]
+        pod = job["template"]["spec"]
+        # SIGTERM may find the script in a request, and then it waits for the job's end.
+        patience = submit["ANSWER_SECONDS"] + submit["STOP_SECONDS"] + submit["ANSWER_SECONDS"]
+        assert pod["terminationGracePeriodSeconds"] >= patience
+        exits, lost = job["podFailurePolicy"]["rules"]
+        final = {ExitStatus.WRONG_USE, ExitStatus.DRIFT, ExitStatus.STOPPED}
+        assert exits["action"] == "FailJob" and set(exits["onExitCodes"]["values"]) == final
+        assert lost == {
+            "action": "Ignore",
+            "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+        }
+        annotations = job["template"]["metadata"]["annotations"]
+        assert annotations["karpenter.sh/do-not-disrupt"] == "true"
 
 
 def test_requests_are_limits_and_hold_the_object_store(overlay):
@@ -148,20 +257,31 @@ def test_requests_are_limits_and_hold_the_object_store(overlay):
         assert int(group["rayStartParams"]["object-store-memory"]) < shared_memory < memory
 
 
-def test_all_three_kinds_of_runs_have_the_same_cluster(overlay):
+def test_every_container_says_how_much_disk_it_needs(overlay):
+    for pod in all_pods(overlay).values():
+        for container in pod["containers"]:
+            assert "ephemeral-storage" in container["resources"]["requests"], container["name"]
+
+
+def test_all_kinds_of_runs_have_the_same_cluster(overlay):
     cluster = only(overlay, "RayCluster")["spec"]
-    assert only(overlay, "RayJob")["spec"]["rayClusterSpec"] == cluster
-    assert only(overlay, "RayCronJob")["spec"]["jobTemplate"]["rayClusterSpec"] == cluster
     assert cluster["rayVersion"] == constraint("ray")
+    images = {container["image"] for pod in all_pods(overlay).values() for container in pod["containers"]}
+    assert len(images - {kuberay.AUTOSCALER["image"]}) == 1
+    for job in (resource for resource in overlay if resource["kind"] == "RayCronJob"):
+        assert job["spec"]["jobTemplate"]["rayClusterSpec"] == cluster
 
 
 def test_nothing_runs_twice_or_unasked(overlay):
-    cron = only(overlay, "CronJob")["spec"]
-    assert cron["concurrencyPolicy"] == "Forbid"
-    assert cron["successfulJobsHistoryLimit"] > 0 and cron["failedJobsHistoryLimit"] > 0
-    assert only(overlay, "RayCronJob")["spec"]["suspend"] is True
-    assert only(overlay, "RayJob")["spec"]["suspend"] is True
-    for deadline in parts(cron, "activeDeadlineSeconds"):
+    nightly = only(overlay, "CronJob", "csflow-nightly")["spec"]
+    assert nightly["concurrencyPolicy"] == "Forbid"
+    assert nightly["successfulJobsHistoryLimit"] > 0 and nightly["failedJobsHistoryLimit"] > 0
+    assert only(overlay, "CronJob", "csflow-train")["spec"]["suspend"] is True
+    on_own_cluster = [resource for resource in overlay if resource["kind"] == "RayCronJob"]
+    assert len([job for job in [{"spec": nightly}, *on_own_cluster] if not job["spec"].get("suspend")]) == 1
+    # What is applied again must not end a training: trainings are objects that no overlay has.
+    assert not [resource for resource in overlay if resource["kind"] in ("RayJob", "Job")]
+    for deadline in parts(nightly, "activeDeadlineSeconds"):
         assert deadline < 24 * 3600
 
 
@@ -169,19 +289,64 @@ def test_the_door_is_locked(overlay):
     for spec in parts(overlay, "headGroupSpec"):
         assert spec["serviceType"] == "ClusterIP"
         assert "enableIngress" not in spec
-    assert parts(overlay, "authOptions") == [{"mode": "token"}] * 3
-    assert not [resource for resource in overlay if resource["kind"] in ("Ingress", "Service", "Secret")]
-    containers = [c for found in parts(overlay, "containers") for c in found]
-    assert len(containers) >= 7
-    for container in containers:
-        assert container["securityContext"]["allowPrivilegeEscalation"] is False
-        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert parts(overlay, "authOptions") == [{"mode": "token"}] * len(parts(overlay, "headGroupSpec"))
+    assert not [resource for resource in overlay if resource["kind"] in ("Ingress", "Secret")]
+    for container in (c for found in parts(overlay, "containers") for c in found):
         secrets = [e for e in container.get("env", []) if re.search("TOKEN|SECRET|KEY", e["name"])]
         assert all("secretKeyRef" in e["valueFrom"] for e in secrets)
     policy = only(overlay, "NetworkPolicy")["spec"]
     assert policy["podSelector"] == {}
     assert policy["policyTypes"] == ["Ingress", "Egress"]
     assert all(peer and "ipBlock" not in str(peer) for rule in policy["ingress"] for peer in rule["from"])
+
+
+OPERATOR_LABELS = {
+    "Helm's": {
+        "app.kubernetes.io/name": "kuberay-operator",
+        "app.kubernetes.io/component": "kuberay-operator",
+    },
+    "kustomize's": {"app.kubernetes.io/name": "kuberay", "app.kubernetes.io/component": "kuberay-operator"},
+}
+
+
+@pytest.mark.parametrize("labels", OPERATOR_LABELS.values(), ids=OPERATOR_LABELS)
+def test_the_operator_reaches_the_head_however_it_was_installed(overlay, labels):
+    assert admits(only(overlay, "NetworkPolicy")["spec"]["ingress"], "from", 8265, labels)
+    assert not admits(only(overlay, "NetworkPolicy")["spec"]["ingress"], "from", 8265, {"app": "other"})
+
+
+def test_pods_reach_what_they_need(request, overlay):
+    egress = only(overlay, "NetworkPolicy")["spec"]["egress"]
+    for port in (443, 6443):
+        assert admits(egress, "to", port, {})
+    assert not admits(egress, "to", 25, {})
+    for labels in ({"k8s-app": "kube-dns"}, {"k8s-app": "node-local-dns"}):
+        assert admits(egress, "to", 53, labels)
+    addresses = {
+        peer["ipBlock"]["cidr"] for rule in egress for peer in rule.get("to", []) if "ipBlock" in peer
+    }
+    assert "169.254.20.10/32" in addresses  # NodeLocal DNSCache
+    name = request.node.callspec.params["overlay"]
+    assert ("169.254.169.254/32" in addresses) == (name == "gcp-gpu")  # Cloud DNS, and workload identity
+    assert admits(egress, "to", 9000, {}) == (name in ("cpu-trial", "on-premises"))  # MinIO
+
+
+def admits(rules: list[dict[str, Any]], side: str, port: int, labels: dict[str, str]) -> bool:
+    """Whether a network policy lets pods with these labels, in another namespace, through at a port."""
+    for rule in rules:
+        is_open = not rule.get("ports") or port in [each["port"] for each in rule["ports"]]
+        peers = [p for p in rule.get(side, []) if "namespaceSelector" in p]
+        matches = [p["podSelector"]["matchLabels"].items() <= labels.items() for p in peers]
+        if is_open and (side not in rule or any(matches)):
+            return True
+    return False
+
+
+def test_keys_of_a_store_without_roles_reach_all_that_reads_it_and_stand_in_no_file(overlay):
+    secret = [{"secretRef": {"name": "csflow-s3", "optional": True}}]
+    for name, pod in all_pods(overlay).items():
+        if name.startswith("RayCluster"):
+            assert pod["containers"][0]["envFrom"] == secret
 
 
 # AWS
@@ -215,6 +380,27 @@ def test_the_launcher_asks_for_a_token_and_opens_no_port_but_ssh(launcher):
         assert node["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
 
 
+def test_nodes_may_be_what_they_are_and_pull_the_image_of_the_launcher_file(launcher):
+    (trust,) = json.loads((CLUSTER / "aws" / "trust-ec2.json").read_text())["Statement"]
+    assert trust["Principal"] == {"Service": "ec2.amazonaws.com"} and trust["Action"] == "sts:AssumeRole"
+    registry, _, repository = launcher["docker"]["image"].partition("/")
+    account, *_, region = registry.removesuffix(".amazonaws.com").split(".")
+    arn = f"arn:aws:ecr:{region}:{account}:repository/{repository.partition(':')[0]}"
+    pull = policy("pull")["Statement"]
+    assert allowed(pull, "ecr:GetAuthorizationToken", "*")
+    for action in ("BatchCheckLayerAvailability", "GetDownloadUrlForLayer", "BatchGetImage"):
+        assert allowed(pull, f"ecr:{action}", arn)
+        assert not allowed(pull, f"ecr:{action}", f"{arn}-other")
+    (login,) = launcher["initialization_commands"]
+    assert f"--region {region} " in login and login.endswith(registry)
+
+
+def test_the_image_has_what_the_launcher_runs_inside_of_it():
+    """Ray's docker command runner copies with rsync, and the head reaches workers through ssh."""
+    (install,) = [text for verb, text in container_steps() if verb == "RUN" and "apt-get install" in text]
+    assert {"rsync", "openssh-client", "gcc", "libc6-dev"} <= set(install.split())
+
+
 def policy(name: str) -> dict[str, Any]:
     return json.loads((CLUSTER / "aws" / f"{name}-policy.json").read_text())
 
@@ -224,10 +410,11 @@ def test_policies_are_valid():
 
     resources = {
         name: {"Type": "AWS::IAM::ManagedPolicy", "Properties": {"PolicyDocument": policy(name)}}
-        for name in ("score", "train", "head")
+        for name in ("score", "train", "head", "pull")
     }
-    trust = json.loads((CLUSTER / "aws" / "trust-eks.json").read_text())
-    resources["role"] = {"Type": "AWS::IAM::Role", "Properties": {"AssumeRolePolicyDocument": trust}}
+    for name in ("eks", "ec2"):
+        trust = json.loads((CLUSTER / "aws" / f"trust-{name}.json").read_text())
+        resources[name] = {"Type": "AWS::IAM::Role", "Properties": {"AssumeRolePolicyDocument": trust}}
     template = {"AWSTemplateFormatVersion": "2010-09-09", "Resources": resources}
     found = [match for match in lint_all(json.dumps(template)) if not match.rule.id.startswith("I")]
     assert found == []
@@ -287,11 +474,17 @@ def test_a_scoring_run_asks_for_nothing_that_its_policy_denies(model, cells):
             store.put(f"images/{path.name}", path.read_bytes())
         for path in model.glob("*.*"):
             store.put(f"models/cells/{path.name}", path.read_bytes())
-        bucket = f"s3://{faulty_s3.BUCKET}"
-        arguments = ["--model", f"{bucket}/models/cells", "--input", f"{bucket}/images"]
-        arguments += ["--output", f"{bucket}/scores", "--storage_options", json.dumps(store.options)]
-        assert run_score(*arguments) == ExitStatus.DONE
+        bucket, options = f"s3://{faulty_s3.BUCKET}", ["--storage_options", json.dumps(store.options)]
+        promoted = [f"{bucket}/models/cells", f"{bucket}/models/current.json", *options]
+        promote(parse(PromoteConfig, None, promoted))
+        store.requests.clear()
+        arguments = ["--model", f"{bucket}/models/current.json", "--input", f"{bucket}/images"]
+        assert run_score(*arguments, "--output", f"{bucket}/scores", *options) == ExitStatus.DONE
         asked = {action_of(request) for request in store.requests}
+        output = Location(f"{bucket}/scores", store.options)
+        record = read_record(output, run_ids(output)[-1])
+        assert record is not None and record.model.location == f"{bucket}/models/cells"
+        assert record.configuration["model"] == f"{bucket}/models/current.json"
     finally:
         store.stop()
     assert {action for action, _, _ in asked} == {
@@ -458,7 +651,7 @@ def test_the_runtime_environment_has_the_pinned_dependencies():
 
 def test_snippets_of_the_docs_are_python():
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "operations.md").read_text(), flags=re.S)
-    assert len(snippets) == 4
+    assert len(snippets) == 3
     for snippet in snippets:
         compile(snippet, "docs/operations.md", "exec")
 
@@ -471,7 +664,7 @@ def metrics_of(expression: str) -> set[str]:
 
 
 def known_metrics() -> set[str]:
-    run = runpy.run_path(str(CLUSTER / "dashboards" / "run_metrics.py"))
+    run = runpy.run_path(str(CLUSTER / "run_metrics.py"))
     # As scraped from Ray's agent during a run: its prefix, and the suffix of counters.
     live = {f"ray_csflow_{name}_total" for name in ("images", "stage_seconds", "low_p_values")}
     nodes = {
@@ -480,7 +673,8 @@ def known_metrics() -> set[str]:
         "ray_node_gram_used",
         "ray_node_mem_used",
     }
-    kube = {"kube_cronjob_status_last_successful_time", "kube_cronjob_spec_suspend"}
+    kube = {"kube_cronjob_status_last_successful_time", "kube_cronjob_spec_suspend", "kube_cronjob_created"}
+    kube |= {"kube_job_failed", "kube_job_status_start_time"}
     return set(run["HELP"]) | live | nodes | kube | {"ray_cluster_active_nodes"}
 
 
@@ -502,12 +696,39 @@ def test_every_alert_is_explained():
         assert url.split("#")[1] in anchors
 
 
-def test_alerts_fire_when_they_should():
+@pytest.fixture
+def rules(tmp_path: Path) -> Path:
+    """A folder with the alert rules as promtool and Prometheus read them."""
+    rule = yaml.safe_load((CLUSTER / "dashboards" / "alerts.yaml").read_text())
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rule["spec"]))
+    return tmp_path
+
+
+def test_alerts_fire_after_bad_nights_only(rules):
     promtool = find_tool("promtool")
-    for arguments in (["check", "rules", "alerts.yaml"], ["test", "rules", "alerts_test.yaml"]):
-        command = [promtool, *arguments]
-        checked = subprocess.run(command, cwd=CLUSTER / "dashboards", capture_output=True, text=True)
+    shutil.copy(CLUSTER / "dashboards" / "alerts_test.yaml", rules)
+    for arguments in (["check", "rules", "rules.yaml"], ["test", "rules", "alerts_test.yaml"]):
+        checked = subprocess.run([promtool, *arguments], cwd=rules, capture_output=True, text=True)
         assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_prometheus_finds_every_pod_that_has_metrics_and_gets_through(overlay):
+    ingress = only(overlay, "NetworkPolicy")["spec"]["ingress"]
+    templates = [only(overlay, "Deployment")["spec"]["template"]]
+    cluster = only(overlay, "RayCluster")["spec"]
+    templates += [group["template"] for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]]
+    for template in templates:
+        metadata = template["metadata"]
+        assert metadata["annotations"]["prometheus.io/scrape"] == "true"
+        port = int(metadata["annotations"]["prometheus.io/port"])
+        assert admits(ingress, "from", port, {"app.kubernetes.io/name": "prometheus"})
+        assert metadata["labels"]["app.kubernetes.io/part-of"] == "csflow"
+        ports = template["spec"]["containers"][0].get("ports", [])
+        # The operator adds the port of workers itself.
+        assert [p["containerPort"] for p in ports if p["name"] == "metrics"] in ([port], [])
+    for monitor in (resource for resource in overlay if resource["kind"] == "PodMonitor"):
+        assert monitor["spec"]["selector"]["matchLabels"] == {"app.kubernetes.io/part-of": "csflow"}
+        assert monitor["spec"]["podMetricsEndpoints"] == [{"port": "metrics"}]
 
 
 def test_panels_of_the_dashboard_do_not_overlap():

@@ -57,7 +57,9 @@ class LocalCluster:
         return s3fs.S3FileSystem(key="local", secret="local", client_kwargs=client, use_listings_cache=False)
 
     def ray(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [str(Path(sys.executable).with_name("ray")), *arguments]
+        return self.execute(str(Path(sys.executable).with_name("ray")), *arguments, **environment)
+
+    def execute(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command,
             cwd=ROOT,
@@ -214,7 +216,7 @@ def test_a_stopped_job_that_is_submitted_again_ends_with_the_right_rows(
 def test_three_nights_over_growing_input_score_what_is_new(local_cluster, cells, model_url, tmp_path):
     """What the CronJob of cluster/kuberay runs, with the paths of this machine for those of the image."""
     resources = kustomize.build(ROOT / "cluster" / "kuberay" / "overlays" / "cpu-trial")
-    (cron,) = [resource for resource in resources if resource["kind"] == "CronJob"]
+    (cron,) = [resource for resource in resources if resource["metadata"]["name"] == "csflow-nightly"]
     (container,) = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     settings = tmp_path / "score.yaml"
     output = "s3://csflow/nights"
@@ -224,27 +226,19 @@ def test_three_nights_over_growing_input_score_what_is_new(local_cluster, cells,
         new = photographs[(night - 1) * 20 : night * 20]
         for path in new:
             local_cluster.s3.pipe_file(f"csflow/growing/{path.name}", path.read_bytes())
-        words = [word.replace("$(SUBMISSION)", f"night-{night}") for word in container["command"]]
-        words += [word.replace("/opt/csflow/", f"{ROOT}/") for word in container["args"]]
-        words = [
-            word.replace("/etc/csflow/", f"{tmp_path}/").replace("--cpus=2", "--cpus=1") for word in words
-        ]
-        ran = local_cluster.ray(*words[1:])
+        words = [word.replace("$(RUN)", f"night-{night}") for word in container["command"]]
+        words = [word.replace("/opt/csflow/", f"{ROOT}/") for word in [*words, *container["args"]]]
+        words = [word.replace("/etc/csflow/", f"{tmp_path}/") for word in words]
+        words = [word.replace("--workers=4", "--workers=2") for word in words]
+        ran = local_cluster.execute(sys.executable, *words[1:])
         assert ran.returncode == 0, ran.stdout + ran.stderr
-        assert "2 workers of 1 CPUs and 0 GPUs can start" in ran.stdout
         assert f"scored    {len(new)} images" in ran.stdout
         assert local_cluster.scored(output) == Counter(path.name for path in photographs[: night * 20])
-    metrics = subprocess.run(
-        [sys.executable, "cluster/dashboards/run_metrics.py", output, "--name", "nightly"],
-        cwd=ROOT,
-        env=local_cluster.environment,
-        capture_output=True,
-        text=True,
-    )
+    metrics = local_cluster.execute(sys.executable, "cluster/run_metrics.py", output, "--name", "nightly")
     assert metrics.returncode == 0, metrics.stderr
     values = dict(line.rsplit(" ", 1) for line in metrics.stdout.splitlines() if not line.startswith("#"))
-    (model_id,) = {re.search('model_id="(.*?)"', name)[1] for name in values}
-    labels = f'name="nightly",model_id="{model_id}"'
+    (model_id,) = {found[1] for name in values if (found := re.search('model_id="(.*?)"', name))}
+    labels = f'model_id="{model_id}",name="nightly"'
     assert float(values[f"csflow_run_exit_status{{{labels}}}"]) == 0
     assert float(values[f'csflow_run_images{{{labels},state="scored"}}']) == 60
     assert time.time() - float(values[f"csflow_run_ended_timestamp_seconds{{{labels}}}"]) < 600
