@@ -5,6 +5,7 @@
 # make docs   builds the docs site in build/docs
 # make soak   long failure and scale runs
 # make wheel  builds dist/csflow-*.whl
+# make sbom   dist/csflow.cdx.json, the packages of the container image with their hashes (CycloneDX)
 # make lock   what the container image installs, with hashes, of the versions in constraints.txt
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ $(ENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: demo test soak lint docs tools wheel lock clean
+.PHONY: demo test soak lint docs tools wheel sbom lock clean
 demo: $(ENV)/installed
 	$(BIN)/python -m csflow.demo cells demo/cells
 	$(BIN)/csflow train --input demo/cells/functional/train --output demo/model --overwrite --epochs 3
@@ -51,6 +52,11 @@ docs: $(ENV)/installed
 wheel: $(ENV)/installed
 	rm -rf build/lib build/bdist.*  # of an earlier build, with files that are no more
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+sbom: $(ENV)/installed
+	mkdir -p dist
+	$(BIN)/uv tool run --from 'cyclonedx-bom>=7' cyclonedx-py requirements --output-reproducible \
+		--output-file dist/csflow.cdx.json cluster/requirements.lock
 
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 lock: $(ENV)/installed
