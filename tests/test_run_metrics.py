@@ -1,6 +1,7 @@
 """cluster/run_metrics.py: what Prometheus hears of nights, from nothing but the files that they leave."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 import urllib.request
@@ -12,7 +13,8 @@ from typing import Any
 
 import faulty_s3
 import pytest
-from conftest import ROOT, free_port, wait_for
+import yaml
+from conftest import ROOT, find_tool, free_port, wait_for
 from scored_output import OLD_MODEL, write_record
 
 from csflow.errors import ExitStatus
@@ -149,6 +151,44 @@ def test_it_is_served_and_printed_in_the_format_of_prometheus(tmp_path):
     finally:
         server.kill()
         server.wait()
+
+
+def test_a_prometheus_hears_of_a_drifted_night_and_raises_that_alert_alone(tmp_path):
+    prometheus = find_tool("prometheus")
+    now = datetime.now(UTC)
+    night(tmp_path / "out", now - 4 * HOUR, exit_status=ExitStatus.DRIFT, status="drift")
+    rule = yaml.safe_load((ROOT / "cluster" / "dashboards" / "alerts.yaml").read_text())
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rule["spec"]))
+    port, own_port = free_port(), free_port()
+    settings = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "rule_files": ["rules.yaml"],
+        "scrape_configs": [{"job_name": "csflow", "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]}],
+    }
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(settings))
+    serve = [sys.executable, SCRIPT, tmp_path / "out", "--name", "nightly", "--port", str(port)]
+    watch = [prometheus, f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
+    watch += [f"--web.listen-address=127.0.0.1:{own_port}", "--log.level=error"]
+    processes = [subprocess.Popen(command) for command in (serve, watch)]
+    try:
+        wait_for(lambda: answers(port), processes[0])
+        wait_for(lambda: "firing" in alerts(own_port).values(), processes[1])
+        # Kubernetes is not there to tell of its Job, and the run has ended.
+        assert alerts(own_port) == {"CsflowDrift": "firing"}
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def alerts(port: int) -> dict[str, str]:
+    """State by name of the alerts that a Prometheus knows; none while it does not answer."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/alerts", timeout=30) as answer:
+            found = json.load(answer)["data"]["alerts"]
+    except OSError:
+        return {}
+    return {alert["labels"]["alertname"]: alert["state"] for alert in found}
 
 
 def answers(port: int) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +72,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     wait_until(lambda: jobs(head) is not None)
     yield head
     head.kill()
+    shutil.rmtree(folder, ignore_errors=True)
     for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
 
@@ -142,7 +144,7 @@ def test_after_the_loss_of_the_pod_the_next_one_follows_the_same_job(head, tmp_p
     (tmp_path / "go").touch()
     status, printed = end(second)
     assert status == ExitStatus.DRIFT
-    assert "begun\nended\n" in printed
+    assert printed.count("\nbegun\n") == printed.count("\nended\n") == 1
     assert [name for name in jobs(head) if name.startswith("night")] == ["night"]
 
 
