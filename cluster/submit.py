@@ -194,7 +194,9 @@ class Run:
     def _end(self, attempt: Attempt) -> int:
         status = attempt.exit_status()
         if attempt.job.status != JobStatus.SUCCEEDED:
-            warn(redact(f"{self._followed} has ended: {attempt.job.message or attempt.job.status}"))
+            # Ray's message goes on with the end of the log, which has been printed.
+            message = (attempt.job.message or attempt.job.status).partition(", last available logs")[0]
+            warn(redact(f"{self._followed} has ended: {message}"))
         say(f"exit status {status}")
         return status
 
