@@ -187,6 +187,9 @@ def test_verdicts_by_key_and_button_become_the_labels_that_evaluate_takes(
     assert page.locator("#verdicts").inner_text() == (
         "4 of 30 images have a verdict: 2 defects, 2 false alarms"
     )
+    # Heard, while the number of matches stays in sight.
+    assert page.locator("#spoken").text_content() == "03.png: defect"
+    assert page.locator("#status").inner_text() == "30 of 30 images match; 1 to 12 are shown"
     page.locator("#show").select_option("open")
     assert page.locator("#status").inner_text().startswith("26 of 30 images match")
     with page.expect_download() as download:

@@ -56,11 +56,9 @@ class Gallery {
     byId("page").value = this.page + 1;
     byId("page").max = pages;
     byId("pages").textContent = `of ${pages}`;
-    say(
-      this.found.length
-        ? `${this.found.length} of ${this.cards.length} images match; ${first + 1} to ${first + shown.length} are shown`
-        : "No image matches. Clear the search, take filters away, or show all images.",
-    );
+    byId("status").textContent = this.found.length
+      ? `${this.found.length} of ${this.cards.length} images match; ${first + 1} to ${first + shown.length} are shown`
+      : "No image matches. Clear the search, take filters away, or show all images.";
     byId("beyond").textContent = this.beyond();
   }
 
@@ -158,7 +156,8 @@ class Gallery {
   }
 }
 
-const say = (text) => (byId("status").textContent = text);
+// For screen readers: what others see on a button.
+const say = (text) => (byId("spoken").textContent = text);
 
 function setOpacity(event) {
   root.style.setProperty("--opacity", event.target.value / 100);
