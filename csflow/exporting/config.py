@@ -19,7 +19,7 @@ SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml"}
 class ExportConfig(JobConfig):
     """Settings of `csflow export`."""
 
-    positional: ClassVar[str | None] = "model"
+    positional: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str
     """Model directory, the --output of training or import."""
