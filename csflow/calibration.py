@@ -21,6 +21,35 @@ def p_values(scores: ArrayLike, calibration_scores: ArrayLike) -> NDArray[np.flo
     return p
 
 
+def region_threshold(region_levels_NJ: ArrayLike, false_regions: float) -> float | None:
+    """Value of map cells above which a normal image has at most this many regions, on average.
+
+    Conformal risk control (Angelopoulos, Bates, Fisch, Lei, Schuster, ICLR 2024): with the lowest threshold t
+    for which (Σᵢ Lᵢ(t) + b(t)) / (n + 1) ≤ `false_regions`, a new image that is exchangeable with the n
+    held-out ones has at most this many regions in expectation. Lᵢ(t) is the number of levels of image i
+    above t (`csflow.regions.region_levels`), at least the number of its regions. b(t) stands for the new
+    image: no finite sample bounds what one image may have, so it counts with at most
+    b(t) = max(1, maxᵢ Lᵢ(t)) regions, as many as the worst held-out image. The bound may follow t, since each
+    of the n + 1 images then counts with no more than the second largest number of all (or 1), which is
+    symmetric in them and can only grow when t falls.
+
+    Args:
+        region_levels_NJ: levels of the n held-out images in falling order, −∞ where there are fewer.
+
+    Returns:
+        None if so few images are held out that no threshold is high enough.
+    """
+    levels_NJ = np.asarray(region_levels_NJ, dtype=np.float64)
+    order = np.argsort(-levels_NJ, axis=None, kind="stable")
+    levels = levels_NJ.ravel()[order]
+    levels, order = levels[np.isfinite(levels)], order[np.isfinite(levels)]
+    # k levels lie above the one at place k = 0, 1, …; the worst image has `worst[k]` of them.
+    worst = np.maximum.accumulate(np.append(1, order % levels_NJ.shape[1] + 1))[:-1]
+    allowed = false_regions * (len(levels_NJ) + 1) + 1e-9
+    passing = int(np.searchsorted(np.arange(len(levels)) + worst, allowed, side="right"))
+    return float(levels[passing - 1]) if passing else None
+
+
 def choose_defects(p_values: ArrayLike, false_discovery_rate: float) -> NDArray[np.bool_]:
     """Chooses a defect list on which at most this share of images are normal, on average.
 

@@ -62,6 +62,15 @@ COMMANDS = {
         "csflow.report:report",
         ("report --scores s3://plant/scores --output report.html",),
     ),
+    "masks": Command(
+        "Write the regions of scored images as masks for labelling tools",
+        "csflow.masks:MasksConfig",
+        "csflow.masks:write_masks",
+        (
+            "masks --scores s3://plant/scores --output s3://plant/masks",
+            "masks --scores out --output masks --format png --run_id latest",
+        ),
+    ),
     "import": Command(
         "Convert a model of other software to a csflow model directory",
         "csflow.importing.job:ImportConfig",

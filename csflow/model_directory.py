@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 import csflow
+from csflow.calibration import region_threshold
 from csflow.errors import WrongUse
 from csflow.images import DECODING_VERSION
 from csflow.storage import Location, read_parquet, to_parquet
@@ -42,6 +43,8 @@ CALIBRATION = pa.schema(
         pa.field("global_score", pa.float64()),
         pa.field("local_score", pa.float64()),
         pa.field("map_maximum", pa.float64()),
+        # Levels below which the map has at least 1, 2, … regions, as many as were kept.
+        pa.field("region_levels", pa.list_(pa.field("element", pa.float64()))),
     ]
 )
 
@@ -56,6 +59,8 @@ class Calibration:
     local_score: NDArray[np.float64] | None
     map_maximum: NDArray[np.float64] | None
     """Maximum of each image's anomaly map."""
+    region_levels: NDArray[np.float64] | None
+    """Levels of each image's regions (n, levels), in falling order and −∞ where there are fewer."""
     table: pa.Table
     """The scores with their images, in the `CALIBRATION` schema."""
 
@@ -75,6 +80,7 @@ class Calibration:
             values("global_score"),
             values("local_score"),
             values("map_maximum"),
+            _padded(table["region_levels"]),
             table,
         )
 
@@ -88,6 +94,29 @@ class Calibration:
         # The k-th largest of n maxima is exceeded by a new one with probability k / (n + 1) at most.
         k = int(false_positive_rate * (len(self.map_maximum) + 1) + 1e-9)
         return float(np.sort(self.map_maximum)[-k]) if k else None
+
+    def region_threshold(self, false_regions: float) -> float | None:
+        """Value of map cells above which a normal image has at most this many regions, on average.
+
+        Of models that know only map maxima, each image counts with one region at most: then at most this
+        share of normal images has regions. None if too few images are held out, or without map maxima.
+        """
+        if self.region_levels is not None:
+            return region_threshold(self.region_levels, false_regions)
+        if self.map_maximum is not None:
+            return region_threshold(self.map_maximum[:, None], false_regions)
+        return None
+
+
+def _padded(lists: pa.ChunkedArray) -> NDArray[np.float64] | None:
+    """A row per list (n, longest list), −∞ behind its end; None if a list is null."""
+    if lists.null_count:
+        return None
+    rows = lists.to_pylist()
+    padded = np.full((len(rows), max([1, *map(len, rows)])), -np.inf)
+    for row, values in zip(padded, rows, strict=True):
+        row[: len(values)] = values
+    return padded
 
 
 @dataclass(frozen=True)
@@ -296,7 +325,10 @@ def _parts(
         yield f"{name} torch.{value.dtype} {list(value.shape)}".encode()
         yield value.tobytes()
     yield calibration.anomaly_score.astype("<f8").tobytes()
-    for values in (calibration.global_score, calibration.local_score, calibration.map_maximum):
+    for values in (
+        *(calibration.global_score, calibration.local_score),
+        *(calibration.map_maximum, calibration.region_levels),
+    ):
         if values is not None:
             yield values.astype("<f8").tobytes()
 

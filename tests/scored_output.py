@@ -4,16 +4,20 @@ Four lines, a few photographs a night, most defects in one corner of the part. T
 last week and scores that week's images again. Some images fail, some of them only at first.
 """
 
+from dataclasses import fields
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from csflow.calibration import Drift
+from csflow.calibration import Drift, p_values
 from csflow.output.runs import Counts, RunRecord, ScoredWith
 from csflow.output.schemas import ERRORS, SCORES
+from csflow.preprocessing import whole
+from csflow.regions import find_regions
 from csflow.storage import Location, to_parquet
 
 OLD_MODEL, NEW_MODEL = "1234567890123456", "8c1f09e2a7b3d456"
@@ -26,6 +30,8 @@ MAP_SIDE = 8
 IMAGE_HEIGHT, IMAGE_WIDTH = 480, 640
 HELD_OUT = np.sort(np.random.default_rng(0).gamma(512, 1 / 1024, 199))
 """Calibration scores of both models, but for the second one's offset."""
+HELD_OUT_PEAKS = np.random.default_rng(1).gamma(8, 0.125, (199, MAP_SIDE**2)).max(1)
+"""The hottest cell of each held-out map, but for that offset."""
 
 
 def write_output(output: Path, nights: range = range(NIGHTS)) -> Path:
@@ -72,7 +78,9 @@ def scored(uri: str, night: int, model_id: str, offset: float) -> dict[str, Any]
     map_HW *= np.float32(np.exp(offset))
     score = float(map_HW.mean() / 2)
     peak_row, peak_column = np.unravel_index(map_HW.argmax(), map_HW.shape)
-    p_value = p_value_of(score / np.exp(0.5 if model_id == NEW_MODEL else 0.0))
+    own = float(np.exp(0.5 if model_id == NEW_MODEL else 0.0))
+    p_value = p_value_of(score / own)
+    region_threshold = own * float(np.quantile(HELD_OUT_PEAKS, 0.9))
     return {
         "image_uri": uri,
         "image_version": f"etag-{night}-{number}",
@@ -90,7 +98,21 @@ def scored(uri: str, night: int, model_id: str, offset: float) -> dict[str, Any]
         "run_id": f"{day_of(night):%Y%m%d}T020000Z-{model_id[:8]}",
         "scored_at": datetime(2026, 11, 2, 2 if model_id == OLD_MODEL else 3, number, tzinfo=UTC)
         + timedelta(days=night),
+        "region_threshold": region_threshold,
+        "regions": regions_of(map_HW, region_threshold, own),
     }
+
+
+def regions_of(map_HW: NDArray[np.float32], threshold: float, own: float) -> list[dict[str, float]]:
+    """The regions of a map. `own`: the factor of its model."""
+    box_14 = np.array([whole(IMAGE_HEIGHT, IMAGE_WIDTH)])
+    found = find_regions(map_HW[None], threshold, [IMAGE_HEIGHT], [IMAGE_WIDTH], box_14)
+    columns = {field.name.removesuffix("_N"): getattr(found, field.name) for field in fields(found)}
+    columns["p_value"] = p_values(columns["peak"], own * HELD_OUT_PEAKS)
+    return [
+        {name: column[n] for name, column in columns.items() if name != "image"}
+        for n in range(len(columns["x"]))
+    ]
 
 
 def p_value_of(score: float) -> float:

@@ -204,6 +204,8 @@ def test_the_gaussians_loss_and_all_warnings_stand_in_the_card(odd_model):
     assert "| map threshold at a false-positive rate of 0.01 | too few held-out images to tell |" in written
     assert f"| validation loss, latents whitened | {metrics['validation_loss']:.4f} |" in written
     calibration = Calibration.of(pq.read_table(odd_model / "calibration.parquet"))
+    threshold = calibration.region_threshold(0.1)
+    assert f"at most 0.1 regions expected on a normal image | {threshold:.4f} |" in written
     metrics |= {"warnings": ["warning: the loss was still falling", "warning: images are stretched"]}
     card = model_card(config["training"], config["data"], metrics, calibration, [])["README.md"].decode()
     for line in metrics["warnings"]:

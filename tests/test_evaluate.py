@@ -32,6 +32,8 @@ from csflow.evaluation.masks import decode_mask
 from csflow.evaluation.pixel_metrics import FPR_LIMIT, PixelHistograms, upsample
 from csflow.evaluation.ranking import Ranking, bootstrap_intervals, share
 from csflow.output.schemas import SCORES
+from csflow.preprocessing import whole
+from csflow.regions import find_regions
 from csflow.storage import Location
 
 NIGHT = datetime(2026, 9, 28, 2, tzinfo=UTC)
@@ -45,6 +47,7 @@ def write_scores(
     size: tuple[int, int] = (8, 8),
     maps: dict[str, np.ndarray] | None = None,
     flagged: tuple[str, ...] = (),
+    region_threshold: float | None = None,
 ) -> None:
     """Rows as a scoring job writes them; `maps` gives the anomaly maps, None for those of --maps none."""
     scored_at = NIGHT + timedelta(days=night)
@@ -69,11 +72,21 @@ def write_scores(
                 "peak_x": 2.0,
                 "run_id": "r1",
                 "scored_at": scored_at,
+                "region_threshold": region_threshold,
+                "regions": None
+                if region_threshold is None
+                else regions_of(anomaly_map, region_threshold, size),
             }
         )
     folder = output / "scores" / f"model_id={model_id}" / f"date={scored_at.date()}"
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, SCORES), folder / f"part-{night}.parquet", compression="zstd")
+
+
+def regions_of(anomaly_map: np.ndarray, threshold: float, size: tuple[int, int]) -> list[dict[str, float]]:
+    """The regions of one map, with what the evaluation reads of them."""
+    found = find_regions(anomaly_map[None], threshold, size[:1], size[1:], np.array([whole(*size)]))
+    return [{"area": area, "peak": peak} for area, peak in zip(found.area_N, found.peak_N, strict=True)]
 
 
 def write_labels(path: Path, labels: dict[str, Any]) -> str:
@@ -586,6 +599,44 @@ def test_defective_images_without_a_mask_are_left_out_of_pixel_metrics_and_count
     assert_exact(pixels, {name: images[name] for name in ("0.png", "3.png")})
     assert "2 defective images, left out of pixel metrics" in capsys.readouterr().out
     assert "pixels" not in run(tmp_path, layout="mvtec", pixel_metrics=False)
+
+
+def test_defects_found_by_regions_are_counted_by_size_and_false_regions_per_normal_image(
+    tmp_path: Path, capsys: Any
+) -> None:
+    """Maps of 6 x 6 cells of 8 pixels. The large defect is hit, the small one is missed by one cell."""
+    maps = {f"/d/{name}.png": np.zeros((6, 6), np.float32) for name in ("a", "b", "c", "d")}
+    maps["/d/a.png"][0, 0] = maps["/d/a.png"][0, 5] = maps["/d/b.png"][2, 2] = 3  # a, b and c are normal
+    maps["/d/d.png"][1:3, 1] = maps["/d/d.png"][5, 5] = 3
+    write_scores(tmp_path / "out", dict.fromkeys(maps, 1.0), size=(48, 48), maps=maps, region_threshold=2)
+    mask = np.zeros((48, 48), np.uint8)
+    mask[8:28, 15:35] = 255  # 20 x 20, of which the first column lies in a hot cell
+    mask[40:44, 35:40] = 255  # 4 x 5, left of a hot cell
+    (tmp_path / "mask.png").write_bytes(png(mask))
+    lines = ["image_uri,label,mask_uri", *(f"/d/{name}.png,0," for name in "abc"), "/d/d.png,1,mask.png"]
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    regions = run(tmp_path, labels=str(tmp_path / "labels.csv"))["regions"]
+    assert regions["false_regions_per_normal_image"]["mean"] == 1
+    assert regions["normal_images_with_regions"]["share"] == pytest.approx(2 / 3)
+    assert regions["normal_images"] == 3
+    assert (regions["defects"]["defects"], regions["defects"]["recall"]["share"]) == (2, 0.5)
+    by_side = {
+        (size["from_side"], size["to_side"]): size["recall"]["share"] for size in regions["defects_by_side"]
+    }
+    assert by_side == {(0, 8): 0, (16, 32): 1}
+    assert regions["regions_on_defective_images"] == 2
+    assert regions["precision_on_defective_images"]["share"] == 0.5
+    printed = capsys.readouterr().out
+    assert "false regions       1.0000   0.0000 - 2.0000   per normal image, of 3" in printed
+    assert "  16 to 32 px       1.0000" in printed
+
+
+def test_scores_without_regions_have_no_metrics_of_regions(tmp_path: Path, pixel_labels: Any) -> None:
+    write_pixels(tmp_path / "out", f"{tmp_path}/part", pixel_labels)
+    folder = tmp_path / "part" / "ground_truth" / "crack"
+    folder.mkdir(parents=True)
+    (folder / "1_mask.png").write_bytes(png(pixel_labels["1.png"][1]))
+    assert run(tmp_path, layout="mvtec")["regions"] is None
 
 
 def float64_tiff(values_HW: NDArray[np.float64]) -> bytes:

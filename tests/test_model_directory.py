@@ -240,7 +240,7 @@ def test_a_model_of_version_2_keeps_its_id_and_its_scores(tmp_path):
     assert model.detector.architecture.preprocessing == Preprocessing((64, 128), "letterbox", "bilinear")
     assert model.calibration.anomaly_score.tolist() == [0.5, 1.5]
     assert model.calibration.global_score is model.calibration.local_score is None
-    assert model.calibration.map_threshold(0.5) is None
+    assert model.calibration.map_threshold(0.5) is model.calibration.region_threshold(0.5) is None
     y = [
         (((torch.arange(2 * 512 * height * width) * 7919 + height) % 257 - 128) / 64).view(
             2, 512, height, width
@@ -258,6 +258,9 @@ def test_a_model_of_version_3_keeps_its_id_and_its_scores(tmp_path):
     write_version_3(tmp_path)
     model = load_model(Location(str(tmp_path)))
     assert model.model_id == WHITENED_ID
+    # It knows no levels of regions: each held-out image counts with one region, its hottest cell.
+    assert model.calibration.region_levels is None
+    assert model.calibration.region_threshold(0.5) == 2
     y = [
         torch.linspace(-1, 1, 2 * 256 * 4 * 8).view(2, 256, 4, 8),
         torch.linspace(1, -1, 2 * 512 * 2 * 4).view(2, 512, 2, 4),
@@ -285,17 +288,19 @@ def test_a_whitened_model_is_saved_with_all_that_decides_its_scores(tmp_path):
     for module in (detector.gaussians, detector.statistic):
         for value in module.buffers():
             value.add_(torch.rand(value.shape) / 10)
-    columns = {"global_score": 1.0, "local_score": 1.5, "map_maximum": 2.0}
+    columns = {"global_score": 1.0, "local_score": 1.5, "map_maximum": 2.0, "region_levels": [2.0, 1.2]}
     row = {"image_uri": "a.png", "image_version": "1", "anomaly_score": 1.0} | columns
     ids = []
-    for name, change in (("whole", {}), ("other", {"local_score": 1.6}), ("third", {"map_maximum": 3.0})):
+    changes = ({}, {"local_score": 1.6}, {"map_maximum": 3.0}, {"region_levels": [2.0, 1.1]})
+    for name, change in zip(("whole", "other", "third", "fourth"), changes, strict=True):
         table = pa.Table.from_pylist([row | change], schema=CALIBRATION)
         location = Location(str(tmp_path / name))
         ids.append(save_model(location, detector, table, training={}, data={}, metrics={}, card={}))
-    assert len(set(ids)) == 3
+    assert len(set(ids)) == 4
     model = load_model(Location(str(tmp_path / "whole")))
     calibration = model.calibration
     assert (calibration.global_score, calibration.local_score, calibration.map_maximum) == (1, 1.5, 2)
+    assert calibration.region_levels.tolist() == [[2.0, 1.2]]
     image_BHWC = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     scores = model.detector(image_BHWC)
     torch.testing.assert_close(scores, detector(image_BHWC), rtol=0, atol=0)

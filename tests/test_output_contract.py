@@ -72,7 +72,7 @@ def test_run_json_has_the_keys_that_its_readers_know(tmp_path: Path) -> None:
 def test_only_what_may_be_left_out_or_came_later_can_be_null() -> None:
     assert [field.name for field in SCORES if field.nullable] == [
         *("anomaly_map", "map_box", "global_score", "global_p_value", "local_score", "local_p_value"),
-        "map_threshold",
+        *("map_threshold", "region_threshold", "regions"),
     ]
     assert not any(field.nullable for field in ERRORS)
 

@@ -146,7 +146,7 @@ def images_of(shard: PlannedShard) -> list[Image]:
 
 def score_row(image: Image) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(SCORES.names, 0) | dict(zip(SCORES.names, image, strict=False))
-    lists = {"scale_scores": [], "anomaly_map": None, "map_box": None}
+    lists = {"scale_scores": [], "anomaly_map": None, "map_box": None, "regions": None}
     return row | lists | {"run_id": "run", "is_anomalous": False}
 
 

@@ -48,6 +48,7 @@ from csflow.model import InferenceDetector
 from csflow.model_directory import load_model
 from csflow.output.layout import Output
 from csflow.output.schemas import ERRORS, SCORES
+from csflow.regions import find_regions
 from csflow.scoring import plan
 from csflow.scoring.config import ScoringSettings
 from csflow.scoring.frozen_listing import Listing
@@ -128,6 +129,33 @@ def test_the_map_threshold_is_that_of_the_false_positive_rate_and_null_if_images
     assert (frame.map_threshold == maxima[-2]).all()
 
 
+def test_regions_are_those_of_the_map_above_the_threshold_with_p_values_of_their_peaks(
+    scored, model, archive, tmp_path
+):
+    calibration = load_model(Location(str(model))).calibration
+    frame = read_scores(scored)
+    threshold = calibration.region_threshold(0.1)
+    assert (frame.region_threshold == threshold).all()
+    # Compared with the hottest cell of all: with ten held-out images, one in eleven may have a region.
+    assert threshold == calibration.map_maximum.max()
+    assert 0 < sum(map(len, frame.regions)) < 500
+    for row in frame.itertuples():
+        map_1HW = row.anomaly_map.reshape(1, row.map_height, row.map_width)
+        whole = np.array([[0.0, 0.0, row.image_height, row.image_width]])
+        found = find_regions(map_1HW, threshold, [row.image_height], [row.image_width], whole)
+        columns = [
+            getattr(found, f"{name}_N") for name in ("x", "y", "width", "height", "area", "peak", "mean")
+        ]
+        columns.append(p_values(found.peak_N, calibration.map_maximum))
+        assert [list(region.values()) for region in row.regions] == np.transpose(columns).tolist()
+    images = copy_some(archive / "defective", tmp_path / "images", 2)
+    arguments = ["--model", model, "--input", images, "--output", tmp_path / "out", "--maps", "none"]
+    assert run_score(*arguments, "--false_regions", 0.05) == ExitStatus.DONE
+    frame = read_scores(tmp_path / "out")
+    assert frame.regions.isna().all()
+    assert frame.region_threshold.isna().all()
+
+
 def test_every_image_is_scored_once_or_has_an_error(scored, archive, run_record):
     assert names(read_scores(scored)) == Counter(
         path.name for folder in ("functional", "defective") for path in (archive / folder).iterdir()
@@ -147,6 +175,11 @@ def test_every_image_is_scored_once_or_has_an_error(scored, archive, run_record)
     stages = {"start", "read", "decode", "score", "write", "other"}
     assert stages == record["cpu_seconds_in_workers"].keys()
     assert record["seconds_to_first_image"] > record["seconds"]["start"]
+
+
+REGION_FIELDS = ", ".join(
+    f"{name}: double" for name in ("x", "y", "width", "height", "area", "peak", "mean", "p_value")
+)
 
 
 def test_files_have_exactly_the_schema_of_the_contract(scored):
@@ -180,6 +213,8 @@ def test_files_have_exactly_the_schema_of_the_contract(scored):
         ("local_score", "double"),
         ("local_p_value", "double"),
         ("map_threshold", "double"),
+        ("region_threshold", "double"),
+        ("regions", f"list<element: struct<{REGION_FIELDS}>>"),
     ]
     assert [(f.name, str(f.type)) for f in ERRORS] == [
         ("image_uri", "string"),
@@ -493,7 +528,7 @@ def test_a_late_listing_of_the_scores_plans_no_image_twice(archive, empty_output
     for shard in make_plan(listing, empty_output, "first", retry_errors=False):
         rows = [dict.fromkeys(SCORES.names, 0) | row for row in shard.images().to_pylist()]
         columns = {"scale_scores": [], "anomaly_map": None, "run_id": "first", "is_anomalous": False}
-        columns |= {"map_box": None}
+        columns |= {"map_box": None, "regions": None}
         table = pa.Table.from_pylist([row | columns for row in rows], schema=SCORES)
         empty_output.scores_file(shard.name, shard.date).create(to_parquet(table))
     finished = empty_output.finished_shards([shard.date])

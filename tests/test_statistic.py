@@ -17,7 +17,7 @@ from csflow.calibration import p_values
 from csflow.model import Gaussians, PlainStatistic, Scores, StandardisedStatistic
 from csflow.model.statistic import energy_map, fitted_statistic
 from csflow.model_directory import CALIBRATION, Calibration
-from csflow.training.closing import calibration_columns, closing_tensors
+from csflow.training.closing import calibration_columns, calibration_table, closing_tensors
 from csflow.training.loop import Evaluation
 
 SHAPES = [(8, 16, 16), (12, 8, 8)]
@@ -120,8 +120,9 @@ def calibrated() -> tuple[Calibration, dict[str, NDArray[np.float64]]]:
     statistic.load_state_dict({k.removeprefix(prefix): v for k, v in closing.items() if k.startswith(prefix)})
     images = pa.array([str(n) for n in range(HELDOUT)])
     columns = {"image_uri": images, "image_version": images}
-    columns |= {name: closing[f"calibration.{name}"].numpy() for name in CALIBRATION.names[2:]}
+    calibration = calibration_table({name: closing[f"calibration.{name}"] for name in CALIBRATION.names[2:]})
     unseen = calibration_columns(statistic(normal_energies(UNSEEN, seed=12)))
+    columns |= {name: calibration[name] for name in calibration.column_names}
     return Calibration.of(pa.table(columns)), {name: value.numpy() for name, value in unseen.items()}
 
 
@@ -141,6 +142,16 @@ def test_the_map_threshold_is_passed_anywhere_in_as_many_normal_images_as_wanted
     threshold = calibration.map_threshold(rate)
     assert within_interval((unseen["map_maximum"] > threshold).sum(), rate)
     assert (calibration.map_maximum > threshold).sum() <= rate * (HELDOUT + 1) - 1
+
+
+@pytest.mark.parametrize("wanted", [0.02, 0.1, 0.5])
+def test_normal_images_have_as_many_regions_as_the_threshold_was_asked_for(calibrated, wanted):
+    calibration, unseen = calibrated
+    threshold = calibration.region_threshold(wanted)
+    regions_N = (unseen["region_levels"] > threshold).sum(1)
+    # The held-out images scatter as well.
+    half_width = 2.6 * regions_N.std() * np.sqrt(1 / HELDOUT + 1 / UNSEEN)
+    assert regions_N.mean() == pytest.approx(wanted, abs=half_width + 1 / HELDOUT)
 
 
 def within_interval(found: int, rate: float) -> bool:

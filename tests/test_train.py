@@ -114,6 +114,13 @@ def test_two_workers_give_the_loss_curve_of_one_and_reuse_its_features(
     assert two["image_uri"] == one["image_uri"]
     for name in ("anomaly_score", "global_score", "local_score", "map_maximum"):
         np.testing.assert_allclose(two[name], one[name], rtol=1e-3)
+    for levels, of_two, maximum in zip(
+        *(one["region_levels"].to_pylist(), two["region_levels"].to_pylist()),
+        one["map_maximum"].to_pylist(),
+        strict=True,
+    ):
+        assert (levels[0], sorted(levels, reverse=True)) == (maximum, levels)
+        np.testing.assert_allclose(of_two, levels, rtol=1e-3)
 
 
 def test_resuming_replaces_a_model_that_is_its_own_or_for_which_there_is_a_checkpoint(

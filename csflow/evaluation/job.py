@@ -13,6 +13,7 @@ from csflow.evaluation.labels import Label, LabelledScore, among, mvtec_labels, 
 from csflow.evaluation.pixel_metrics import PixelHistograms
 from csflow.evaluation.pixel_pass import Masks, pixel_metrics
 from csflow.evaluation.ranking import Ranking, bootstrap_intervals, share
+from csflow.evaluation.region_metrics import RegionCounts
 from csflow.evaluation.summary import plots, print_evaluation
 from csflow.output.reading import latest_per_image, open_scores
 from csflow.storage import Location
@@ -36,7 +37,7 @@ class EvaluateConfig(JobConfig):
     model_id: str | None = None
     """Model whose scores are measured, needed if --scores holds several models."""
     pixel_metrics: bool = True
-    """Compute pixel AUROC and AUPRO of the anomaly maps, if there are masks."""
+    """Compute pixel AUROC and AUPRO of the anomaly maps, and recall of the regions, if there are masks."""
     bootstrap: int = Field(1000, ge=100)
     """Number of bootstrap resamples for the 95 % intervals."""
     seed: Seed = 0
@@ -86,7 +87,9 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
     histograms: PixelHistograms | None = None
     if config.pixel_metrics:
         masks = Masks(config.storage_options, must_exist=config.layout is None)
-        histograms, evaluation["pixels"] = pixel_metrics(output.scores, scored, masks)
+        regions = RegionCounts()
+        histograms, evaluation["pixels"] = pixel_metrics(output.scores, scored, masks, regions)
+        evaluation["regions"] = regions.metrics(config.bootstrap, config.seed)
     print_evaluation(evaluation)
     if result:
         _write(result, evaluation, plots(normal, defective, ranking, histograms))

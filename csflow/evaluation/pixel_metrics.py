@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from csflow.maps import resample
+from csflow.regions import EIGHT_NEIGHBOURS
 
 FPR_LIMIT = 0.3
 """False positive rate up to which the PRO curve is integrated (Bergmann et al., CVPR 2019)."""
@@ -22,7 +23,6 @@ MANTISSA_BITS = 11
 """Bits of a map value's mantissa that its bin keeps: a bin is 0.024 % to 0.049 % of its value wide."""
 _SHIFT = 23 - MANTISSA_BITS
 _BINS = 1 << (31 - _SHIFT)
-_EIGHT_NEIGHBOURS = np.ones((3, 3))
 
 
 class Area(NamedTuple):
@@ -84,7 +84,7 @@ class PixelHistograms:
         counted = slice(first, first + int(bin_HW.max()) + 1)
         pixels = np.bincount(bin_HW.ravel())
         if mask_HW.any():
-            region_HW, regions = ndimage.label(mask_HW, _EIGHT_NEIGHBOURS)
+            region_HW, regions = ndimage.label(mask_HW, EIGHT_NEIGHBOURS)
             sizes = np.bincount(region_HW.ravel())
             found, weights = bin_HW[mask_HW], 1 / sizes[region_HW[mask_HW]]
             defective = np.bincount(found, minlength=len(pixels))

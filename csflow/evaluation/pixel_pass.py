@@ -11,6 +11,7 @@ from csflow.errors import ErrorCode, ImageError, WrongUse
 from csflow.evaluation.labels import Label, LabelledScore, among
 from csflow.evaluation.masks import Mask, MaskReader
 from csflow.evaluation.pixel_metrics import FPR_LIMIT, PixelHistograms
+from csflow.evaluation.region_metrics import RegionCounts
 
 MASK_THREADS = 8
 MAP_BATCH_ROWS = 64
@@ -19,9 +20,12 @@ IMAGE_COUNTS = ("normal", "with_mask", "without_mask", "empty_mask", "thresholde
 
 
 def pixel_metrics(
-    dataset: ds.Dataset, scored: Mapping[str, LabelledScore], masks: "Masks"
+    dataset: ds.Dataset, scored: Mapping[str, LabelledScore], masks: "Masks", regions: RegionCounts
 ) -> tuple[PixelHistograms | None, dict[str, Any]]:
     """Histograms and metrics of all images whose defective pixels are known; None if there is no mask.
+
+    Args:
+        regions: counts the regions of these images, too.
 
     Raises:
         WrongUse: maps are missing, or a mask is missing, unreadable or of another size, or marks pixels of a
@@ -48,6 +52,7 @@ def pixel_metrics(
         map_HW = np.asarray(row["anomaly_map"]).reshape(row["map_height"], row["map_width"])
         size = (row["image_height"], row["image_width"])
         histograms.add(map_HW, mask.is_defective_HW if mask else np.zeros(size, bool), row["map_box"])
+        regions.add(row, map_HW, mask.is_defective_HW if mask and label.is_defective else None)
     if not images["with_mask"]:
         return None, {"images": images, "empty_masks": empty_masks}
     if without_map:
@@ -72,6 +77,7 @@ def _latest_maps(dataset: ds.Dataset, scored: Mapping[str, LabelledScore]) -> It
     """The latest rows of the labelled images, in batches, since all maps of an archive may exceed memory."""
     columns = ["image_uri", "scored_at", "image_height", "image_width"]
     columns += ["anomaly_map", "map_height", "map_width", "map_box"]
+    columns += ["region_threshold", "regions"]
     left = {uri: image.scored_at for uri, image in scored.items()}
     batches = dataset.to_batches(
         columns=columns,

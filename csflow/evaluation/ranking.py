@@ -83,6 +83,15 @@ def bootstrap_intervals(ranking: Ranking, resamples: int, seed: int = 0) -> dict
     return {name: (float(low), float(high)) for name, (low, high) in intervals.items()}
 
 
+def mean_interval(values: ArrayLike, resamples: int, seed: int = 0) -> tuple[float, Interval]:
+    """The mean of numbers of images, and its 95 % percentile interval over bootstrap resamples."""
+    values_N = np.asarray(values, dtype=np.float64)
+    random = np.random.default_rng(seed)
+    means = [random.choice(values_N, len(values_N)).mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(values_N.mean()), (float(low), float(high))
+
+
 def share(chosen: ArrayLike) -> tuple[float, Interval]:
     """The share of true values, and the share's exact 95 % interval (Clopper and Pearson 1934)."""
     chosen_N = np.asarray(chosen, dtype=bool)

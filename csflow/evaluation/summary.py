@@ -68,6 +68,7 @@ def print_evaluation(evaluation: Mapping[str, Any]) -> None:
     for name, interval in evaluation["intervals"].items():
         print(f"{name:<20}{metrics[name]:.4f}   {_shown(interval)}   {notes.get(name, '')}".rstrip())
     _print_pixels(evaluation.get("pixels"))
+    _print_regions(evaluation.get("regions"))
     _print_classes(evaluation["defect_classes"])
 
 
@@ -93,6 +94,28 @@ def _print_pixels(pixels: Mapping[str, Any] | None) -> None:
             f"{'warning':<20}{len(empty):,} masks of defective images mark no pixel and count as none, "
             f"{empty[0]} first"
         )
+
+
+def _print_regions(regions: Mapping[str, Any] | None) -> None:
+    if regions is None:
+        return
+    false, of = (
+        regions["false_regions_per_normal_image"],
+        f"per normal image, of {regions['normal_images']:,}",
+    )
+    print(f"{'false regions':<20}{false['mean']:.4f}   {_shown(false['interval'])}   {of}")
+    if precision := regions["precision_on_defective_images"]:
+        of = f"of {regions['regions_on_defective_images']:,} regions on defective images"
+        print(f"{'region precision':<20}{precision['share']:.4f}   {_shown(precision['interval'])}   {of}")
+    print(_recall_line("defects found", regions["defects"]))
+    for size in regions["defects_by_side"]:
+        low, high = size["from_side"], size["to_side"]
+        print(_recall_line(f"  {low} to {high} px" if high else f"  {low} px and more", size))
+
+
+def _recall_line(name: str, found: Mapping[str, Any]) -> str:
+    recall = found["recall"]
+    return f"{name:<20}{recall['share']:.4f}   {_shown(recall['interval'])}   of {found['defects']:,}"
 
 
 def _print_classes(classes: Mapping[str, Any]) -> None:

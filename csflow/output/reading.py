@@ -54,6 +54,31 @@ def open_scores(location: Location, model_id: str | None = None) -> ScoringOutpu
     )
 
 
+def of_run(output: ScoringOutput, run_id: str | None) -> tuple[ds.Dataset, str | None]:
+    """The scores of one run, and its id; those of all runs and None if the id is None.
+
+    Args:
+        run_id: what a setting `--run_id` says; `latest` is the last run.
+
+    Raises:
+        WrongUse: this run has scored no image.
+    """
+    if run_id == "latest":
+        run_id = _latest_run(output.scores)
+    if run_id is None:
+        return output.scores, None
+    scores = output.scores.filter(pc.field("run_id") == run_id)
+    if not scores.head(1, columns=["run_id"]).num_rows:
+        raise WrongUse(f"--run_id {run_id} scored no image of model {output.model_id} in {output.root}")
+    return scores, run_id
+
+
+def _latest_run(scores: ds.Dataset) -> str | None:
+    """The id of the last run. Run ids begin with the time of the run's start."""
+    latest = (pc.max(batch["run_id"]).as_py() for batch in scores.to_batches(columns=["run_id"]))
+    return max((run_id for run_id in latest if run_id is not None), default=None)
+
+
 def latest_per_image(table: pa.Table, time: str) -> pa.Table:
     """The rows with the latest `time` of each image URI, in order of time."""
     table = table.sort_by(time)

@@ -5,6 +5,14 @@ import pyarrow as pa
 KEY_COLUMNS = ["image_uri", "image_version"]
 # Parquet's own name for the items of a list, so that a file's schema reads back as this one.
 FLOATS = pa.list_(pa.field("element", pa.float32()))
+REGION = pa.struct(
+    [
+        pa.field(name, pa.float64())
+        for name in ("x", "y", "width", "height", "area", "peak", "mean", "p_value")
+    ]
+)
+"""A region of an anomaly map; lengths are in pixels of the original."""
+REGIONS = pa.list_(pa.field("element", REGION))
 
 SCORES = pa.schema(
     [
@@ -29,6 +37,8 @@ SCORES = pa.schema(
         pa.field("local_score", pa.float64()),  # null, with the next two, from models without whitening
         pa.field("local_p_value", pa.float64()),
         pa.field("map_threshold", pa.float64()),  # null too if the held-out images are too few to tell
+        pa.field("region_threshold", pa.float64()),  # null, with the next, as `map_threshold`
+        pa.field("regions", REGIONS),
     ]
 )
 

@@ -4,13 +4,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
 from csflow.errors import WrongUse
 from csflow.model_directory import find_heldout_scores
-from csflow.output.reading import ErrorGroup, last_records, latest_per_image, open_errors, open_scores
+from csflow.output.reading import (
+    ErrorGroup,
+    last_records,
+    latest_per_image,
+    of_run,
+    open_errors,
+    open_scores,
+)
 from csflow.output.runs import RunRecord
 from csflow.report.config import ReportConfig
 from csflow.storage import Location
@@ -40,12 +46,7 @@ class Archive:
 def open_archive(config: ReportConfig) -> Archive:
     """Opens an archive. Raises WrongUse if there are no scores, or no such run or model."""
     output = open_scores(Location(config.scores, config.storage_options), config.model_id)
-    scores = output.scores
-    run_id = _latest_run(scores) if config.run_id == "latest" else config.run_id
-    if run_id is not None:
-        scores = scores.filter(pc.field("run_id") == run_id)
-        if not scores.head(1, columns=["run_id"]).num_rows:
-            raise WrongUse(f"--run_id {run_id} scored no image of model {output.model_id} in {config.scores}")
+    scores, run_id = of_run(output, config.run_id)
     runs = [record for record in last_records(output) if run_id in (None, record.run_id)]
     return Archive(
         output.model_id,
@@ -55,12 +56,6 @@ def open_archive(config: ReportConfig) -> Archive:
         runs[:RUNS_SHOWN],
         _calibration_scores(config, output.model_id, runs),
     )
-
-
-def _latest_run(scores: ds.Dataset) -> str | None:
-    """The id of the last run. Run ids begin with the time of the run's start."""
-    latest = (pc.max(batch["run_id"]).as_py() for batch in scores.to_batches(columns=["run_id"]))
-    return max((run_id for run_id in latest if run_id is not None), default=None)
 
 
 def _calibration_scores(

@@ -11,6 +11,8 @@ from csflow.output.layout import Output
 from csflow.precision import Device, PrecisionSetting
 from csflow.storage import Location
 
+FALSE_REGIONS = 0.1
+
 
 class ScoreConfig(ListingConfig):
     """Settings of `jobs/score.py`."""
@@ -25,6 +27,8 @@ class ScoreConfig(ListingConfig):
     """How anomaly maps are stored: `native` keeps their own resolution, `none` stores no maps."""
     false_positive_rate: float = Field(0.01, gt=0, lt=1)
     """Share of normal images that may be flagged. An image is flagged if its p-value is at most this."""
+    false_regions: float = Field(FALSE_REGIONS, gt=0, le=1)
+    """Number of regions (column `regions`) that a normal image may have on average."""
     include: Patterns = Field([])
     """Take only images whose URI matches one of these patterns; `*` matches any text, including slashes.
     [default: all images]"""
@@ -76,5 +80,6 @@ class ScoringSettings:
     false_positive_rate: float
     batch_size: int | None
     precision: PrecisionSetting = "auto"
+    false_regions: float = FALSE_REGIONS
     is_isolated: bool = False
     """Read and decode each image in a child process, because these shards' workers died before."""

@@ -87,6 +87,7 @@ def _settings(config: ScoreConfig, model: Location, output: Output, run_id: str)
         run_id=run_id,
         keep_maps=config.maps == "native",
         false_positive_rate=config.false_positive_rate,
+        false_regions=config.false_regions,
         batch_size=config.batch_size,
         precision=config.precision,
     )

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from csflow.calibration import p_values
 from csflow.images import DecodedImage
-from csflow.output.schemas import FLOATS, SCORES
+from csflow.output.schemas import FLOATS, REGION, REGIONS, SCORES
 from csflow.preprocessing import whole
 
 if TYPE_CHECKING:  # the edge runtime has neither torch nor what reads model directories
     from csflow.model import Scores
     from csflow.model_directory import Calibration
+    from csflow.regions import Regions
 
 
 class ScorableImage(NamedTuple):
@@ -40,6 +41,15 @@ class Judged(NamedTuple):
     local_p_value_B: NDArray[np.float64] | None
     scale_scores_BS: NDArray[np.float32]
     anomaly_map_BHW: NDArray[np.float32]
+
+
+class RegionRule(NamedTuple):
+    """What makes cells of a map a region, and gives it a p-value."""
+
+    threshold: float
+    """A region is made of connected cells above it."""
+    heldout_peak_N: NDArray[np.float64]
+    """The hottest cell of each held-out map."""
 
 
 def judge(scores: "Scores", calibration: "Calibration", false_positive_rate: float) -> Judged:
@@ -78,8 +88,9 @@ def score_rows(
     run_id: str,
     keeps_maps: bool,
     map_threshold: float | None,
+    region_rule: RegionRule | None = None,
 ) -> pa.RecordBatch:
-    """Rows in the `SCORES` schema."""
+    """Rows in the `SCORES` schema. Without a rule they have no regions."""
     height_B = np.array([image.decoded.height for image in images], dtype=np.int32)
     width_B = np.array([image.decoded.width for image in images], dtype=np.int32)
     box_B4 = np.array([image.decoded.box for image in images])
@@ -107,7 +118,14 @@ def score_rows(
         "local_score": _or_nulls(judged.local_score_B, len(images)),
         "local_p_value": _or_nulls(judged.local_p_value_B, len(images)),
         "map_threshold": [map_threshold] * len(images),
+        "region_threshold": [region_rule.threshold if region_rule else None] * len(images),
+        "regions": pa.nulls(len(images), REGIONS),
     }
+    if region_rule:
+        from csflow.regions import find_regions  # with SciPy, which the edge runtime does without
+
+        regions = find_regions(anomaly_map_BHW, region_rule.threshold, height_B, width_B, box_B4)
+        columns["regions"] = _region_lists(regions, len(images), region_rule)
     return pa.RecordBatch.from_pydict(columns, schema=SCORES)
 
 
@@ -120,6 +138,21 @@ def _float_lists(values_BX: NDArray[np.float32]) -> pa.Array:
     flat_BN = values_BX.reshape(len(values_BX), -1)
     offsets = np.arange(len(flat_BN) + 1, dtype=np.int32) * flat_BN.shape[1]
     return pa.ListArray.from_arrays(offsets, flat_BN.ravel(), type=FLOATS)
+
+
+def _region_lists(regions: "Regions", images: int, rule: RegionRule) -> pa.Array:
+    """The regions of each image as a `REGIONS` column.
+
+    The p-value of a region is that of its peak among the hottest cells of the held-out maps. So the smallest
+    one of an image is a p-value of the image.
+    """
+    values = [
+        *(regions.x_N, regions.y_N, regions.width_N, regions.height_N, regions.area_N),
+        *(regions.peak_N, regions.mean_N, p_values(regions.peak_N, rule.heldout_peak_N)),
+    ]
+    offsets = np.searchsorted(regions.image_N, np.arange(images + 1)).astype(np.int32)
+    structs = pa.StructArray.from_arrays(values, fields=list(REGION))
+    return pa.ListArray.from_arrays(offsets, structs, type=REGIONS)
 
 
 def _map_box(decoded: DecodedImage) -> list[float] | None:

@@ -21,13 +21,13 @@ from csflow.inputs.isolation import IsolatedLoader
 from csflow.inputs.loaded import HELPED, LoadedImage
 from csflow.inputs.loading import ImageLoader, LoaderSettings, batches
 from csflow.model import InferenceDetector, Scores, default_batch_size
-from csflow.model_directory import load_model
+from csflow.model_directory import Calibration, load_model
 from csflow.output.schemas import ERRORS, SCORES
 from csflow.process import ProcessCpu, Stages, peak_memory_bytes
 from csflow.redaction import redact
 from csflow.scoring.config import ScoringSettings
 from csflow.scoring.plan import PlannedShard
-from csflow.scoring.rows import ScorableImage, judge, require_scores, score_rows
+from csflow.scoring.rows import RegionRule, ScorableImage, judge, require_scores, score_rows
 from csflow.storage import Location, to_parquet
 
 READ_THREADS, READ_THREADS_PER_CPU = 8, 2
@@ -84,6 +84,7 @@ class ShardScorer:
             )
         self._calibration = model.calibration
         self._map_threshold = model.calibration.map_threshold(settings.false_positive_rate)
+        self._region_rule = _region_rule(model.calibration, settings.false_regions)
         storage_options = settings.output.location.storage_options
         preprocessing = model.detector.architecture.preprocessing
         batch_size = settings.batch_size or default_batch_size(preprocessing.image_size, self._device)
@@ -194,6 +195,7 @@ class ShardScorer:
             run_id=self._settings.run_id,
             keeps_maps=self._settings.keep_maps,
             map_threshold=self._map_threshold,
+            region_rule=self._region_rule,
         )
 
     def _error_row(self, image: LoadedImage, error: ImageError) -> dict[str, Any]:
@@ -243,6 +245,14 @@ def _finished(
 ) -> tuple[Sequence[ScorableImage], Scores]:
     with stages.measured("score"):
         return images, result()
+
+
+def _region_rule(calibration: Calibration, false_regions: float) -> RegionRule | None:
+    """None if the model cannot tell which regions normal images have."""
+    threshold = calibration.region_threshold(false_regions)
+    if threshold is None or calibration.map_maximum is None:
+        return None
+    return RegionRule(threshold, calibration.map_maximum)
 
 
 class _Released:

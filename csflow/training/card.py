@@ -16,6 +16,8 @@ from csflow.training.labelled import auroc_line
 BINS = 40
 FALSE_POSITIVE_RATE = 0.01
 """The false-positive rate for which the card states the map threshold."""
+FALSE_REGIONS = 0.1
+"""The number of regions on a normal image for which it states theirs."""
 
 CARD = """\
 # {backbone}, {blocks} coupling block{plural}, {height} × {width} px
@@ -164,11 +166,21 @@ def _calibration_rows(calibration: Calibration) -> str:
         for name, values in scores.items()
     ]
     if calibration.map_maximum is not None:
-        threshold = calibration.map_threshold(FALSE_POSITIVE_RATE)
-        shown = "too few held-out images to tell" if threshold is None else f"{threshold:.4f}"
-        rows.append(f"| map threshold at a false-positive rate of {FALSE_POSITIVE_RATE:g} | {shown} |")
+        of_map = calibration.map_threshold(FALSE_POSITIVE_RATE)
+        rows.append(
+            f"| map threshold at a false-positive rate of {FALSE_POSITIVE_RATE:g} | {_shown(of_map)} |"
+        )
+        of_regions = calibration.region_threshold(FALSE_REGIONS)
+        rows.append(
+            f"| region threshold: at most {FALSE_REGIONS:g} regions expected on a normal image "
+            f"| {_shown(of_regions)} |"
+        )
     rows.append(f"| smallest possible p-value | {1 / (len(calibration.anomaly_score) + 1):.4g} |")
     return "".join(f"{row}\n" for row in rows)
+
+
+def _shown(threshold: float | None) -> str:
+    return "too few held-out images to tell" if threshold is None else f"{threshold:.4f}"
 
 
 def _outlier_table(outliers: Sequence[Mapping[str, Any]]) -> str:

@@ -1,15 +1,22 @@
 """The end of a training: statistic and calibration of the trained detector, and the Gaussian to beat."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
+import pyarrow as pa
+import torch
 from torch import Tensor, nn
 
 from csflow.model import Gaussians, PlainStatistic, Scores, fitted_statistic
+from csflow.model_directory import CALIBRATION
+from csflow.regions import region_levels
 from csflow.training.gaussians import gaussian_losses
 from csflow.training.loop import Evaluation
 
-CALIBRATED = ("anomaly_score", "global_score", "local_score", "map_maximum")
+CALIBRATED = ("anomaly_score", "global_score", "local_score", "map_maximum", "region_levels")
 """Columns of a calibration. Without whitening there is only the first."""
+REGION_LEVELS = 16
+"""Largest number of regions that a held-out image counts with. Thresholds that leave more are of no use."""
 
 
 def closing_tensors(
@@ -49,11 +56,25 @@ def closing_tensors(
 
 
 def calibration_columns(scores: Scores) -> dict[str, Tensor]:
-    """The `CALIBRATED` columns of these images, (N,) each."""
+    """The `CALIBRATED` columns of these images, (N,) each; levels of regions (N, `REGION_LEVELS`)."""
+    maps_BHW = scores.anomaly_map_BHW.float().cpu().numpy()
     columns = [
         scores.anomaly_score_B,
         scores.global_score_B,
         scores.local_score_B,
         scores.anomaly_map_BHW.flatten(1).max(1).values,
+        torch.from_numpy(np.stack([region_levels(map_HW, REGION_LEVELS) for map_HW in maps_BHW])),
     ]
     return {name: column_B.double() for name, column_B in zip(CALIBRATED, columns, strict=True)}
+
+
+def calibration_table(columns: Mapping[str, Tensor]) -> pa.Table:
+    """The columns as `CALIBRATION` has them, without the images."""
+    arrays = {
+        name: pa.array(
+            column.tolist() if column.ndim == 1 else [row[row.isfinite()].tolist() for row in column],
+            CALIBRATION.field(name).type,
+        )
+        for name, column in columns.items()
+    }
+    return pa.table(arrays)

@@ -21,6 +21,7 @@ from csflow.model import Architecture
 from csflow.storage import Location, to_parquet
 from csflow.training.cache import FeatureCache
 from csflow.training.checkpoint import PROGRESS_FILE, read_checkpoint, with_prefix
+from csflow.training.closing import calibration_table
 from csflow.training.config import TrainConfig
 from csflow.training.live import LiveView
 from csflow.training.loop import LoopSettings
@@ -125,9 +126,7 @@ class Run:
         return Result(
             state={f"flow.{name}": value for name, value in with_prefix(tensors, "best.").items()}
             | with_prefix(tensors, "closing.state."),
-            calibration=pa.table(
-                {name: v.numpy() for name, v in with_prefix(tensors, "closing.calibration.").items()}
-            ),
+            calibration=calibration_table(with_prefix(tensors, "closing.calibration.")),
             heldout_loss=tensors["closing.heldout_loss"].item(),
             validation_loss=tensors["closing.usual_loss"].item() if has_validation else None,
             gaussian_loss=gaussian_loss.item() if gaussian_loss is not None else None,
