@@ -44,6 +44,9 @@ def _in_utc(value: datetime) -> datetime:
 
 Locations = Annotated[list[str], BeforeValidator(_one_or_more)]
 Patterns = Annotated[list[str], BeforeValidator(_one_or_more)]
+Schemes = Annotated[
+    list[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9+.-]*$")]], BeforeValidator(_one_or_more)
+]
 Stages = Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_one_or_more)]
 Moment = Annotated[datetime, BeforeValidator(_moment), AfterValidator(_in_utc)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -67,6 +70,9 @@ class JobConfig(BaseModel):
 class ListingConfig(JobConfig):
     """Settings of the jobs that list images."""
 
+    allow_schemes: Schemes = Field([])
+    """Schemes that manifests may name beside those of the inputs, such as `s3` or `https`; `file` for local
+    paths. [default: no others]"""
     skip_folders: Patterns = Field(list(SKIPPED_FOLDERS))
     """Do not look into folders of these names, in which storage and operating systems keep thumbnails,
     deleted files and snapshots. `*` stands for any text, and case does not matter; an empty name skips none.

@@ -275,7 +275,7 @@ def read_config(location: Location) -> dict[str, Any]:
     try:
         config = json.loads(_read(location / "config.json"))
         format_version = config["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(location, f"config.json: {type(error).__name__}: {error}") from None
     if format_version not in READABLE_VERSIONS:
         raise WrongUse(

@@ -6,11 +6,23 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 HIDDEN = "***"
-SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN")
+SECRET_VARIABLES = (
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AZURE_CLIENT_SECRET",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_CONNECTION_STRING",
+    "AZURE_STORAGE_KEY",
+    "AZURE_STORAGE_SAS_TOKEN",
+    "RAY_AUTH_TOKEN",
+)
 
-_USERINFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s'\"]*@")
+_USERINFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^/?#\s'\"]*)@")
+_CONTAINER = re.compile(r"(?:abfss?|az|wasbs?)://[a-z0-9$-]+@", re.IGNORECASE)
+"""Azure's own form of a URI, `abfs://container@account.dfs.core.windows.net/…`, names no user."""
 _SECRET_NAME = (
-    r"(?:[\w-]*(?:secret|password|passwd|token|signature|credential|accesskey|access_key|account_key)[\w-]*"
+    r"(?:[\w-]*(?:secret|password|passwd|token|signature|credential"
+    r"|(?:access|account|private|api)[_-]?key|connection[_-]?string)[\w-]*"
     r"|key|sig|sas)"
 )
 _NAME = re.compile(_SECRET_NAME, re.IGNORECASE)
@@ -19,6 +31,12 @@ _VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s&"',;}}\])]+)"""
 # have capitals and stay.
 _EQUAL_PAIR = re.compile(rf"""(?<![\w-])(["']?{_SECRET_NAME}["']?\s*=\s*){_VALUE}""", re.IGNORECASE)
 _COLON_PAIR = re.compile(rf"""(?<![\w-])(["']?{_SECRET_NAME}["']?\s*:\s*){_VALUE}""")
+_CAPITAL_PAIR = re.compile(
+    rf"""(?<![\w-])(["']?(?:SecretAccessKey|SessionToken|(?:Account|Private|Api|Shared\w*)Key|Password"""
+    rf"""|ConnectionString)["']?\s*:\s*){_VALUE}"""
+)
+_BEARER = re.compile(r"\b(Bearer|SharedKey|Basic)(\s+)[\w.~+/=:-]{6,}")
+_PEM = re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(?=-----END|\Z)", re.DOTALL)
 _QUERY = re.compile(rf"[?&]{_SECRET_NAME}=", re.IGNORECASE)
 _PRESIGNED = re.compile(r"[?&]X-Amz-(?:Signature|Credential|Security-Token)=", re.IGNORECASE)
 
@@ -30,7 +48,8 @@ def holds_credentials(url: str) -> bool:
         return False
     # Keys in S3 are plain text: `?key=` may be a part of one.
     query = _PRESIGNED if scheme in ("s3", "s3a", "s3n") else _QUERY
-    return "@" in re.split(r"[/?#]", rest)[0] or bool(query.search(rest))
+    has_user = "@" in re.split(r"[/?#]", rest)[0] and not _CONTAINER.match(url)
+    return has_user or bool(query.search(rest))
 
 
 def secret_values(options: Mapping[str, Any]) -> Iterator[str]:
@@ -48,5 +67,12 @@ def redact(text: str, options: Mapping[str, Any] | None = None) -> str:
     # Shorter ones would hide syllables of other words; as values of a name they are found below.
     for value in sorted((v for v in known if len(v) >= 6), key=len, reverse=True):
         text = text.replace(value, HIDDEN)
-    text = _USERINFO.sub(rf"\g<1>{HIDDEN}@", text)
-    return _COLON_PAIR.sub(rf"\g<1>{HIDDEN}", _EQUAL_PAIR.sub(rf"\g<1>{HIDDEN}", text))
+    text = _USERINFO.sub(_without_user, text)
+    text = _BEARER.sub(rf"\g<1>\g<2>{HIDDEN}", _PEM.sub(rf"\g<1>{HIDDEN}", text))
+    for pair in (_EQUAL_PAIR, _COLON_PAIR, _CAPITAL_PAIR):
+        text = pair.sub(rf"\g<1>{HIDDEN}", text)
+    return text
+
+
+def _without_user(found: re.Match[str]) -> str:
+    return found[0] if _CONTAINER.fullmatch(found[0]) else f"{found[1]}{HIDDEN}@"

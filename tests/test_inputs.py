@@ -65,9 +65,9 @@ def failure(uri: str, version: str, deadline_s: float = 20, **settings: Any) -> 
     return caught.value
 
 
-def wrong_use(*uris: object, options: dict[str, Any] | None = None) -> str:
+def wrong_use(*uris: object, **settings: Any) -> str:
     with pytest.raises(WrongUse) as caught:
-        listing(*uris, options=options)
+        listing(*uris, **settings)
     message = str(caught.value)
     assert "\n" not in message
     assert str(uris[0]) in message
@@ -448,6 +448,24 @@ def test_a_relative_uri_of_a_manifest_keeps_the_names_of_its_folders(bucket: fau
     root = "s3://inputs"
     names = ["d//double//a.png", "d//double/b.png", "d//double//.c.png", "d/e/d.png", "e/d.png"]
     assert list(listing(manifest, options=bucket.options)) == [f"{root}/{name}" for name in names]
+
+
+@pytest.mark.parametrize("scheme", ["s3", "S3", "s3a"])
+def test_a_manifest_names_only_schemes_of_the_inputs_and_allowed_ones(
+    tmp_path: Path, bucket: faulty_s3.FaultyS3, scheme: str
+) -> None:
+    uri, path = bucket.put("a.png", png(1)), write(tmp_path / "a.png", png(1))
+    here = write(tmp_path / "m.csv", f"image_uri\n{path}\n{uri}\n".encode())
+    there = bucket.put("m.parquet", parquet_of({"image_uri": [uri, f"file://{path}"]}))
+    message = wrong_use(here, options=bucket.options)
+    assert f"names {uri}, whose scheme s3 is that of no input" in message
+    assert message.endswith("pass --allow_schemes s3")
+    assert wrong_use(there, options=bucket.options).endswith("pass --allow_schemes file")
+    both = [str(path), uri]
+    assert sorted(listing(here, options=bucket.options, selection=Selection(allow_schemes=[scheme]))) == both
+    assert sorted(listing(there, options=bucket.options, selection=Selection(allow_schemes=["file"]))) == both
+    more = bucket.put("b.png", png(1))
+    assert sorted(listing(here, more, options=bucket.options)) == [*both, more]
 
 
 def test_symbolic_links_are_followed_once_and_dangling_ones_accounted_for(tmp_path: Path) -> None:
@@ -1010,7 +1028,8 @@ def test_refused_and_missing_credentials_are_wrong_use(
     options = {"endpoint_url": bucket.options["endpoint_url"]}
     assert "AWS_ACCESS_KEY_ID" in wrong_use(uri, options=options)
     manifest = write(tmp_path / "m.csv", f"image_uri\n{uri}\n".encode())
-    assert "AWS_ACCESS_KEY_ID" in wrong_use(manifest, options=options)
+    on_s3 = Selection(allow_schemes=["s3"])
+    assert "AWS_ACCESS_KEY_ID" in wrong_use(manifest, options=options, selection=on_s3)
     assert failure(uri, "1", options=options).code == ErrorCode.PERMISSION_DENIED
 
 

@@ -291,3 +291,26 @@ def test_a_client_without_the_token_is_refused(local_cluster, tmp_path):
     wrong = local_cluster.ray("job", "list", RAY_AUTH_TOKEN_PATH="", RAY_AUTH_TOKEN="0" * 64)
     assert wrong.returncode != 0
     assert "invalid" in (wrong.stdout + wrong.stderr).lower()
+
+
+@pytest.mark.parametrize("verb", ["up", "down"])
+@pytest.mark.parametrize("kind", ["open to others", "a link", "somebody else's"])
+def test_a_folder_that_others_may_enter_is_refused(tmp_path: Path, kind: str, verb: str) -> None:
+    folder = tmp_path / "cluster"
+    (tmp_path / "other").mkdir(mode=0o700)
+    if kind == "a link":
+        folder.symlink_to(tmp_path / "other")
+    else:
+        folder.mkdir(mode=0o700)
+        (folder / "env.sh").write_text("theirs")
+    if kind == "open to others":
+        folder.chmod(0o755)
+    if kind == "somebody else's":
+        if os.getuid() != 0:
+            pytest.skip("only root can make a folder of somebody else's")
+        os.chown(folder, 12345, 12345)
+    command = [sys.executable, "cluster/local", "--folder", str(folder), verb]
+    done = subprocess.run(command, cwd=ROOT, env=foreign_environment(), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {folder} must be a folder of yours that nobody else may enter")
+    assert [path.read_text() for path in folder.iterdir()] == ([] if kind == "a link" else ["theirs"])

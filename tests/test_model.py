@@ -16,6 +16,7 @@ from csflow.model import (
     BackboneError,
     CrossScaleFlow,
     Detector,
+    download_weights,
     load_weights,
     negative_log_likelihood,
 )
@@ -370,6 +371,17 @@ def test_backbone_stays_frozen_and_in_eval_mode():
     assert not any(module.training for module in detector.backbone.modules())
     assert not any(p.requires_grad for p in detector.backbone.parameters())
     assert all(torch.equal(value, before[name]) for name, value in detector.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["hf-hub:timm/resnet18.a1_in1k", "local-dir:.", "timm/resnet18", "../a"])
+@pytest.mark.parametrize("use", [Backbone, download_weights])
+def test_a_backbone_reaches_neither_network_nor_disk(monkeypatch, name, use):
+    def reached(*_, **__):
+        pytest.fail("timm was asked for it")
+
+    monkeypatch.setattr("timm.create_model", reached)
+    with pytest.raises(BackboneError, match="is not a timm model"):
+        use(name)
 
 
 def test_networks_that_give_no_maps_are_refused():

@@ -370,6 +370,7 @@ def test_a_directory_is_no_model_until_all_its_files_are_there(detector, tmp_pat
             r"is damaged \(config.json: JSONDecodeError: .*\); copy it again or train it anew",
         ),
         ("config.json", b"{}", r"is damaged \(config.json: KeyError: 'format_version'\)"),
+        ("config.json", b"[" * 100_000, r"is damaged \(config.json: RecursionError"),
         ("config.json", b"[]", r"is damaged \(config.json: TypeError"),
         ("config.json", b'{"format_version": 4}', r"is damaged \(KeyError: 'architecture'\)"),
         (

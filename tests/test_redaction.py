@@ -12,7 +12,7 @@ from conftest import copy_some, read_errors, run_score
 from csflow.errors import ExitStatus, WrongUse
 from csflow.exit import run_job
 from csflow.inputs.listing import list_images
-from csflow.redaction import holds_credentials, redact, secret_values
+from csflow.redaction import SECRET_VARIABLES, holds_credentials, redact, secret_values
 from csflow.scoring.config import ScoreConfig
 
 SECRET = "wJalrXUtnFEMI-K7MDENG"
@@ -42,6 +42,8 @@ def job(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
         PRESIGNED,
         f"https://plant.example/a.png?sig={SECRET}&se=2026",
         f"s3://plant/a.png?X-Amz-Signature={SECRET}",
+        f"abfs://user:{SECRET}@plant.dfs.core.windows.net/a.png",
+        f"abfs://images@plant.dfs.core.windows.net/a.png?sv=2026&sig={SECRET}",
     ],
 )
 @pytest.mark.parametrize("setting", ["--model", "--input", "--output"])
@@ -59,6 +61,7 @@ def test_what_only_looks_like_credentials_is_left_alone():
         *(f"{scheme}://plant/a.png?key=1" for scheme in ("s3", "s3a", "s3n")),  # keys may hold anything
         "/data/user:name@site/a.png",
         "https://plant.example/a.png?width=300",
+        *(f"{scheme}://images@plant.dfs.core.windows.net/a.png" for scheme in ("abfs", "abfss", "az")),
         "s3://arn:aws:s3:eu-central-1:123456789012:accesspoint/plant/a.png",
     ):
         assert holds_credentials(location) is False
@@ -148,7 +151,7 @@ def test_nothing_that_a_run_writes_or_prints_holds_a_secret(model, cells, tmp_pa
     assert Path(next(output.glob("_runs/*/run.json"))).read_text().count(location) == 1
 
 
-@pytest.mark.parametrize("variable", ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN"])
+@pytest.mark.parametrize("variable", SECRET_VARIABLES)
 def test_secrets_of_the_environment_are_hidden_wherever_they_stand(monkeypatch, variable):
     monkeypatch.setenv(variable, SECRET)
     assert redact(f"refused {SECRET}, {SECRET[:-1]} is another") == f"refused ***, {SECRET[:-1]} is another"
@@ -159,9 +162,15 @@ def test_secrets_of_the_environment_are_hidden_wherever_they_stand(monkeypatch, 
 
 
 def test_of_storage_options_only_those_with_the_name_of_a_secret_are_hidden():
-    options = {"secret": "abcdef", "endpoint_url": "http://plant.example", "token": 5, "anon": False}
+    options = {
+        "secret": "abcdef",
+        "connection_string": "a;b=mno",
+        "endpoint_url": "http://plant.example",
+        "token": 5,
+        "anon": False,
+    }
     options |= {"client_kwargs": {"region_name": "eu-central-1", "aws_secret_access_key": "ghijkl"}}
-    assert list(secret_values(options)) == ["abcdef", "ghijkl"]
+    assert list(secret_values(options)) == ["abcdef", "a;b=mno", "ghijkl"]
     said = "abcdef and ghijkl at http://plant.example in eu-central-1"
     assert redact(said, options) == "*** and *** at http://plant.example in eu-central-1"
 
@@ -180,6 +189,29 @@ def test_of_storage_options_only_those_with_the_name_of_a_secret_are_hidden():
             "https://***@plant.example and https://***@other.example",
         ),
         ("monkey=abc, keyboard: abc", "monkey=abc, keyboard: abc"),
+        (
+            "DefaultEndpointsProtocol=https;AccountName=plant;AccountKey=a+b/c==;EndpointSuffix=core.windows.net",
+            "DefaultEndpointsProtocol=https;AccountName=plant;AccountKey=***;EndpointSuffix=core.windows.net",
+        ),
+        (
+            """{"connection_string": "a;b=c", "api_key": "d"}""",
+            """{"connection_string": ***, "api_key": ***}""",
+        ),
+        (
+            """{"SecretAccessKey": "a", "SessionToken": "b"}""",
+            """{"SecretAccessKey": ***, "SessionToken": ***}""",
+        ),
+        ("ApiKey: abc, private_key=abc", "ApiKey: ***, private_key=***"),
+        ("Authorization: Bearer ya29.a0-b_c", "Authorization: Bearer ***"),
+        ("SharedKey plant:ab+c/d==", "SharedKey ***"),
+        (
+            "-----BEGIN PRIVATE KEY-----\nab\ncd\n-----END PRIVATE KEY-----\nend",
+            "-----BEGIN PRIVATE KEY-----***-----END PRIVATE KEY-----\nend",
+        ),
+        (
+            "abfs://images@plant.dfs.core.windows.net/a.png, abfs://a:b@plant.dfs.core.windows.net/a.png",
+            "abfs://images@plant.dfs.core.windows.net/a.png, abfs://***@plant.dfs.core.windows.net/a.png",
+        ),
     ],
 )
 def test_what_has_the_name_of_a_secret_is_hidden_and_the_rest_stays(text, without):

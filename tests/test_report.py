@@ -29,6 +29,7 @@ from csflow.output.runs import ScoredWith
 from csflow.output.schemas import ERRORS, SCORES
 from csflow.report import ReportConfig, gallery, report
 from csflow.report.charts import folders, heat_map, histogram, time_line
+from csflow.report.defects import without_formulas
 from csflow.report.gallery import LARGEST_SIDE, PictureMaker, close_up_edges, picture_side
 from csflow.report.links import links
 from csflow.storage import Location, read_parquet, to_parquet
@@ -455,6 +456,24 @@ def test_the_list_says_how_many_held_out_images_it_lacks(
     assert len(pyarrow.csv.read_csv(target)) == 0
     assert "it takes 199 held-out images to list so few" in capsys.readouterr().out
     assert "It takes 199 held-out images, not 99, to list the 5 above all of them" in page.text
+
+
+def test_texts_that_a_spreadsheet_would_compute_are_marked_as_texts():
+    texts = ["=1+1", "+1", "-1", "@a", "\t=1", "a=1", "/data/a.png", None]
+    table = pa.table({"image_uri": texts, "anomaly_score": [-1.5] * 8})
+    marked = without_formulas(table)
+    assert marked["image_uri"].to_pylist() == [
+        "'=1+1",
+        "'+1",
+        "'-1",
+        "'@a",
+        "'\t=1",
+        "a=1",
+        "/data/a.png",
+        None,
+    ]
+    assert marked["anomaly_score"].to_pylist() == [-1.5] * 8
+    assert marked.schema == table.schema
 
 
 def test_a_report_of_one_run_decides_on_its_images_alone(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -52,6 +53,7 @@ class Cluster:
         # Ray puts sockets below it, whose paths have at most 107 characters.
         self.folder = folder.absolute()
         self.state: dict[str, Any] = {}
+        self._check_folder()
         if (self.folder / "state.json").exists():
             self.state = json.loads((self.folder / "state.json").read_text())
 
@@ -59,6 +61,7 @@ class Cluster:
         if self.state or list(self.processes()):
             raise SystemExit(f"error: there is a cluster in {self.folder} already; take it down first")
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._check_folder()
         (self.folder / "token").touch(mode=0o600)
         (self.folder / "token").write_text(secrets.token_hex(32))
         gcs, dashboard, s3 = free_port(), free_port(), free_port()
@@ -172,6 +175,21 @@ class Cluster:
         command += [f"--{port}-port={free_port()}" for port in ports]
         command += [f"--dashboard-agent-listen-port={free_port()}", "--min-worker-port=0"]
         return [*command, "--max-worker-port=0", *arguments]
+
+    def _check_folder(self) -> None:
+        """Ends the program if the folder, should it exist, is open to others: they could read the token, or
+        replace `env.sh` before it is sourced.
+        """
+        try:
+            status = self.folder.lstat()
+        except FileNotFoundError:
+            return
+        is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+        if not is_own or stat.S_IMODE(status.st_mode) & 0o077:
+            raise SystemExit(
+                f"error: {self.folder} must be a folder of yours that nobody else may enter (chmod 700); "
+                "choose another --folder, or remove it if it is yours"
+            )
 
     def _mark(self, name: str) -> str:
         return f"{self.folder}:{name}"

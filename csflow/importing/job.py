@@ -107,7 +107,8 @@ def import_model(config: ImportConfig) -> ExitStatus:
     say(f"{foreign.source} flow of {len(foreign.kernel_sizes)} coupling blocks, {height} x {width} px")
     for name in foreign.preprocessing.keys() - REPRESENTED:
         warn(f"the model was trained on images after {name}, which csflow does not do")
-    unlisted, selection = Unlisted(), Selection(skip_folders=config.skip_folders)
+    unlisted = Unlisted()
+    selection = Selection(skip_folders=config.skip_folders, allow_schemes=config.allow_schemes)
     listed = list_images(config.calibrate, config.storage_options, selection, unlisted)
     images = pa.Table.from_batches(listed, LISTING)
     for line in unlisted.lines():

@@ -46,7 +46,7 @@ def read_inventory(store: ObjectStore, manifest: StoredObject) -> Iterator[Store
         # The inventory may lie elsewhere by now than S3 put it, but not by itself.
         bucket = content["destinationBucket"].rpartition(":")[2]
         uris = [f"s3://{bucket}/{file['key']}" for file in content["files"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WrongUse(f"{manifest.uri} is no manifest of an S3 Inventory ({error!r})") from None
     fields = re.findall(r"\w+", schema)
     missing = [name for name in ("Bucket", "Key", "ETag") if not {name, COLUMNS[name]} & set(fields)]

@@ -19,7 +19,7 @@ from csflow.inputs.objects import ObjectStore, StoredObject
 from csflow.inputs.selection import EVERYTHING, Selection
 from csflow.inputs.store_errors import image_error
 from csflow.inputs.unlisted import Reason, Unlistable, Unlisted
-from csflow.inputs.uris import as_text, is_s3, split_s3
+from csflow.inputs.uris import as_text, is_s3, scheme_of, split_s3
 
 LISTING = pa.schema(
     [
@@ -54,12 +54,12 @@ def list_images(
 
     Raises:
         WrongUse: an input does not exist, is not understood or holds no image (with `since`, it may hold
-            none), or the only input is refused or damaged.
+            none), the only input is refused or damaged, or a manifest names a scheme that it may not.
         ConnectionError: the store failed for longer than the listing retries.
     """
     store = ObjectStore(storage_options, DEADLINE_S)
     with ThreadPoolExecutor(THREADS, thread_name_prefix="listing") as pool:
-        listing = _Listing(store, pool, selection, unlisted or Unlisted(), is_alone=len(inputs) == 1)
+        listing = _Listing(store, pool, inputs, selection, unlisted or Unlisted())
         found = [(uri, listing.find(uri)) for uri in inputs]
         yield from _batches(image for uri, images in found for image in listing.selected(uri, images))
 
@@ -106,19 +106,18 @@ class _Listing:
         self,
         store: ObjectStore,
         pool: ThreadPoolExecutor,
+        inputs: Sequence[str],
         selection: Selection,
         unlisted: Unlisted,
-        is_alone: bool,
     ) -> None:
-        """
-        Args:
-            is_alone: whether there is a single input, so that nothing is left to list if it cannot be.
-        """
         self._store = store
         self._pool = pool
         self._selection = selection
         self._unlisted = unlisted
-        self._is_alone = is_alone
+        self._is_alone = len(inputs) == 1
+        """Whether there is a single input, so that nothing is left to list if it cannot be."""
+        self._schemes = {scheme_of(f"{name}://") for name in selection.allow_schemes}
+        self._schemes |= set(map(scheme_of, inputs))
         self._containers = Containers(store, pool, selection, unlisted)
 
     def find(self, uri: str) -> Iterator[StoredObject]:
@@ -187,7 +186,7 @@ class _Listing:
             objects = inventories.read_inventory(self._store, file)
             return self._containers.expand(self._taken(objects))
         if name.endswith(manifests.SUFFIX):
-            return self._expand_manifest(manifests.read_csv(self._store, file))
+            return self._expand_manifest(file.uri, manifests.read_csv(self._store, file))
         if name.endswith(rows.SUFFIX):
             return self._read_named_parquet(file)
         known = " ".join((*FOUND_SUFFIXES, manifests.SUFFIX))
@@ -201,14 +200,25 @@ class _Listing:
                 raise
             return iter([file])
         if manifests.is_manifest(parquet.schema_arrow):
-            return self._expand_manifest(manifests.read_parquet(file.uri, parquet))
+            return self._expand_manifest(file.uri, manifests.read_parquet(file.uri, parquet))
         if rows.image_column(parquet.schema_arrow) is None:
             columns = f"a column {manifests.URI}, or one of image bytes named {' '.join(rows.COLUMN_NAMES)}"
             raise WrongUse(f"{file.uri} names no images; give it {columns}")
         return self._containers.expand([file])
 
-    def _expand_manifest(self, images: Iterable[StoredObject]) -> Iterator[StoredObject]:
-        return self._containers.expand(self._containers.look_up(images), in_manifest=True)
+    def _expand_manifest(self, uri: str, images: Iterable[StoredObject]) -> Iterator[StoredObject]:
+        allowed = self._allowed(uri, images)
+        return self._containers.expand(self._containers.look_up(allowed), in_manifest=True)
+
+    def _allowed(self, manifest: str, images: Iterable[StoredObject]) -> Iterator[StoredObject]:
+        """The images, if the manifest may name their schemes: its author decides what the job reads."""
+        for image in images:
+            if (scheme := scheme_of(image.uri)) not in self._schemes:
+                raise WrongUse(
+                    f"{manifest} names {image.uri}, whose scheme {scheme} is that of no input; if the "
+                    f"manifest may, pass --allow_schemes {scheme}"
+                )
+            yield image
 
     def _read_matches(
         self, pattern: str, files: Iterable[StoredObject], below: Iterable[str]

@@ -22,6 +22,8 @@ class Selection:
     """Files that were last changed before this time are left out, with all images in them."""
     skip_folders: Sequence[str] = SKIPPED_FOLDERS
     """Patterns of the names of folders that are not looked into."""
+    allow_schemes: Sequence[str] = ()
+    """Schemes that manifests may name beside those of the inputs."""
 
     def takes_name(self, image_uri: str) -> bool:
         def matches(patterns: Sequence[str]) -> bool:

@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+SAME_SCHEMES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "abfss": "abfs", "az": "abfs", "local": "file"}
+
 
 def local_path(uri: str) -> str | None:
     """The path of a local URI (`/data/a.jpg` or `file:///data/a.jpg`); None for a remote URI."""
@@ -10,6 +12,12 @@ def local_path(uri: str) -> str | None:
     if match is None:
         return uri
     return uri[match.end() :] if match[1] in ("file", "local") else None
+
+
+def scheme_of(uri: str) -> str:
+    """The scheme of a URI in lower case, `file` for a local path; schemes of one store are one."""
+    scheme = "file" if local_path(uri) is not None else uri.partition("://")[0].lower()
+    return SAME_SCHEMES.get(scheme, scheme)
 
 
 def is_s3(uri: str) -> bool:

@@ -319,6 +319,9 @@ def load_weights(backbone: Backbone, weights: Mapping[str, Tensor]) -> None:
 
 def _create(name: str, pretrained: bool = False) -> nn.Module:
     try:
+        # Else timm would go to the network or a disk for names such as `hf-hub:…`, with the machine's token.
+        if not timm.is_model(name):
+            raise RuntimeError("not one of timm's own architectures")
         network: nn.Module = timm.create_model(name, pretrained=pretrained)
     except RuntimeError:
         close = ", ".join(_nearest(name.partition(".")[0].lower())) or "those of timm.list_models()"

@@ -84,6 +84,15 @@ def check_target(location: Location | None) -> None:
     location.parent.check_writable()
 
 
+def without_formulas(rows: pa.Table) -> pa.Table:
+    """The rows with an apostrophe before texts that a spreadsheet would compute (OWASP, "CSV Injection")."""
+    for number, field in enumerate(rows.schema):
+        if pa.types.is_string(field.type):
+            column = pc.replace_substring_regex(rows[field.name], r"^([=+\-@\t\r])", r"'\1")
+            rows = rows.set_column(number, field, column)
+    return rows
+
+
 def write_list(archive: Archive, defects: DefectList, location: Location) -> None:
     """Writes the chosen images, the highest anomaly score first; columns are those of the scores."""
     uris = archive.images["image_uri"].filter(pa.array(defects.is_chosen))
@@ -94,7 +103,7 @@ def write_list(archive: Archive, defects: DefectList, location: Location) -> Non
     rows = rows.take(order)
     if location.path.lower().endswith(".csv"):
         data = io.BytesIO()
-        pyarrow.csv.write_csv(rows, data)
+        pyarrow.csv.write_csv(without_formulas(rows), data)
         location.write(data.getvalue())
     else:
         location.write(to_parquet(rows))

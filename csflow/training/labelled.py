@@ -16,6 +16,7 @@ from csflow.errors import WrongUse
 from csflow.evaluation import image_metrics
 from csflow.evaluation.labels import Label, read_labels
 from csflow.inputs.listing import list_table
+from csflow.inputs.selection import Selection
 from csflow.model import Detector
 from csflow.precision import Device
 from csflow.storage import Location
@@ -67,7 +68,8 @@ class LabelledImages:
         if len({label.is_defective for label in labels.values()}) < 2:
             found = f"its {len(labels)} have one label; add others" if labels else "it has no rows; add them"
             raise WrongUse(f"--evaluate {location} needs images of label 0 and of label 1, and {found}")
-        listed = list_table([config.evaluate], config.storage_options)
+        selection = Selection(allow_schemes=config.allow_schemes)
+        listed = list_table([config.evaluate], config.storage_options, selection)
         labelled = listed.filter(pc.field("image_uri").isin(pa.array(labels, pa.string())))
         own = labelled.filter(~pc.field("image_uri").isin(images["image_uri"].combine_chunks()))
         return cls(
