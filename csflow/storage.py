@@ -30,6 +30,8 @@ def filesystem(
     if "://" in url and not url.startswith("file://"):
         # Listings are planning input: a cached one would hide what other processes wrote.
         options = dict(storage_options or {}) | {"use_listings_cache": False}
+        # gcsfs would ask by gRPC what kind each bucket is, and wait a minute where only HTTP is answered.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         fs, path = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:

@@ -5,7 +5,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,13 +16,17 @@ from typing import Any
 
 # Ray reads these when it is imported. A token is what protects a cluster by default.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+# And gcsfs this, which csflow sets before it loads it; some tests load it by themselves.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 import boto3
+import emulators
 import fsspec
 import pandas as pd
 import pyarrow.dataset as ds
 import pytest
 import ray
+from emulators import free_port
 from plain_loop import PlainLoop
 
 from csflow.config import parse
@@ -58,12 +61,6 @@ def find_tool(name: str) -> str:
     return found
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """Endpoint of an S3 protocol server; the standard AWS variables point at it for the whole session.
@@ -78,6 +75,20 @@ def s3_endpoint() -> Iterator[str]:
     os.environ |= S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}
     yield os.environ["AWS_ENDPOINT_URL"]
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def google() -> Iterator[emulators.Emulator]:
+    """A server that speaks Google Cloud Storage's protocol, with one bucket."""
+    with emulators.google() as emulator:
+        yield emulator
+
+
+@pytest.fixture(scope="session")
+def azure() -> Iterator[emulators.Emulator]:
+    """A server that speaks Azure Blob Storage's protocol, with one container."""
+    with emulators.azure() as emulator:
+        yield emulator
 
 
 @pytest.fixture

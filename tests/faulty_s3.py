@@ -23,8 +23,8 @@ READ_FAULTS = ["slow down", "too many", "broken", "cut", "reset", "hang"]
 WRITE_FAULTS = ["slow down", "too many", "broken", "reset", "lost answer", "hang"]
 
 
-class FaultyS3:
-    """Faults are an answer above, or
+class FaultyFront:
+    """An HTTP front before a server on this machine. Faults are an answer above, or
 
     - "cut": half of the body, then the connection is closed;
     - "reset": the connection is closed, and the store has seen nothing;
@@ -36,12 +36,11 @@ class FaultyS3:
     one at a time.
     """
 
-    def __init__(self) -> None:
-        self._moto = ThreadedMotoServer(port=0, verbose=False)
-        self._moto.start()
-        self.host, self.port = self._moto.get_host_and_port()
+    def __init__(self, host: str, port: int) -> None:
+        self.host, self.port = host, port
         self._front = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        self._front.faulty_s3 = self  # type: ignore[attr-defined]
+        self._front.front = self  # type: ignore[attr-defined]
+        self.url = f"http://127.0.0.1:{self._front.server_address[1]}"
         self._thread = threading.Thread(target=self._front.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
         self.faults: deque[str] = deque()
@@ -51,12 +50,30 @@ class FaultyS3:
         self.requests: list[str] = []
         self.user_agents: list[str] = []
         self.authorizations: list[str] = []
-        """The header that signs a request, of each since the bucket was emptied."""
-        self.options: dict[str, Any] = {
-            "key": "testing",
-            "secret": "testing",
-            "endpoint_url": f"http://127.0.0.1:{self._front.server_address[1]}",
-        }
+        """The header that signs a request, of each since the requests were cleared."""
+
+    def clear(self) -> None:
+        """Forgets all faults and requests."""
+        self.faults.clear()
+        self.weather = clear_sky
+        self.requests.clear()
+        self.user_agents.clear()
+        self.authorizations.clear()
+
+    def stop(self) -> None:
+        self._front.shutdown()
+        self._front.server_close()
+        self._thread.join()
+
+
+class FaultyS3(FaultyFront):
+    """moto behind the front, with one bucket."""
+
+    def __init__(self) -> None:
+        self._moto = ThreadedMotoServer(port=0, verbose=False)
+        self._moto.start()
+        super().__init__(*self._moto.get_host_and_port())
+        self.options: dict[str, Any] = {"key": "testing", "secret": "testing", "endpoint_url": self.url}
         self.behind = boto3.client(
             "s3",
             aws_access_key_id="testing",
@@ -83,14 +100,10 @@ class FaultyS3:
         keys = [path.partition("/")[2] for path in self.fs.find(BUCKET)]
         if keys:
             self.fs.call_s3("delete_objects", Bucket=BUCKET, Delete={"Objects": [{"Key": k} for k in keys]})
-        self.requests.clear()
-        self.user_agents.clear()
-        self.authorizations.clear()
+        self.clear()
 
     def stop(self) -> None:
-        self._front.shutdown()
-        self._front.server_close()
-        self._thread.join()
+        super().stop()
         self._moto.stop()
 
 
@@ -116,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def _handle(self) -> None:
-        server: FaultyS3 = self.server.faulty_s3  # type: ignore[attr-defined]
+        server: FaultyFront = self.server.front  # type: ignore[attr-defined]
         server.requests.append(f"{self.command} {self.path}")
         server.user_agents.append(self.headers.get("User-Agent", ""))
         server.authorizations.append(self.headers.get("Authorization", ""))

@@ -24,7 +24,7 @@ from PIL import Image
 from pyarrow import csv, orc
 
 from csflow.errors import ErrorCode, ImageError, WrongUse
-from csflow.inputs import folders, inventories, native_s3, objects
+from csflow.inputs import folders, inventories, native, native_s3, objects
 from csflow.inputs.exclusion import read_exclusion
 from csflow.inputs.listing import LISTING, list_images, list_table
 from csflow.inputs.reading import ImageReader
@@ -885,8 +885,8 @@ def test_native_client_is_left_alone_while_it_fails(
     uri = bucket.put("a.png", png(1))
     version = listing(uri, options=bucket.options)[uri]
     reader = ImageReader(bucket.options)
-    monkeypatch.setattr(native_s3, "LONGEST_PAUSE_S", 0.0)
-    for _ in range(native_s3.FAILURES_TO_REST):
+    monkeypatch.setattr(native, "LONGEST_PAUSE_S", 0.0)
+    for _ in range(native.FAILURES_TO_REST):
         bucket.faults.extend(["broken", "none"])
         assert reader.read(uri, version) == png(1)
     assert "s3fs alone" in caplog.text

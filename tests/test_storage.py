@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +19,15 @@ from csflow.literal_paths import arrow_filesystem
 from csflow.storage import Location
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "google", "azure"])
 def folder(request: pytest.FixtureRequest, tmp_path) -> Location:
-    return Location(
-        request.getfixturevalue("s3_bucket") + "/a" if request.param == "s3" else str(tmp_path / "a")
-    )
+    """A new folder on a disk and in each object store whose conditional writes csflow relies on."""
+    if request.param == "local":
+        return Location(str(tmp_path / "a"))
+    if request.param == "s3":
+        return Location(request.getfixturevalue("s3_bucket") + "/a")
+    emulator = request.getfixturevalue(request.param)
+    return Location(f"{emulator.url}/{tmp_path.name}-{secrets.token_hex(4)}", emulator.direct)
 
 
 def test_of_many_writers_exactly_one_creates_a_file(folder):
@@ -347,7 +352,10 @@ def test_files_are_found_by_the_end_of_their_name_in_order_and_without_what_is_i
         (folder / name).write(b"")
     found = folder.find(".json")
     assert [file.url.removeprefix(folder.url + "/") for file in found] == ["b/a.json", "b/x.json", "c.json"]
-    assert Location(folder.url + "/").find(".parquet")[0].url == f"{folder.url}/a.parquet"
+    assert (
+        Location(folder.url + "/", folder.storage_options).find(".parquet")[0].url
+        == f"{folder.url}/a.parquet"
+    )
 
 
 def test_a_folder_is_probed_without_a_trace(folder, monkeypatch):

@@ -9,7 +9,7 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,11 +20,11 @@ from botocore.utils import parse_timestamp
 from fsspec.asyn import sync
 
 from csflow.errors import ErrorCode, ImageError, WrongUse
-from csflow.inputs import http_objects, plain_reads
+from csflow.inputs import azure_objects, google_objects, http_objects, native_s3, plain_reads
 from csflow.inputs.http_objects import is_http
-from csflow.inputs.native_s3 import NativeS3
+from csflow.inputs.native import Native, NativeReader
 from csflow.inputs.store_errors import NO_CREDENTIALS, check_size, image_error
-from csflow.inputs.uris import is_s3, local_path, path_in, root_of, split_s3
+from csflow.inputs.uris import is_s3, local_path, path_in, root_of, scheme_of, split_s3
 from csflow.storage import filesystem
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ class ObjectStore:
         self._deadline_s = deadline_s
         self._remote: dict[str, fsspec.AbstractFileSystem] = {}
         """Asynchronous file systems by scheme and host; of others each thread has its own."""
-        self._native: NativeS3 | None = None
+        self._natives: dict[str, NativeReader] = {}
         self._lock = threading.Lock()
 
     def fetch(
@@ -77,15 +77,15 @@ class ObjectStore:
         """Bytes `start` to `end` of that version, with one GET or one read of a local file.
 
         Raises:
-            ImageError: CHANGED if the object has another version (only S3, web servers and local files can
-                tell), TOO_LARGE above `limit` bytes, and the errors of `image_error`. Transient failures are
-                retried until the deadline.
+            ImageError: CHANGED if the object has another version (S3, Google, Azure, web servers and local
+                files can tell), TOO_LARGE above `limit` bytes, and the errors of `image_error`. Transient
+                failures are retried until the deadline.
         """
         path = local_path(uri)
         if path is not None:
             return self.retried(lambda _: _read_local(path, version, start, end, limit))
-        if is_s3(uri):
-            clients = itertools.chain([self._get_s3_natively], itertools.repeat(self._get_s3))
+        if scheme_of(uri) in CLOUDS:
+            clients = itertools.chain([self._get_natively], itertools.repeat(self._get_by_driver))
             return self.retried(lambda left_s: next(clients)(uri, version, start, end, limit, left_s))
         if is_http(uri):
             return self.retried(lambda left_s: self._get_http(uri, version, start, end, limit, left_s))
@@ -160,32 +160,37 @@ class ObjectStore:
                 raise failure
             time.sleep(pause_s)
 
-    def _get_s3_natively(
+    def _get_natively(
         self, uri: str, version: str, start: int, end: int | None, limit: int, left_s: float
     ) -> bytes:
         deadline = time.monotonic() + left_s
-        data = self._native_s3().get(*split_s3(uri), version, start, end, limit)
+        data = self._native(uri).get(*self._bucket_and_key(uri), version, start, end, limit)
         if data is not None:
             return data
         left_s = max(deadline - time.monotonic(), SHORTEST_ATTEMPT_S)
-        return self._get_s3(uri, version, start, end, limit, left_s)
+        return self._get_by_driver(uri, version, start, end, limit, left_s)
 
-    def _native_s3(self) -> NativeS3:
+    def _native(self, uri: str) -> NativeReader:
+        root = S3 if is_s3(uri) else root_of(uri)
         with self._lock:
-            if self._native is None:
-                self._native = NativeS3(self.remote(S3), self._deadline_s)
-            return self._native
+            if root not in self._natives:
+                native = CLOUDS[scheme_of(uri)].native
+                self._natives[root] = NativeReader(native(self.remote(uri), self._deadline_s))
+            return self._natives[root]
 
-    def _get_s3(
+    def _get_by_driver(
         self, uri: str, version: str, start: int, end: int | None, limit: int, left_s: float
     ) -> bytes:
-        bucket, key = split_s3(uri)
-        request = {"Bucket": bucket, "Key": key, "IfMatch": f'"{version}"'}
-        if end is not None:
-            request["Range"] = f"bytes={start}-{end - 1}"
-        fs = self.remote(uri)
-        data: bytes = sync(fs.loop, _get_body, fs, request, limit, timeout=left_s)
+        fs, get = self.remote(uri), CLOUDS[scheme_of(uri)].get
+        bucket, key = self._bucket_and_key(uri)
+        data: bytes = sync(fs.loop, get, fs, bucket, key, version, start, end, limit, timeout=left_s)
         return data
+
+    def _bucket_and_key(self, uri: str) -> tuple[str, str]:
+        if is_s3(uri):
+            return split_s3(uri)
+        bucket, _, key = path_in(self.remote(uri), uri).partition("/")
+        return bucket, key
 
     def _get_http(
         self, uri: str, version: str, start: int, end: int | None, limit: int, left_s: float
@@ -278,6 +283,8 @@ def described(uri: str, info: Mapping[str, Any]) -> StoredObject:
 
 def version_of(info: Mapping[str, Any]) -> str:
     """The version in fsspec's description of a remote object."""
+    if info.get("generation"):
+        return str(info["generation"])  # Google's: unlike its ETag, a read can ask for it
     etag = info.get("ETag") or info.get("etag")
     if etag:
         return str(etag).strip('"')
@@ -334,7 +341,12 @@ def _time(text: str) -> datetime:
         return time_of_header
 
 
-async def _get_body(fs: Any, request: dict[str, str], limit: int) -> bytes:
+async def _get_s3(
+    fs: Any, bucket: str, key: str, version: str, start: int, end: int | None, limit: int
+) -> bytes:
+    request = {"Bucket": bucket, "Key": key, "IfMatch": f'"{version}"'}
+    if end is not None:
+        request["Range"] = f"bytes={start}-{end - 1}"
     response = await fs._call_s3("get_object", **request)
     async with response["Body"] as body:
         size = response["ContentLength"]
@@ -343,6 +355,23 @@ async def _get_body(fs: Any, request: dict[str, str], limit: int) -> bytes:
     if len(data) != size:
         raise ImageError(ErrorCode.CONNECTION, f"the answer ended after {len(data)} of {size} bytes")
     return data
+
+
+class _Cloud(NamedTuple):
+    """How one version of an object is read."""
+
+    get: Callable[..., Awaitable[bytes]]
+    """By the fsspec driver: file system, bucket, key, version, start, end, limit."""
+    native: Callable[[Any, float], Native]
+    """By obstore, with the settings of the file system."""
+
+
+CLOUDS = {
+    "s3": _Cloud(_get_s3, native_s3.native),
+    "gs": _Cloud(google_objects.get, google_objects.native),
+    "abfs": _Cloud(azure_objects.get, azure_objects.native),
+}
+"""Object stores, by scheme, that give one version of an object or nothing."""
 
 
 def _read_local(path: str, version: str, start: int, end: int | None, limit: int) -> bytes:
