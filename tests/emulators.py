@@ -44,24 +44,15 @@ def google() -> Iterator[Emulator]:
     program.chmod(0o755)
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    command = [
-        str(program),
-        "-backend",
-        "memory",
-        "-scheme",
-        "http",
-        "-host",
-        "127.0.0.1",
-        "-log-level",
-        "error",
-    ]
-    command += ["-port", str(port), "-public-host", f"127.0.0.1:{port}", "-external-url", address]
-    with _server(command, port):
-        body = json.dumps({"name": BUCKET}).encode()
-        urllib.request.urlopen(
-            urllib.request.Request(f"{address}/storage/v1/b?project=test", body, method="POST")
-        )
-        with _front(port) as front:
+    with _front(port) as front:
+        command = [str(program), "-backend", "memory", "-scheme", "http", "-log-level", "error"]
+        command += ["-host", "127.0.0.1", "-port", str(port), "-external-url", address]
+        # The XML API, which the native client speaks, answers under this name alone.
+        command += ["-public-host", front.url.removeprefix("http://")]
+        with _server(command, port):
+            body = json.dumps({"name": BUCKET}).encode()
+            request = urllib.request.Request(f"{address}/storage/v1/b?project=test", body, method="POST")
+            urllib.request.urlopen(request)
             options = [{"endpoint_url": url, "token": "anon"} for url in (front.url, address)]
             yield Emulator(f"gs://{BUCKET}", *options, front)
 

@@ -9,6 +9,7 @@ from emulators import Emulator
 from test_inputs import archive_tree, contents, expected_images, failure, listing, png
 
 from csflow.errors import ErrorCode
+from csflow.inputs import objects
 from csflow.inputs.native import LONGEST_PAUSE_S
 from csflow.storage import filesystem
 
@@ -52,6 +53,27 @@ def test_a_folder_lists_every_kind_and_reads_it_back(cloud: Cloud) -> None:
         cloud.put(name, data)
     found = cloud.list()
     assert cloud.read(found) == expected_images(cloud.url)
+
+
+def test_a_folder_is_listed_page_by_page_and_a_busy_store_is_asked_again(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uris = [cloud.put(f"n{number}.png", png(number)) for number in range(7)]
+    cloud.put("a.txt", b"no image")
+    cloud.put("_runs/a.png", png(1))
+    monkeypatch.setattr(objects, "PAGE_OBJECTS", 2)
+    pages: list[str] = []
+    faults = {1: "slow down", 4: "broken"}
+
+    def weather(method: str, path: str) -> str | None:
+        if "maxresults=2" not in path.lower():
+            return None
+        pages.append(path)
+        return faults.get(len(pages) - 1)
+
+    cloud.emulator.front.weather = weather
+    assert list(cloud.list()) == uris
+    assert len(pages) == 5 + len(faults)
 
 
 def test_an_image_takes_one_request_of_the_native_client(cloud: Cloud) -> None:

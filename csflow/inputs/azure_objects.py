@@ -40,6 +40,22 @@ async def get(
         raise FileNotFoundError(key) from None
 
 
+async def page(
+    fs: Any, container: str, prefix: str, token: str | None, most: int
+) -> tuple[list[dict[str, Any]], str | None]:
+    """At most `most` blobs below a prefix, in order and in fsspec's form, and the next page's token."""
+    client = fs.service_client.get_container_client(container)
+    listing = client.list_blobs(name_starts_with=prefix or None, results_per_page=most, **ONCE)
+    pages = listing.by_page(token)
+    async for blobs in pages:
+        found = [
+            {"name": blob.name, "size": blob.size, "etag": blob.etag, "last_modified": blob.last_modified}
+            async for blob in blobs
+        ]
+        return found, pages.continuation_token or None
+    return [], None
+
+
 def native(fs: Any, deadline_s: float) -> Native:
     """How obstore reaches what this `adlfs.AzureBlobFileSystem` does."""
     service = fs.service_client

@@ -13,9 +13,9 @@ from csflow.inputs import local_folders
 from csflow.inputs.http_objects import is_http
 from csflow.inputs.local_folders import fixed_part
 from csflow.inputs.names import Takes
-from csflow.inputs.objects import UNKNOWN_VERSION, ObjectStore, StoredObject, described
+from csflow.inputs.objects import CLOUDS, UNKNOWN_VERSION, ObjectStore, StoredObject, described
 from csflow.inputs.unlisted import Unlisted
-from csflow.inputs.uris import is_s3, local_path, path_in, root_of, split_s3, uri_of
+from csflow.inputs.uris import is_s3, local_path, path_in, root_of, scheme_of, split_s3, uri_of
 
 LISTINGS_AT_ONCE = 16
 PATTERN_MARKS = "*?["
@@ -65,6 +65,8 @@ def walk(
         return local_folders.walk(path, takes, unlisted)
     if is_s3(uri):
         return _walk_s3(store, pool, uri, takes, unlisted)
+    if scheme_of(uri) in CLOUDS:
+        return _walk_pages(store, uri, takes)
     return _walk_other(store, uri, takes)
 
 
@@ -113,6 +115,11 @@ def escaped(store: ObjectStore, pattern: str) -> str:
             break
         literal += 1
     return "/".join([re.sub(r"[*?[]", r"[\g<0>]", part) for part in parts[:literal]] + parts[literal:])
+
+
+def _walk_pages(store: ObjectStore, uri: str, takes: Takes) -> Iterator[StoredObject]:
+    root = uri.rstrip("/") + "/"
+    return (file for file in store.pages(uri) if takes(file.uri.removeprefix(root)))
 
 
 def _walk_other(store: ObjectStore, uri: str, takes: Takes) -> Iterator[StoredObject]:

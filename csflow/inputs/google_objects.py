@@ -43,13 +43,16 @@ async def get(fs: Any, bucket: str, key: str, version: str, start: int, end: int
     return bytes(data)
 
 
-async def page(fs: Any, bucket: str, prefix: str, token: str | None) -> dict[str, Any]:
-    """A page of the objects below a prefix, in the form of the JSON API."""
-    parameters = {"prefix": prefix, "pageToken": token, "fields": PAGE_FIELDS}
-    given = {name: value for name, value in parameters.items() if value}
-    _, _, _, content = await _request(fs, "b/{}/o", bucket, **given)
-    answer: dict[str, Any] = json.loads(content)
-    return answer
+async def page(
+    fs: Any, bucket: str, prefix: str, token: str | None, most: int
+) -> tuple[list[dict[str, Any]], str | None]:
+    """At most `most` objects below a prefix, in order and in fsspec's form, and the next page's token."""
+    given = {"prefix": prefix, "pageToken": token, "maxResults": most, "fields": PAGE_FIELDS}
+    parameters = {name: value for name, value in given.items() if value}
+    _, _, _, content = await _request(fs, "b/{}/o", bucket, **parameters)
+    answer = json.loads(content)
+    objects = [item | {"size": int(item["size"])} for item in answer.get("items", ())]
+    return objects, answer.get("nextPageToken")
 
 
 def native(fs: Any, deadline_s: float) -> Native:

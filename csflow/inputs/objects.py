@@ -37,6 +37,8 @@ SHORTEST_ATTEMPT_S = 5.0
 """Seconds that the last attempt before a deadline gets, even past it; a shorter one could only time out."""
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 20.0
+PAGE_OBJECTS = 1000
+"""Number of objects in a page of a listing, except of S3's."""
 MAX_RANGE_BYTES = 1 << 30
 """Largest single read in an archive or a Parquet file, so that a hostile header cannot exhaust the memory."""
 
@@ -111,6 +113,29 @@ class ObjectStore:
         Each read fetches at least `read_ahead` bytes.
         """
         return cast(BinaryIO, _RangeFile(self, stored, read_ahead))
+
+    def pages(self, uri: str) -> Iterator[StoredObject]:
+        """The objects of Google or Azure below a folder, in order; one page at a time is in memory.
+
+        Raises:
+            ImageError: as `fetch`.
+        """
+        page = CLOUDS[scheme_of(uri)].page
+        assert page is not None
+        bucket, prefix = self._bucket_and_key(uri)
+        prefix = prefix.rstrip("/") and f"{prefix.rstrip('/')}/"
+        token: str | None = None
+        while True:
+
+            def attempt(left_s: float, token: str | None = token) -> tuple[list[dict[str, Any]], str | None]:
+                fs = self.remote(uri)
+                found: Any = sync(fs.loop, page, fs, bucket, prefix, token, PAGE_OBJECTS, timeout=left_s)
+                return found
+
+            objects, token = self.retried(attempt)
+            yield from (described(f"{root_of(uri)}/{info['name']}", info) for info in objects)
+            if token is None:
+                return
 
     def call_s3(self, method: str, **request: Any) -> Any:
         """The response of one S3 operation, tried again as `fetch` does."""
@@ -358,18 +383,20 @@ async def _get_s3(
 
 
 class _Cloud(NamedTuple):
-    """How one version of an object is read."""
+    """How one version of an object is read, and how objects are listed."""
 
     get: Callable[..., Awaitable[bytes]]
     """By the fsspec driver: file system, bucket, key, version, start, end, limit."""
     native: Callable[[Any, float], Native]
     """By obstore, with the settings of the file system."""
+    page: Callable[..., Awaitable[tuple[list[dict[str, Any]], str | None]]] | None = None
+    """A page of a listing: file system, bucket, prefix, token, size. S3's are listed several at once."""
 
 
 CLOUDS = {
     "s3": _Cloud(_get_s3, native_s3.native),
-    "gs": _Cloud(google_objects.get, google_objects.native),
-    "abfs": _Cloud(azure_objects.get, azure_objects.native),
+    "gs": _Cloud(google_objects.get, google_objects.native, google_objects.page),
+    "abfs": _Cloud(azure_objects.get, azure_objects.native, azure_objects.page),
 }
 """Object stores, by scheme, that give one version of an object or nothing."""
 
