@@ -20,6 +20,7 @@ from csflow.errors import StorageFailed, WrongUse
 from csflow.literal_paths import remove_folder
 
 CONFLICT_RETRIES = 5
+NO_GCSFS = "install csflow[gcs]"
 
 
 def filesystem(
@@ -30,8 +31,9 @@ def filesystem(
     if "://" in url and not url.startswith("file://"):
         # Listings are planning input: a cached one would hide what other processes wrote.
         options = dict(storage_options or {}) | {"use_listings_cache": False}
-        # gcsfs would ask by gRPC what kind each bucket is, and wait a minute where only HTTP is answered.
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        # gcsfs's own choice asks by gRPC what kind each bucket is, a minute long where only HTTP is answered.
+        for scheme in ("gs", "gcs"):
+            fsspec.register_implementation(scheme, "gcsfs.core.GCSFileSystem", clobber=True, errtxt=NO_GCSFS)
     try:
         fs, path = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:

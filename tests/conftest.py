@@ -16,8 +16,6 @@ from typing import Any
 
 # Ray reads these when it is imported. A token is what protects a cluster by default.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-# And gcsfs this, which csflow sets before it loads it; some tests load it by themselves.
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 import boto3
 import emulators
