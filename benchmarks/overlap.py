@@ -31,7 +31,9 @@ from csflow.model_directory import load_model
 from csflow.output.layout import Output
 from csflow.scoring.config import ScoringSettings
 from csflow.scoring.frozen_listing import Listing
-from csflow.scoring.plan import SHARD_STEP, make_plan
+from csflow.scoring.outcomes import OutcomeReader
+from csflow.scoring.plan import make_plan
+from csflow.scoring.plan_log import SHARD_STEP
 from csflow.scoring.scorer import READ_THREADS, ShardScorer
 from csflow.storage import Location
 
@@ -70,7 +72,7 @@ def work(model: str, images: str) -> None:
         folder = Location(tempfile.mkdtemp(dir=Path(model).parent))
         output = Output(folder, model_id)
         listing = Listing.freeze(folder / "listing", list_images([images], {}), None)
-        shards = make_plan(listing, output, "run", retry_errors=False)
+        shards = make_plan(listing, OutcomeReader(output), "run", retry_errors=False)
         scorer._settings = replace(settings, output=output)
         scorer._loader = ImageLoader(reader, plant.SETTINGS["light"].preprocessing, threads)
         rows = [{name: np.array([value]) for name, value in shard.to_row().items()} for shard in shards]

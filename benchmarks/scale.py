@@ -37,6 +37,7 @@ from csflow.output.layout import Output
 from csflow.output.schemas import SCORES
 from csflow.process import peak_memory_bytes
 from csflow.scoring.frozen_listing import Listing
+from csflow.scoring.outcomes import OutcomeReader
 from csflow.scoring.plan import make_plan
 from csflow.storage import Location, to_parquet
 
@@ -158,7 +159,7 @@ def plan(model: str, archive: str, output_folder: str) -> dict[str, float]:
     started = time.perf_counter()
     listing = Listing.freeze(output.listing_folder("first"), list_images([archive], {}), None)
     listed = time.perf_counter()
-    shards = make_plan(listing, output, "first", retry_errors=False)
+    shards = make_plan(listing, OutcomeReader(output), "first", retry_errors=False)
     planned = time.perf_counter()
     peak_bytes = peak_memory_bytes()
     for shard in shards:

@@ -5,8 +5,9 @@ import itertools
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from csflow.literal_paths import remove_folder
 
 CONFLICT_RETRIES = 5
 NO_GCSFS = "install csflow[gcs]"
+READS_AT_ONCE = 16
+"""Number of files that are read at a time where many are to be read."""
 
 
 def filesystem(
@@ -149,11 +152,18 @@ class Location:
 
     def find(self, suffix: str) -> list["Location"]:
         """All files below this folder with this ending, sorted; none if the folder does not exist."""
+        return [file for file, _ in self.find_versions(suffix)]
+
+    def find_versions(self, suffix: str) -> list[tuple["Location", str | None]]:
+        """All files below this folder with this ending, sorted, each with its version.
+
+        A file that is replaced by another content gets another version. None if the store's listing has none.
+        """
         fs, root = filesystem(self.url, self.storage_options)
         with _naming(self.url, "listed"):
-            found = _find_local(root) if isinstance(fs, LocalFileSystem) else fs.find(root)
-            paths = sorted(path for path in found if path.endswith(suffix))
-        return [self / path[len(root.rstrip("/")) + 1 :] for path in paths if not _is_temporary(path)]
+            found = _find_local(root) if isinstance(fs, LocalFileSystem) else fs.find(root, detail=True)
+            paths = sorted(path for path in found if path.endswith(suffix) and not _is_temporary(path))
+            return [(self / path[len(root.rstrip("/")) + 1 :], _version(found[path])) for path in paths]
 
     def check_writable(self, exclusively: bool = False) -> None:
         """Raises WrongUse if this folder refuses files or, if asked for, does not support `create`."""
@@ -186,15 +196,36 @@ def read_parquet(location: Location, schema: pa.Schema | None = None) -> pa.Tabl
     return pq.read_table(io.BytesIO(location.read()), schema=schema)
 
 
-def _find_local(folder: str) -> Iterator[str]:
+def read_all(files: Iterable[Location]) -> Iterator[bytes]:
+    """The contents of many files in their order, a few of which are read at a time."""
+    waiting = iter(files)
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        while some := list(itertools.islice(waiting, READS_AT_ONCE)):
+            yield from pool.map(Location.read, some)
+
+
+def _find_local(folder: str) -> dict[str, dict[str, Any]]:
     """All files below a folder. Raises errors of unreadable folders, which fsspec would hide."""
 
     def fail(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
             raise error
 
+    found: dict[str, dict[str, Any]] = {}
     for parent, _, names in os.walk(folder, onerror=fail):
-        yield from (f"{parent}/{name}" for name in names)
+        for path in (f"{parent}/{name}" for name in names):
+            with suppress(FileNotFoundError):  # a temporary file that has its final name now
+                status = Path(path).lstat()
+                found[path] = {"size": status.st_size, "mtime": status.st_mtime_ns}
+    return found
+
+
+def _version(info: Mapping[str, Any]) -> str | None:
+    """What a listing says of a file's content: a tag of the store, or size and time of a local file."""
+    tag = info.get("ETag") or info.get("etag")
+    if tag:
+        return str(tag)
+    return f"{info['size']} {info['mtime']}" if isinstance(info.get("mtime"), int) else None
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from csflow.errors import Failed
 from csflow.output.layout import Output
 from csflow.scoring import job
 from csflow.scoring.config import ScoreConfig, ScoringSettings
-from csflow.scoring.plan import PlannedShard
+from csflow.scoring.plan_log import PlannedShard
 from csflow.scoring.stopping import FAILED_SHARDS_IN_A_ROW
 from csflow.scoring.tally import Tally
 from csflow.storage import Location

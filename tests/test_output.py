@@ -80,26 +80,28 @@ def test_the_same_failures_go_to_the_same_file_and_others_to_another(output: Out
 
 def test_a_shard_is_finished_by_its_file_of_the_day_and_model(output: Output) -> None:
     other_model = Output(output.location, OTHER)
-    assert output.finished_shards(["2026-11-02"]) == {}
+    assert output.files("scores", {"2026-11-02"}) == []
     output.scores_file("1-a", "2026-11-02").create(scores({"image_uri": "a.png"}))
     output.scores_file("2-b", "2026-11-03").create(scores({"image_uri": "b.png"}))
     output.scores_file("3-c", "2026-11-04").create(scores({"image_uri": "c.png"}))
     other_model.scores_file("4-d", "2026-11-02").create(scores({"image_uri": "d.png"}))
     (output.scores_file("5-e", "2026-11-02").parent / "notes.txt").write(b"no scores")
-    assert output.finished_shards([]) == {}
-    finished = output.finished_shards(["2026-11-02", "2026-11-03", "2026-11-05"])
-    assert finished == {
+    assert output.files("scores", set()) == []
+    dates = {"2026-11-02", "2026-11-03", "2026-11-05"}
+    finished = output.files("scores", dates)
+    assert output.files("scores", dates, in_one_go=True) == finished
+    assert {file.shard: file.location for file in finished} == {
         "1-a": output.scores_file("1-a", "2026-11-02"),
         "2-b": output.scores_file("2-b", "2026-11-03"),
     }
-    found = pa.Table.from_batches(scored_images(list(finished.values())))
+    found = pa.Table.from_batches(scored_images([file.location for file in finished]))
     assert sorted(found["image_uri"].to_pylist()) == ["a.png", "b.png"]
     assert found.schema.names == ["image_uri", "image_version"]
     assert list(scored_images([])) == []
 
 
 def test_errors_that_stay_are_those_of_these_days_that_are_not_transient(output: Output) -> None:
-    assert list(permanent_errors(output.files("errors", ["2026-11-02"]))) == []
+    assert output.files("errors", {"2026-11-02"}) == []
     nights = {
         "2026-11-02": errors(failed("a.png"), failed("b.png", "timeout", is_transient=True)),
         "2026-11-03": errors(failed("c.png", "timeout", is_transient=True), failed("d.png", "empty")),
@@ -108,7 +110,8 @@ def test_errors_that_stay_are_those_of_these_days_that_are_not_transient(output:
     for night, table in nights.items():
         output.errors_file("1", night, table).write(to_parquet(table))
         Output(output.location, OTHER).errors_file("2", night, table).write(to_parquet(table))
-    batches = list(permanent_errors(output.files("errors", ["2026-11-02", "2026-11-03", "2026-11-05"])))
+    files = output.files("errors", {"2026-11-02", "2026-11-03", "2026-11-05"})
+    batches = list(permanent_errors([file.location for file in files]))
     assert sorted(uri for batch in batches for uri in batch["image_uri"].to_pylist()) == ["a.png", "d.png"]
 
 
@@ -139,7 +142,8 @@ def test_an_output_in_a_store_is_read_with_the_options_of_its_location(s3_bucket
     options = {"key": "test", "secret": "test"}
     output = Output(Location(f"{s3_bucket}/out", options), MODEL)
     write_scores(output, {"image_uri": "a.png"})
-    (found,) = scored_images(output.files("scores", ["2026-11-02"]))
+    (file,) = output.files("scores", {"2026-11-02"})
+    (found,) = scored_images([file.location])
     assert found["image_uri"].to_pylist() == ["a.png"]
     for url in (f"{s3_bucket}/out/", f"{s3_bucket}/out/scores"):
         opened = open_scores(Location(url, options))

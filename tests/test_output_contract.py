@@ -36,7 +36,7 @@ def test_a_file_is_told_apart_as_it_was_named(tmp_path: Path) -> None:
         (file,) = output_files(output.location, kind)
         assert (file.model_id, file.date, file.shard) == (output.model_id, date(2026, 11, 2), SHARD)
         assert (output.location / kind / file.path).url == file.location.url
-    assert output.finished_shards(["2026-11-02"]).keys() == {SHARD}
+    assert [file.shard for file in output.files("scores", {"2026-11-02"})] == [SHARD]
 
 
 def test_a_parquet_file_outside_the_partitions_is_not_taken_for_scores(tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ from csflow.process import ProcessCpu, Stages, peak_memory_bytes
 from csflow.scoring import plan
 from csflow.scoring.config import ScoringSettings
 from csflow.scoring.frozen_listing import Listing
-from csflow.scoring.plan import PlannedShard, make_plan
+from csflow.scoring.outcomes import OutcomeReader
+from csflow.scoring.plan import make_plan
+from csflow.scoring.plan_log import PlannedShard
 from csflow.scoring.rows import peak
 from csflow.scoring.scorer import READ_THREADS, ShardScorer
 from csflow.storage import Location, read_parquet
@@ -72,7 +74,7 @@ def shards(
     for name in ("0.png", "z.png"):
         (images / name).write_text("no photograph")
     listing = Listing.freeze(Location(str(tmp_path / "listing")), list_images([str(images)], {}), None)
-    return make_plan(listing, output, "run", retry_errors=False)
+    return make_plan(listing, OutcomeReader(output), "run", retry_errors=False)
 
 
 @pytest.fixture
@@ -121,7 +123,7 @@ def test_a_bright_spot_is_found_at_its_place_with_every_fit(
     scorer._detector = BrightnessDetector()
     images = list_images([str(tmp_path / "images")], {})
     (shard,) = make_plan(
-        Listing.freeze(Location(str(tmp_path / "listing")), images, None), output, "run", False
+        Listing.freeze(Location(str(tmp_path / "listing")), images, None), OutcomeReader(output), "run", False
     )
     assert call(scorer, shard)["failure"] is None
     (row,) = read_parquet(output.scores_file(shard.name, shard.date), SCORES).to_pylist()
@@ -200,7 +202,7 @@ def test_one_shard_scored_by_two_calls_at_once_is_published_once(scorer, shards,
     with ThreadPoolExecutor(2) as calls:
         rows = list(calls.map(lambda _: call(scorer, shards[0]), range(2)))
     assert sorted(row["is_published"] for row in rows) == [False, True]
-    assert list(output.finished_shards([shards[0].date])) == [shards[0].name]
+    assert [file.shard for file in output.files("scores", {shards[0].date})] == [shards[0].name]
 
 
 def test_batches_are_full_whatever_could_not_be_read(scorer, shards, monkeypatch):

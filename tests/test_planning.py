@@ -23,9 +23,11 @@ from csflow.errors import WrongUse
 from csflow.inputs.listing import LISTING
 from csflow.output.layout import Output
 from csflow.output.schemas import ERRORS, SCORES
-from csflow.scoring import frozen_listing, key_sets, plan
+from csflow.scoring import frozen_listing, key_sets, outcomes, plan_log
 from csflow.scoring.frozen_listing import Listing
-from csflow.scoring.plan import SHARDS_PER_PART, Account, Plan, PlannedShard, account, make_plan, read_log
+from csflow.scoring.outcomes import OutcomeReader
+from csflow.scoring.plan import Account, account, make_plan
+from csflow.scoring.plan_log import SHARDS_PER_PART, Plan, PlanLog, PlannedShard
 from csflow.storage import Location, to_parquet
 
 BUFFER_ROWS = 7
@@ -48,7 +50,7 @@ class Calendar:
 @pytest.fixture
 def calendar(monkeypatch: pytest.MonkeyPatch) -> Calendar:
     calendar = Calendar()
-    monkeypatch.setattr(plan, "datetime", calendar)
+    monkeypatch.setattr(plan_log, "datetime", calendar)
     return calendar
 
 
@@ -56,7 +58,9 @@ def calendar(monkeypatch: pytest.MonkeyPatch) -> Calendar:
 def tiny_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(key_sets, "BUFFER_ROWS", BUFFER_ROWS)
     monkeypatch.setattr(frozen_listing, "PART_ROWS", 5)
-    monkeypatch.setattr(plan, "SHARDS_PER_PART", 2)
+    monkeypatch.setattr(plan_log, "SHARDS_PER_PART", 2)
+    monkeypatch.setattr(plan_log, "ENTRIES_READ_SINGLY", 2)
+    monkeypatch.setattr(outcomes, "GROUP_SHARDS", 2)
 
 
 @dataclass
@@ -71,6 +75,8 @@ class World:
     scored: Counter[Image] = field(default_factory=Counter)
     failed: set[Image] = field(default_factory=set)
     """For good."""
+    reader: OutcomeReader = field(init=False)
+    """Of the run that planned last."""
 
     def freeze(self, images: Iterable[Image]) -> Listing:
         self.runs += 1
@@ -80,7 +86,8 @@ class World:
     def plan(self, images: list[Image], retry_errors: bool) -> list[str]:
         """Names of the shards that a run over these images is given, which are those it ought to be given."""
         listing = self.freeze(images)
-        shards = make_plan(listing, self.output, f"run-{self.runs}", retry_errors)
+        self.reader = reader = OutcomeReader(self.output)
+        shards = make_plan(listing, reader, f"run-{self.runs}", retry_errors)
         # After planning: a rival may have planned meanwhile.
         adopted = {name for name in self.unfinished if set(self.shards[name][1]) & set(images)}
         waiting = {image for name in self.unfinished for image in self.shards[name][1]}
@@ -93,8 +100,8 @@ class World:
         # In the order of the listing, in shards of one size; only the last may be smaller.
         assert planned == [image for image in dict.fromkeys(images) if image not in settled]
         sizes = [len(some) for some in content.values()]
-        assert set(sizes[:-1]) <= {plan.SHARD_STEP}
-        assert all(size <= plan.SHARD_STEP for size in sizes)
+        assert set(sizes[:-1]) <= {plan_log.SHARD_STEP}
+        assert all(size <= plan_log.SHARD_STEP for size in sizes)
         self.shards |= {shard.name: (shard, content[shard.name]) for shard in new}
         self.unfinished |= content.keys()
         return [shard.name for shard in shards]
@@ -126,7 +133,8 @@ class World:
         failed = listed & self.failed - set(self.scored)
         missing = listed - set(self.scored) - self.failed
         expected = Account(len(listed), len(listed & set(self.scored)), len(failed), len(missing))
-        assert account(self.freeze(images), self.output) == expected
+        for reader in (self.reader, OutcomeReader(self.output)):
+            assert account(self.freeze(images), reader) == expected
 
 
 def batches_of(images: list[Image]) -> Iterable[pa.RecordBatch]:
@@ -174,20 +182,20 @@ def nightly(chance: random.Random, versions: dict[str, int]) -> list[Image]:
 def test_nights_of_any_kind_plan_every_image_version_once_and_forget_none(
     seed: int, tmp_path: Path, calendar: Calendar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "SHARD_STEP", 2 + seed % 3)
+    monkeypatch.setattr(plan_log, "SHARD_STEP", 2 + seed % 3)
     chance = random.Random(seed)
     world = World(Output(Location(str(tmp_path)), "0" * 16))
     versions = {f"/plant/{n:02}.png": 1 for n in range(IMAGES)}
-    append = plan._append
+    append = PlanLog.append
 
-    def append_after_a_rival(*arguments: Any) -> plan.Plan:
+    def append_after_a_rival(*arguments: Any) -> Plan:
         if chance.random() < 0.3:
             with monkeypatch.context() as patch:
-                patch.setattr(plan, "_append", append)
+                patch.setattr(PlanLog, "append", append)
                 world.plan(nightly(chance, dict(versions)), chance.random() < 0.2)
         return append(*arguments)
 
-    monkeypatch.setattr(plan, "_append", append_after_a_rival)
+    monkeypatch.setattr(PlanLog, "append", append_after_a_rival)
     for _ in range(NIGHTS):
         calendar.today += timedelta(hours=chance.choice([1, 20]))
         images = nightly(chance, versions)
@@ -199,7 +207,7 @@ def test_nights_of_any_kind_plan_every_image_version_once_and_forget_none(
             world.finish(name, chance, failures=0.2)
         world.account(images)
 
-    monkeypatch.setattr(plan, "_append", append)
+    monkeypatch.setattr(PlanLog, "append", append)
     everything = [(uri, f"version {version}") for uri, version in versions.items()]
     for name in world.plan(everything, retry_errors=True):
         world.finish(name, chance, failures=0)
@@ -208,9 +216,9 @@ def test_nights_of_any_kind_plan_every_image_version_once_and_forget_none(
     for name in world.plan(everything, retry_errors=True):
         world.finish(name, chance, failures=0)
     assert set(everything) <= set(world.scored)
-    entries = len(read_log(world.output.folder("_plans")))
+    entries = len(PlanLog(world.output).read())
     assert world.plan(everything, retry_errors=True) == []
-    assert len(read_log(world.output.folder("_plans"))) == entries
+    assert len(PlanLog(world.output).read()) == entries
 
 
 def numbered(count: int, first: int = 0) -> list[Image]:
@@ -219,7 +227,7 @@ def numbered(count: int, first: int = 0) -> list[Image]:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    monkeypatch.setattr(plan, "SHARD_STEP", 2)
+    monkeypatch.setattr(plan_log, "SHARD_STEP", 2)
     return World(Output(Location(str(tmp_path)), "0" * 16))
 
 
@@ -229,9 +237,9 @@ def test_shards_grow_with_a_plan_in_steps_and_up_to_a_limit(
 ) -> None:
     # About 64 shards; whole steps keep the last batches full.
     monkeypatch.setattr(frozen_listing, "PART_ROWS", 250)
-    monkeypatch.setattr(plan, "MAX_SHARD_SIZE", 8)
-    monkeypatch.setattr(plan, "SHARDS_PER_PART", 64)
-    shards = make_plan(world.freeze(numbered(images)), world.output, "run", retry_errors=False)
+    monkeypatch.setattr(plan_log, "MAX_SHARD_SIZE", 8)
+    monkeypatch.setattr(plan_log, "SHARDS_PER_PART", 64)
+    shards = make_plan(world.freeze(numbered(images)), OutcomeReader(world.output), "run", retry_errors=False)
     assert [len(images_of(shard)) for shard in shards[:-1]] == [size] * (len(shards) - 1)
     assert 1 <= len(images_of(shards[-1])) <= size
     assert len(shards) == -(-images // size)
@@ -239,9 +247,9 @@ def test_shards_grow_with_a_plan_in_steps_and_up_to_a_limit(
 
 def test_runs_over_one_output_begin_at_different_ends(world: World) -> None:
     listing = world.freeze(numbered(20))
-    make_plan(listing, world.output, "crashed", retry_errors=False)
+    make_plan(listing, OutcomeReader(world.output), "crashed", retry_errors=False)
     orders = [
-        [shard.name for shard in make_plan(listing, world.output, run, retry_errors=False)]
+        [shard.name for shard in make_plan(listing, OutcomeReader(world.output), run, retry_errors=False)]
         for run in ("one", "other", "one")
     ]
     assert orders[0] == orders[2] != orders[1]
@@ -286,7 +294,7 @@ def test_an_entry_of_the_log_says_what_it_is(world: World, calendar: Calendar, t
 def test_plans_that_an_earlier_csflow_left_are_found_in_parts_of_64_shards(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "SHARDS_PER_PART", SHARDS_PER_PART)
+    monkeypatch.setattr(plan_log, "SHARDS_PER_PART", SHARDS_PER_PART)
     shards = Plan(7, "run", "2026-11-02", 65, "000007-ab").planned_shards(world.output)
     places = [(shard.part, shard.row_group) for shard in shards]
     first, second = (world.output.plan_part("000007-ab", number) for number in (0, 1))
@@ -308,21 +316,22 @@ def test_an_entry_that_does_not_say_its_range_may_hold_any_image(world: World, t
     file.write_text(json.dumps({name: entry[name] for name in entry if not name.endswith("_uri")}))
     world.plan(numbered(8), retry_errors=False)
     world.plan(behind_all_others, retry_errors=False)
-    assert [(entry.first_uri, entry.last_uri) for entry in read_log(world.output.folder("_plans"))] == [
-        ("", plan.LAST),
+    assert [(entry.first_uri, entry.last_uri) for entry in PlanLog(world.output).read()] == [
+        ("", plan_log.LAST),
         ("/plant/0004.png", "/plant/0007.png"),
     ]
 
 
 @pytest.mark.parametrize("lost", [1, 2])
 def test_a_log_with_a_gap_is_refused_by_the_name_of_what_is_lost(
-    world: World, tmp_path: Path, lost: int
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
 ) -> None:
+    monkeypatch.setattr(plan_log, "ENTRIES_READ_SINGLY", 3)
     for first in (0, 10, 20):
         world.plan(numbered(3, first), retry_errors=False)
     (tmp_path / "_plans" / f"model_id={'0' * 16}" / f"00000{lost}.json").unlink()
     with pytest.raises(WrongUse, match=rf"has lost entry 00000{lost}\.json; restore it, or choose another"):
-        make_plan(world.freeze(numbered(40)), world.output, "run", retry_errors=False)
+        make_plan(world.freeze(numbered(40)), OutcomeReader(world.output), "run", retry_errors=False)
 
 
 def test_an_image_in_two_files_of_scores_is_found_by_the_account(world: World) -> None:
@@ -334,4 +343,89 @@ def test_an_image_in_two_files_of_scores_is_found_by_the_account(world: World) -
     date = world.shards[first][0].date
     world.output.scores_file("twice", date).write(world.output.scores_file(first, date).read())
     with pytest.raises(RuntimeError, match=r"^2 image versions are in .*/scores/model_id=0+ more than once$"):
-        account(world.freeze(images), world.output)
+        account(world.freeze(images), world.reader)
+
+
+def test_entries_that_a_copy_of_the_log_holds_may_be_lost(world: World, tmp_path: Path) -> None:
+    for first in (0, 10, 20):
+        world.plan(numbered(3, first), retry_errors=False)
+    PlanLog(world.output).read()  # of which so many entries are new to it that it leaves a copy
+    folder = tmp_path / "_plans" / f"model_id={'0' * 16}"
+    for number in (1, 2):
+        (folder / f"00000{number}.json").unlink()
+    assert len(PlanLog(world.output).read()) == 3
+    assert len(world.plan(numbered(25), retry_errors=False)) > 0
+
+
+def finished_nights(world: World, failures: float) -> list[Image]:
+    """Two finished nights, accounted for; their images."""
+    chance = random.Random(0)
+    for first in (0, 10):
+        for name in world.plan(numbered(10, first), retry_errors=False):
+            world.finish(name, chance, failures)
+    world.account(numbered(20))
+    return numbered(20)
+
+
+def test_finished_nights_are_known_from_their_outcome_files(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = finished_nights(world, failures=0.3)
+
+    def read_none(files: list[Location]) -> list[pa.RecordBatch]:
+        assert files == []
+        return []
+
+    monkeypatch.setattr(outcomes, "scored_images", read_none)
+    monkeypatch.setattr(outcomes, "permanent_errors", read_none)
+    world.plan(images, retry_errors=False)
+    world.plan(images, retry_errors=True)
+
+
+def test_a_damaged_outcome_file_is_written_anew(world: World, tmp_path: Path) -> None:
+    images = finished_nights(world, failures=0.3)
+    files = sorted((tmp_path / "_plans").rglob("outcome-*.parquet"))
+    whole = [file.read_bytes() for file in files]
+    assert len(files) > 2
+    files[0].write_bytes(whole[0][:-5])
+    files[1].write_bytes(b"")
+    world.account(images)
+    world.plan(images, retry_errors=False)
+    assert [file.read_bytes() for file in files] == whole
+
+
+def test_scores_and_errors_that_were_deleted_are_made_again_in_spite_of_outcome_files(world: World) -> None:
+    images = finished_nights(world, failures=0.4)
+    name, *_ = (name for name, (_, shard_images) in world.shards.items() if set(shard_images) & world.failed)
+    shard, shard_images = world.shards[name]
+    output, date = world.output, {shard.date}
+    for kind in ("scores", "errors"):
+        for file in output.files(kind, date):
+            if file.shard == name:
+                file.location.remove()
+    world.scored.subtract({image: 1 for image in shard_images if image in world.scored})
+    world.scored = +world.scored
+    world.failed -= set(shard_images)
+    world.unfinished.add(name)
+    reader = world.reader
+    world.account(images)
+    # Beside the images that failed for a while.
+    again = world.plan(images, retry_errors=False)
+    assert name in again
+    for left in again:
+        world.finish(left, random.Random(0), failures=0)
+    assert set(shard_images) <= set(world.scored)
+    world.account(images)
+    world.reader = reader  # which has seen the old files
+    world.account(images)
+
+
+def test_an_error_that_was_deleted_has_its_image_planned_again(world: World) -> None:
+    images = finished_nights(world, failures=0.4)
+    gone = {image for image in world.failed if image not in world.scored}
+    assert gone
+    for _, (shard, _) in world.shards.items():
+        for file in world.output.files("errors", {shard.date}):
+            file.location.remove()
+    world.failed -= gone
+    assert world.plan(images, retry_errors=False)

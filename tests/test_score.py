@@ -49,11 +49,12 @@ from csflow.model_directory import load_model
 from csflow.output.layout import Output
 from csflow.output.schemas import ERRORS, SCORES
 from csflow.regions import find_regions
-from csflow.scoring import plan
 from csflow.scoring.config import ScoringSettings
 from csflow.scoring.frozen_listing import Listing
 from csflow.scoring.key_sets import keys
-from csflow.scoring.plan import Account, account, make_plan, read_log
+from csflow.scoring.outcomes import OutcomeReader
+from csflow.scoring.plan import Account, account, make_plan
+from csflow.scoring.plan_log import PlanLog
 from csflow.scoring.rows import peak
 from csflow.scoring.scorer import ShardScorer
 from csflow.scoring.tally import Tally
@@ -419,32 +420,39 @@ def planned_images(shards) -> list[str]:
 def test_two_runs_that_plan_at_once_give_every_image_one_shard(archive, empty_output, tmp_path, monkeypatch):
     few = listing_of(archive / "functional", tmp_path / "few")
     all_images = listing_of(archive, tmp_path / "all")
-    append = plan._append
+    append = PlanLog.append
     rivals: list[list[object]] = []
 
     def append_after_a_rival(*arguments):
         if not rivals:
             # The rival's listing differs: shards cut from it would overlap with ours.
-            monkeypatch.setattr(plan, "_append", append)
-            rivals.append(make_plan(few, empty_output, "rival", retry_errors=False))
-            monkeypatch.setattr(plan, "_append", append_after_a_rival)
+            monkeypatch.setattr(PlanLog, "append", append)
+            rivals.append(make_plan(few, OutcomeReader(empty_output), "rival", retry_errors=False))
+            monkeypatch.setattr(PlanLog, "append", append_after_a_rival)
         return append(*arguments)
 
-    monkeypatch.setattr(plan, "_append", append_after_a_rival)
-    shards = make_plan(all_images, empty_output, "mine", retry_errors=False)
+    monkeypatch.setattr(PlanLog, "append", append_after_a_rival)
+    shards = make_plan(all_images, OutcomeReader(empty_output), "mine", retry_errors=False)
     images = planned_images(shards)
     assert len(images) == len(set(images)) == 43
     assert {shard.name for shard in rivals[0]} < {shard.name for shard in shards}
-    assert [entry.run_id for entry in read_log(empty_output.folder("_plans"))] == ["rival", "mine"]
+    assert [entry.run_id for entry in PlanLog(empty_output).read()] == ["rival", "mine"]
 
 
 def test_only_unfinished_shards_with_listed_images_are_taken_over(archive, empty_output, tmp_path):
-    make_plan(listing_of(archive / "defective", tmp_path / "a"), empty_output, "crashed", retry_errors=False)
+    make_plan(
+        listing_of(archive / "defective", tmp_path / "a"),
+        OutcomeReader(empty_output),
+        "crashed",
+        retry_errors=False,
+    )
     functional = listing_of(archive / "functional", tmp_path / "b")
-    shards = make_plan(functional, empty_output, "other", retry_errors=False)
+    shards = make_plan(functional, OutcomeReader(empty_output), "other", retry_errors=False)
     assert len(planned_images(shards)) == 20
     assert all("/functional/" in uri for uri in planned_images(shards))
-    both = make_plan(listing_of(archive, tmp_path / "c"), empty_output, "all", retry_errors=False)
+    both = make_plan(
+        listing_of(archive, tmp_path / "c"), OutcomeReader(empty_output), "all", retry_errors=False
+    )
     assert len(set(planned_images(both))) == len(planned_images(both)) == 43
 
 
@@ -454,7 +462,8 @@ def test_a_shard_file_is_created_once_whoever_comes_second(empty_output):
     with pytest.raises(FileExistsError):
         target.create(b"second")
     assert target.read() == b"first"
-    assert list(empty_output.finished_shards(["2026-01-01"])) == ["000001-0000000"]
+    (file,) = empty_output.files("scores", {"2026-01-01"})
+    assert (file.location, file.shard) == (target, "000001-0000000")
 
 
 def test_doubled_rows_are_found_by_the_final_account(scored, archive, tmp_path):
@@ -462,13 +471,13 @@ def test_doubled_rows_are_found_by_the_final_account(scored, archive, tmp_path):
     file = next((copy / "scores").rglob("*.parquet"))
     listing = listing_of(archive, tmp_path / "listing")
     output = Output(Location(str(copy)), file.parent.parent.name.removeprefix("model_id="))
-    assert account(listing, output) == Account(43, 40, 3, 0)
+    assert account(listing, OutcomeReader(output)) == Account(43, 40, 3, 0)
     shutil.copy(file, file.with_name("part-999999-0000000.parquet"))
     with pytest.raises(RuntimeError, match="more than once"):
-        account(listing, output)
+        account(listing, OutcomeReader(output))
     for path in (copy / "scores").rglob("*.parquet"):
         path.unlink()
-    assert account(listing, output) == Account(43, 0, 3, 40)
+    assert account(listing, OutcomeReader(output)) == Account(43, 0, 3, 40)
 
 
 def test_keys_tell_image_versions_apart():
@@ -518,34 +527,36 @@ def test_an_append_whose_answer_was_lost_plans_no_image_twice(archive, empty_out
             raise FileExistsError("the client tried again and met its own first try")
 
     monkeypatch.setattr(Location, "create", create_and_fail)
-    images = planned_images(make_plan(listing, empty_output, "run", retry_errors=False))
+    images = planned_images(make_plan(listing, OutcomeReader(empty_output), "run", retry_errors=False))
     assert len(images) == len(set(images)) == 43
-    assert len(read_log(empty_output.folder("_plans"))) == 1
+    assert len(PlanLog(empty_output).read()) == 1
 
 
 def test_a_late_listing_of_the_scores_plans_no_image_twice(archive, empty_output, tmp_path, monkeypatch):
     listing = listing_of(archive, tmp_path / "listing")
-    for shard in make_plan(listing, empty_output, "first", retry_errors=False):
+    for shard in make_plan(listing, OutcomeReader(empty_output), "first", retry_errors=False):
         rows = [dict.fromkeys(SCORES.names, 0) | row for row in shard.images().to_pylist()]
         columns = {"scale_scores": [], "anomaly_map": None, "run_id": "first", "is_anomalous": False}
         columns |= {"map_box": None, "regions": None}
         table = pa.Table.from_pylist([row | columns for row in rows], schema=SCORES)
         empty_output.scores_file(shard.name, shard.date).create(to_parquet(table))
-    finished = empty_output.finished_shards([shard.date])
-    late = dict(list(finished.items())[:1])
-    monkeypatch.setattr(Output, "finished_shards", lambda self, dates: late)
-    again = make_plan(listing, empty_output, "second", retry_errors=False)
+    finished = empty_output.files("scores", {shard.date})
+    late = finished[:1]
+    monkeypatch.setattr(Output, "files", lambda self, kind, *_: late if kind == "scores" else [])
+    again = make_plan(listing, OutcomeReader(empty_output), "second", retry_errors=False)
     # They are taken over under their own names, where creating them anew changes nothing.
-    assert {shard.name for shard in again} == set(finished) - set(late)
+    assert {shard.name for shard in again} == {file.shard for file in finished[1:]}
 
 
 def test_a_log_that_lost_an_entry_is_refused(archive, tmp_path):
     output = Output(Location(str(tmp_path / "out")), "0" * 16)
     for name in ("functional", "defective"):
-        make_plan(listing_of(archive / name, tmp_path / name), output, name, retry_errors=False)
+        make_plan(
+            listing_of(archive / name, tmp_path / name), OutcomeReader(output), name, retry_errors=False
+        )
     (tmp_path / "out" / "_plans" / f"model_id={'0' * 16}" / "000001.json").unlink()
     with pytest.raises(WrongUse, match=r"has lost entry 000001\.json; restore it"):
-        make_plan(listing_of(archive, tmp_path / "all"), output, "third", retry_errors=False)
+        make_plan(listing_of(archive, tmp_path / "all"), OutcomeReader(output), "third", retry_errors=False)
 
 
 def test_a_store_without_conditional_writes_is_refused(tmp_path, monkeypatch):

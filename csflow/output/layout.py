@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Set
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Literal
@@ -52,14 +52,20 @@ class Output:
         digest = hashlib.sha256(outcome.encode()).hexdigest()[:8]
         return self.location / errors_path(self.model_id, date, shard, digest)
 
-    def files(self, kind: Kind, dates: Iterable[str]) -> list[Location]:
-        """All files of these dates."""
-        folder = self.folder(kind)
-        return [file for date in dates for file in (folder / f"date={date}").find(".parquet")]
+    def files(self, kind: Kind, dates: Set[str], in_one_go: bool = False) -> list["ShardFile"]:
+        """All files of these dates.
 
-    def finished_shards(self, dates: Iterable[str]) -> dict[str, Location]:
-        """Scores files of these dates, by the name of their shard."""
-        return {_shard(file, "scores"): file for file in self.files("scores", dates)}
+        Args:
+            in_one_go: whether to list the files of all dates, which takes fewer requests if most are wanted.
+        """
+        folder = self.folder(kind)
+        folders = [folder] if in_one_go else [folder / f"date={date}" for date in sorted(dates)]
+        found = [pair for folder in folders for pair in folder.find_versions(".parquet")]
+        return [
+            ShardFile(file, _shard(file, kind), version)
+            for file, version in found
+            if file.parent.name.removeprefix("date=") in dates
+        ]
 
     def listing_folder(self, run_id: str) -> Location:
         """The folder of a run's frozen listing."""
@@ -72,6 +78,24 @@ class Output:
     def plan_part(self, plan_folder: str, number: int) -> Location:
         """One of the files that hold a plan's images."""
         return self.folder("_plans") / plan_folder / f"part-{number:06d}.parquet"
+
+    def log_copy(self, last: int) -> Location:
+        """A copy of all entries of the log up to this one, in one file."""
+        return self.folder("_plans") / f"000001-{last:06d}.jsonl"
+
+    def outcome_file(self, plan_folder: str, first_shard: int, digest: str) -> Location:
+        """The outcome of finished shards of a plan: see `csflow/scoring/outcomes.py`."""
+        return self.folder("_plans") / plan_folder / f"outcome-{first_shard:06d}-{digest}.parquet"
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A file of `scores` or `errors` with the rows of one shard."""
+
+    location: Location
+    shard: str
+    version: str | None
+    """Differs for another content; None if the store does not tell."""
 
 
 @dataclass(frozen=True)

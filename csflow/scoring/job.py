@@ -19,7 +19,9 @@ from csflow.scoring.actor import CALLS_PER_SCORER, CALLS_WITH_HELPERS, ScoringAc
 from csflow.scoring.config import ScoreConfig, ScoringSettings
 from csflow.scoring.frozen_listing import Listing
 from csflow.scoring.heartbeat import Heartbeat
-from csflow.scoring.plan import PlannedShard, account, make_plan
+from csflow.scoring.outcomes import OutcomeReader
+from csflow.scoring.plan import account, make_plan
+from csflow.scoring.plan_log import PlannedShard
 from csflow.scoring.record import Clock, exit_status, run_record, summary
 from csflow.scoring.stopping import StopRules
 from csflow.scoring.tally import LiveMetrics, Tally
@@ -56,7 +58,8 @@ def run(config: ScoreConfig) -> RunRecord:
         warn(line)
     clock.lap("list")
     heartbeat.begin("plan")
-    shards = make_plan(listing, output, run_id, config.retry_errors)
+    outcomes = OutcomeReader(output)
+    shards = make_plan(listing, outcomes, run_id, config.retry_errors)
     clock.lap("plan")
     say(f"run {run_id} with model {model.model_id}")
     say(f"{listing.images} images listed, {len(shards)} shards to score")
@@ -71,7 +74,7 @@ def run(config: ScoreConfig) -> RunRecord:
         )
     clock.lap("score")
     heartbeat.begin("account")
-    accounted = account(listing, output)
+    accounted = account(listing, outcomes)
     clock.lap("account")
     low_share = tally.p_values_below_5_percent / max(1, tally.scored)
     drifted = drift(tally.sample, low_share, model.calibration.anomaly_score)

@@ -107,6 +107,11 @@ class KeySet:
         return map(self._partitioned.part, range(KEY_PARTS))
 
 
+def joined_parts(sets: Sequence[KeySet]) -> Iterator[Keyed]:
+    """The parts of several sets together."""
+    return (np.concatenate(parts) for parts in zip(*(keys.parts() for keys in sets), strict=True))
+
+
 def repeated(keyed: Keyed) -> Keyed:
     """Among records with equal keys, all but the one with the lowest number."""
     ordered = keyed[np.lexsort((keyed["number"], keyed["key"]))]

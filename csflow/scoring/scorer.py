@@ -26,7 +26,7 @@ from csflow.output.schemas import ERRORS, SCORES
 from csflow.process import ProcessCpu, Stages, peak_memory_bytes
 from csflow.redaction import redact
 from csflow.scoring.config import ScoringSettings
-from csflow.scoring.plan import PlannedShard
+from csflow.scoring.plan_log import PlannedShard
 from csflow.scoring.rows import RegionRule, ScorableImage, judge, require_scores, score_rows
 from csflow.storage import Location, to_parquet
 
