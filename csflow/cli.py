@@ -71,6 +71,14 @@ COMMANDS = {
             "masks --scores out --output masks --format png --run_id latest",
         ),
     ),
+    "recalibrate": Command(
+        "Give a model new p-values and thresholds from recent images of good parts",
+        "csflow.recalibration:RecalibrateConfig",
+        "csflow.recalibration:recalibrate",
+        (
+            "recalibrate --model s3://plant/models/cells --input s3://plant/june --output s3://plant/models/june",
+        ),
+    ),
     "import": Command(
         "Convert a model of other software to a csflow model directory",
         "csflow.importing.job:ImportConfig",

@@ -29,7 +29,7 @@ from csflow.output.layout import Output
 from csflow.output.schemas import SCORES
 from csflow.preprocessing import Fit, Preprocessing
 from csflow.process import ProcessCpu, Stages, peak_memory_bytes
-from csflow.scoring import plan
+from csflow.scoring import plan_log
 from csflow.scoring.config import ScoringSettings
 from csflow.scoring.frozen_listing import Listing
 from csflow.scoring.outcomes import OutcomeReader
@@ -69,7 +69,7 @@ def shards(
     cells: Path, output: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[PlannedShard]:
     """Two shards of photographs, each read ahead as a whole, with one in each that is none."""
-    monkeypatch.setattr(plan, "SHARD_STEP", 2 * READ_THREADS)
+    monkeypatch.setattr(plan_log, "SHARD_STEP", 2 * READ_THREADS)
     images = copy_some(cells / "defective", tmp_path / "images", 30)
     for name in ("0.png", "z.png"):
         (images / name).write_text("no photograph")

@@ -3,7 +3,6 @@
 import hashlib
 import io
 from collections.abc import Mapping
-from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -14,18 +13,12 @@ from pydantic import Field
 
 import csflow
 from csflow.config import ListingConfig, Locations, Side
-from csflow.console import Progress, say, warn
-from csflow.errors import ExitStatus, ImageError, WrongUse
-from csflow.images import DecodedImage
+from csflow.console import say, warn
+from csflow.errors import ExitStatus, WrongUse
+from csflow.heldout import heldout_calibration
 from csflow.importing.checkpoints import SCALES, ForeignModel, ForeignModelError, load_extractor, read_foreign
-from csflow.inputs.listing import LISTING, list_images
-from csflow.inputs.loaded import LoadedImage
-from csflow.inputs.loading import ImageLoader, batches
-from csflow.inputs.reading import ImageReader
-from csflow.inputs.selection import Selection
-from csflow.inputs.unlisted import Unlisted
 from csflow.model import PAPER_STAGE, Architecture, BackboneError, Detector, load_weights
-from csflow.model_directory import CALIBRATION, holds_model, save_model
+from csflow.model_directory import holds_model, save_model
 from csflow.storage import Location
 from csflow.weights import find_weights
 
@@ -37,9 +30,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 REPRESENTED = {"Compose", "Normalize", "Resize", "ToDtype", "ToImage"}
 """Transforms that csflow's preprocessing also does."""
-
-READ_THREADS = 8
-BATCH_SIZE = 8
 
 CARD = """\
 # Imported: {source} CS-Flow, {blocks} coupling blocks, {height} × {width} px
@@ -107,21 +97,10 @@ def import_model(config: ImportConfig) -> ExitStatus:
     say(f"{foreign.source} flow of {len(foreign.kernel_sizes)} coupling blocks, {height} x {width} px")
     for name in foreign.preprocessing.keys() - REPRESENTED:
         warn(f"the model was trained on images after {name}, which csflow does not do")
-    unlisted = Unlisted()
-    selection = Selection(skip_folders=config.skip_folders, allow_schemes=config.allow_schemes)
-    listed = list_images(config.calibrate, config.storage_options, selection, unlisted)
-    images = pa.Table.from_batches(listed, LISTING)
-    for line in unlisted.lines():
-        warn(line)
-    unlisted.check()
-    calibration, failed = calibrate(detector, images, config.storage_options)
-    for image in failed:
-        print(f"left out: {image.image_uri}: {image.content}")
-    if any(isinstance(image.content, ImageError) and image.content.is_transient for image in failed):
-        print("INCOMPLETE: some images could not be read this time; the same command tries them again")
+    result = heldout_calibration(detector, config.calibrate, config, "--calibrate")
+    if result is None:
         return ExitStatus.INCOMPLETE
-    if not calibration.num_rows:
-        raise WrongUse("--calibrate: none of the images can be read; name readable normal images")
+    calibration, unreadable = result
     origin = {
         "imported_from": foreign.source,
         "file": location.name,
@@ -133,7 +112,7 @@ def import_model(config: ImportConfig) -> ExitStatus:
         detector,
         calibration,
         training=origin,
-        data={"calibration_images": calibration.num_rows, "unreadable_images": len(failed)},
+        data={"calibration_images": calibration.num_rows, "unreadable_images": unreadable},
         metrics={},
         card={"README.md": _card(detector, calibration, origin).encode()},
     )
@@ -189,42 +168,6 @@ def build_detector(foreign: ForeignModel, config: ImportConfig) -> tuple[Detecto
     for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
         detector.get_buffer(name).copy_(torch.tensor(normalization.get(name, default)))
     return detector.eval(), config.weights or "those of the checkpoint"
-
-
-def calibrate(
-    detector: Detector, images: pa.Table, storage_options: Mapping[str, Any]
-) -> tuple[pa.Table, list[LoadedImage]]:
-    """Scores of the listed images in the `CALIBRATION` schema, and the images that could not be read.
-
-    They are computed in this process, since a calibration has only some hundred images.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    detector.to(device)
-    loader = ImageLoader(ImageReader(storage_options), detector.architecture.preprocessing, READ_THREADS)
-    loaded = loader.load(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
-    rows: list[dict[str, Any]] = []
-    failed: list[LoadedImage] = []
-    with closing(Progress(images.num_rows, "images")) as progress:
-        for group in batches(loaded, BATCH_SIZE):
-            good = [image for image in group if isinstance(image.content, DecodedImage)]
-            failed += [image for image in group if isinstance(image.content, ImageError)]
-            if good:
-                pixels = [
-                    image.content.pixels_HWC for image in good if isinstance(image.content, DecodedImage)
-                ]
-                image_BHWC = torch.from_numpy(np.stack(pixels)).to(device)
-                if not rows:
-                    detector.measure_rounding(image_BHWC)
-                with torch.inference_mode():
-                    scores_B = detector(image_BHWC).anomaly_score_B
-                rows += [
-                    {"image_uri": i.image_uri, "image_version": i.image_version, "anomaly_score": score}
-                    for i, score in zip(good, scores_B.double().tolist(), strict=True)
-                ]
-            done = len(rows) + len(failed)
-            progress.update(done, f"{done / progress.seconds:.1f} images/s")
-    detector.to("cpu")
-    return pa.Table.from_pylist(rows, schema=CALIBRATION), failed
 
 
 def _read(location: Location) -> bytes:

@@ -52,7 +52,7 @@ class Output:
         digest = hashlib.sha256(outcome.encode()).hexdigest()[:8]
         return self.location / errors_path(self.model_id, date, shard, digest)
 
-    def files(self, kind: Kind, dates: Set[str], in_one_go: bool = False) -> list["ShardFile"]:
+    def files(self, kind: Kind, dates: Set[str], in_one_go: bool = False) -> list[ShardFile]:
         """All files of these dates.
 
         Args:

@@ -130,7 +130,7 @@ def model_card(
         no_label=NO_LABEL_USED if metrics["evaluation"] else NO_LABEL_SEEN,
         warnings="".join(f"\n> {line}\n" for line in metrics["warnings"]),
         scores=STANDARDISED_SCORES if is_whitened else PLAIN_SCORES,
-        calibration=_calibration_rows(calibration),
+        calibration=calibration_rows(calibration),
         outlier_count=len(outliers),
         outliers=_outlier_table(outliers),
         settings=json.dumps(settings, indent=2),
@@ -155,7 +155,7 @@ def _baseline(metrics: Mapping[str, Any]) -> str:
     return "".join(f"{row}\n" for row in rows)
 
 
-def _calibration_rows(calibration: Calibration) -> str:
+def calibration_rows(calibration: Calibration) -> str:
     """Table rows on the scores of normal images."""
     scores = {"anomaly": calibration.anomaly_score}
     if calibration.global_score is not None and calibration.local_score is not None:

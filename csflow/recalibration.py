@@ -1,0 +1,104 @@
+"""Recalibration: the same weights get new held-out images, and so new p-values and thresholds."""
+
+import numpy as np
+
+import csflow
+from csflow.calibration import p_values
+from csflow.config import ListingConfig, Locations
+from csflow.errors import ExitStatus, WrongUse
+from csflow.heldout import heldout_calibration
+from csflow.model import Architecture
+from csflow.model_directory import Calibration, holds_model, load_model, read_config, save_model
+from csflow.storage import Location
+from csflow.training.card import calibration_rows, histogram_svg
+
+LOW_P_VALUE = 0.05
+
+CARD = """\
+# Recalibrated: {backbone}, {height} × {width} px
+
+The weights are those of model `{model_id}` ({model}), whose card says how it was trained. The
+images from which p-values and thresholds come are others; csflow {version} scored them. Both models give an
+image the same scores, so the scores of one can be compared with those of the other; their p-values cannot.
+
+![Anomaly scores of the held-out images](calibration.svg)
+
+| | |
+|---|---|
+| held-out images (calibration) | {images} |
+{rows}
+"""
+
+
+class RecalibrateConfig(ListingConfig):
+    """Settings of `csflow recalibrate`."""
+
+    model: str
+    """Model directory whose weights stay as they are."""
+    input: Locations
+    """Recent images of good parts, on which the model was not trained: folders, files, archives or
+    manifests."""
+    output: str
+    """Model directory to write; its model_id is a new one."""
+    overwrite: bool = False
+    """Replace a model that --output already holds."""
+
+
+def recalibrate(config: RecalibrateConfig) -> ExitStatus:
+    """Scores the images and saves. Raises WrongUse if a setting is wrong or no image can be read."""
+    source, output = (Location(url, config.storage_options) for url in (config.model, config.output))
+    if holds_model(output) and not config.overwrite:
+        raise WrongUse(f"--output {output} already holds a model; choose another, or pass --overwrite")
+    output.check_writable()
+    old = load_model(source)
+    result = heldout_calibration(old.detector, config.input, config, "--input")
+    if result is None:
+        return ExitStatus.INCOMPLETE
+    table, unreadable = result
+    calibration = Calibration.of(table)
+    model_id = save_model(
+        output,
+        old.detector,
+        table,
+        training=read_config(source)["training"],
+        data={
+            "recalibrated_from": old.model_id,
+            "calibration_images": table.num_rows,
+            "unreadable_images": unreadable,
+        },
+        metrics={},
+        card={
+            "README.md": _card(source, old.model_id, old.detector.architecture, calibration).encode(),
+            "calibration.svg": histogram_svg(calibration.anomaly_score),
+        },
+    )
+    print(comparison(old.calibration, calibration))
+    print(f"model {model_id} written to {output}, with the weights of {old.model_id}")
+    return ExitStatus.DONE
+
+
+def comparison(old: Calibration, new: Calibration) -> str:
+    """Lines that say how far the new held-out images are from what the old ones let expect."""
+    before, after = old.anomaly_score, new.anomaly_score
+    rows = [
+        ("held-out images", f"{len(before):,}", f"{len(after):,}"),
+        ("median anomaly score", f"{np.median(before):.4f}", f"{np.median(after):.4f}"),
+        ("smallest possible p-value", f"{1 / (len(before) + 1):.3g}", f"{1 / (len(after) + 1):.3g}"),
+    ]
+    lines = [f"{name:26} {was} before, {now} now" for name, was, now in rows]
+    low = (p_values(after, before) <= LOW_P_VALUE).mean()
+    lines.append(f"{low:.1%} of the new images had a p-value of at most {LOW_P_VALUE} before")
+    return "\n".join(lines)
+
+
+def _card(source: Location, model_id: str, architecture: Architecture, calibration: Calibration) -> str:
+    return CARD.format(
+        backbone=architecture.backbone,
+        height=architecture.image_size[0],
+        width=architecture.image_size[1],
+        model=source,
+        model_id=model_id,
+        version=csflow.__version__,
+        images=len(calibration.anomaly_score),
+        rows=calibration_rows(calibration),
+    )
