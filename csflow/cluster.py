@@ -210,10 +210,11 @@ def map_shards(
     constructor_args: Sequence[Any],
     resources: WorkerResources,
     calls_per_worker: int = 1,
+    retries: int = SHARD_RETRIES,
 ) -> Iterator[dict[str, Any]]:
     """Runs every shard through a pool of actors, and yields one result row per shard as shards finish.
 
-    A shard whose actor died more than `SHARD_RETRIES` times yields no row.
+    A shard whose actor died more than `retries` times yields no row.
 
     Args:
         shards: a small row per shard.
@@ -238,7 +239,7 @@ def map_shards(
         num_gpus=resources.gpus,
         memory=resources.memory or None,
         max_restarts=-1,
-        max_task_retries=SHARD_RETRIES,
+        max_task_retries=retries,
     )
     yield from results.iter_rows()
 

@@ -34,7 +34,7 @@ def follow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Captu
     ) -> tuple[Tally, str, list[int]]:
         given: list[int] = []
 
-        def map_shards(work: list[dict[str, Any]], *_: object) -> Iterator[dict[str, Any]]:
+        def map_shards(work: list[dict[str, Any]], *_: object, **__: object) -> Iterator[dict[str, Any]]:
             rows = passes[len(given)]
             given.append(len(work))
             yield from ({"shard": shard["name"]} | row for shard, row in zip(work, rows, strict=False))
@@ -86,10 +86,18 @@ def test_a_run_is_stopped_when_too_large_a_share_of_enough_images_fails(follow: 
     assert "stopped" not in printed
 
 
-def test_shards_that_took_their_workers_down_are_tried_once_more(follow: Follow) -> None:
+def test_shards_that_were_lost_are_tried_as_before_and_then_image_by_image(follow: Follow) -> None:
+    tally, printed, given = follow([SHARD_ROW] * 3, [SHARD_ROW], [SHARD_ROW], shards=5)
+    assert given == [5, 2, 1]
+    assert "2 shards were lost with their workers; they are tried again" in printed
+    assert "1 shards took their workers down again; their images are now tried one by one" in printed
+    assert len(tally.shards) == 5
+
+
+def test_shards_that_were_lost_with_a_node_are_not_tried_image_by_image(follow: Follow) -> None:
     tally, printed, given = follow([SHARD_ROW] * 3, [SHARD_ROW] * 2, shards=5)
     assert given == [5, 2]
-    assert "2 shards took their workers down; their images are now tried one by one" in printed
+    assert "one by one" not in printed
     assert len(tally.shards) == 5
 
 

@@ -613,7 +613,7 @@ def test_an_image_that_kills_its_process_gets_an_error_and_its_neighbours_are_sc
     environment = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": str(hook)}
     job = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
     assert job.returncode == 0, job.stdout + job.stderr
-    assert "1 shards took their workers down" in job.stdout
+    assert "1 shards took their workers down again" in job.stdout
     assert len(read_scores(tmp_path / "output")) == 6
     errors = read_errors(tmp_path / "output")
     assert [(Path(e.image_uri).name, e.error_code) for e in errors.itertuples()] == [

@@ -1,11 +1,19 @@
 """The scoring job: freezes a listing, plans and scores what is left, and accounts for every image."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from csflow.calibration import drift
-from csflow.cluster import WorkerResources, connect, has_room, map_shards, share_out, with_timeout
+from csflow.cluster import (
+    SHARD_RETRIES,
+    WorkerResources,
+    connect,
+    has_room,
+    map_shards,
+    share_out,
+    with_timeout,
+)
 from csflow.console import Progress, say, warn
 from csflow.errors import ExitStatus
 from csflow.inputs.listing import list_images
@@ -115,19 +123,31 @@ def _score_shards(
     tally: Tally,
     heartbeat: Heartbeat,
 ) -> None:
-    """Scores the shards; then those again that took their workers down, image by image in a child process."""
-    work = [shard.to_row() for shard in shards]
+    """Scores the shards; then those again that were lost with their workers: once as before, since a node may
+    have gone, and then image by image in a child process, since an image may take its process down."""
+
+    def score(
+        some: Sequence[PlannedShard],
+        settings: ScoringSettings,
+        calls: int = 1,
+        retries: int = SHARD_RETRIES,
+        awaited: WorkerResources | None = None,
+    ) -> bool:
+        work = [shard.to_row() for shard in some]
+        rows = map_shards(work, ScoringActor, [settings, resources], resources, calls, retries)
+        return _follow(heartbeat.over(rows), len(shards), tally, settings.output.model_id, config, awaited)
+
+    def lost() -> list[PlannedShard]:
+        return [shard for shard in shards if shard.name not in tally.shards]
+
     calls = CALLS_PER_SCORER if resources.decode == "beside" else CALLS_WITH_HELPERS
-    rows = heartbeat.over(map_shards(work, ScoringActor, [settings, resources], resources, calls))
-    awaited = None if has_room(resources) else resources
-    if not _follow(rows, len(shards), tally, settings.output.model_id, config, awaited):
-        return
-    lost = [shard.to_row() for shard in shards if shard.name not in tally.shards]
-    if lost:
-        warn(f"{len(lost)} shards took their workers down; their images are now tried one by one")
-        isolated = replace(settings, is_isolated=True)
-        rows = heartbeat.over(map_shards(lost, ScoringActor, [isolated, resources], resources))
-        _follow(rows, len(shards), tally, settings.output.model_id, config)
+    is_to_go_on = score(shards, settings, calls, awaited=None if has_room(resources) else resources)
+    if is_to_go_on and (again := lost()):
+        warn(f"{len(again)} shards were lost with their workers; they are tried again")
+        is_to_go_on = score(again, settings, retries=0)
+    if is_to_go_on and (again := lost()):
+        warn(f"{len(again)} shards took their workers down again; their images are now tried one by one")
+        score(again, replace(settings, is_isolated=True))
 
 
 def _follow(
