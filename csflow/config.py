@@ -73,6 +73,9 @@ class ListingConfig(JobConfig):
     allow_schemes: Schemes = Field([])
     """Schemes that manifests may name beside those of the inputs, such as `s3` or `https`; `file` for local
     paths. [default: no others]"""
+    image_column: str | None = Field(None, min_length=1)
+    """Column of image bytes in Parquet files, such as `photo`, or `sample.image` for a field of a struct.
+    [default: a column with a usual name, such as image or jpg, or else the only one that holds bytes]"""
     skip_folders: Patterns = Field(list(SKIPPED_FOLDERS))
     """Do not look into folders of these names, in which storage and operating systems keep thumbnails,
     deleted files and snapshots. `*` stands for any text, and case does not matter; an empty name skips none.

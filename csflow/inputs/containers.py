@@ -1,14 +1,15 @@
 """Lists the images in archives and Parquet files among other files; several of them are open at once."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 
 from csflow.errors import ImageError
 from csflow.inputs import archives, rows
 from csflow.inputs.names import IMAGE_SUFFIXES, Takes, suffix, takes_of
 from csflow.inputs.objects import UNKNOWN_VERSION, ObjectStore, StoredObject
+from csflow.inputs.parquet_files import ParquetFiles
 from csflow.inputs.selection import Selection
 from csflow.inputs.unlisted import Reason, Unlisted
 
@@ -21,9 +22,15 @@ class Containers:
     """Opens archives and Parquet files."""
 
     def __init__(
-        self, store: ObjectStore, pool: ThreadPoolExecutor, selection: Selection, unlisted: Unlisted
+        self,
+        store: ObjectStore,
+        pool: ThreadPoolExecutor,
+        selection: Selection,
+        unlisted: Unlisted,
+        parquet: ParquetFiles,
     ) -> None:
         self._store = store
+        self._parquet = parquet
         self._pool = pool
         self._selection = selection
         self._unlisted = unlisted
@@ -38,7 +45,7 @@ class Containers:
         # Before anything is opened: an old archive costs nothing.
         files = filter(self._is_recent, files)
         while chunk := list(islice(files, OPENED_AT_ONCE)):
-            opened: list[StoredObject | Future[list[StoredObject]]] = [
+            opened: list[StoredObject | Future[Iterable[StoredObject]]] = [
                 self._pool.submit(self._open, file, in_manifest) if _needs_look(file) else file
                 for file in chunk
             ]
@@ -60,7 +67,7 @@ class Containers:
                 continue
             index = self._index(part[0])
             if index is not None:
-                yield index.get(image.uri, image)
+                yield index(image.uri) or image
             elif part[0] not in self._unindexed:
                 self._unindexed.add(part[0])
                 yield StoredObject(part[0], UNKNOWN_VERSION, 0)
@@ -71,7 +78,7 @@ class Containers:
         self._unlisted.skip(Reason.NOT_SELECTED, suffix(file.uri))
         return False
 
-    def _open(self, file: StoredObject, in_manifest: bool) -> list[StoredObject]:
+    def _open(self, file: StoredObject, in_manifest: bool) -> Iterable[StoredObject]:
         try:
             if in_manifest:
                 file = self._store.stat(file.uri)
@@ -87,11 +94,15 @@ class Containers:
         self._unlisted.skip(Reason.NO_IMAGE_COLUMN, suffix(file.uri))
         return []
 
-    def _read(self, file: StoredObject, takes: Takes) -> list[StoredObject] | None:
+    def _read(self, file: StoredObject, takes: Takes) -> Iterable[StoredObject] | None:
+        """The images in a container, or the file itself; None for a Parquet file without image bytes."""
         name = file.uri.lower()
         if name.endswith(archives.SUFFIXES):
             return archives.list_members(self._store, file, takes, self._skip_link)
-        return rows.list_rows(self._store, file) if name.endswith(rows.SUFFIX) else [file]
+        if not name.endswith(rows.SUFFIX):
+            return [file]
+        outline = self._parquet.outline(file)
+        return outline.images(file) if outline.column else None
 
     def _skip_link(self, name: str) -> None:
         self._unlisted.skip(Reason.NO_REGULAR_FILE, suffix(name))
@@ -103,12 +114,16 @@ class Containers:
             f"{archive}{archives.SEPARATOR}", IMAGE_SUFFIXES, self._unlisted, skipped, folder_marks=(".",)
         )
 
-    def _read_index(self, uri: str) -> dict[str, StoredObject] | None:
+    def _read_index(self, uri: str) -> Callable[[str], StoredObject | None] | None:
+        """Finds the image of a URI in a container; None if the container cannot be indexed."""
         try:
-            images = self._read(self._store.stat(uri), lambda name: True)
+            file = self._store.stat(uri)
+            if uri.lower().endswith(rows.SUFFIX):
+                return partial(self._parquet.outline(file).find, file)
+            images = archives.list_members(self._store, file, lambda name: True)
         except ImageError:
             return None
-        return {image.uri: image for image in images or ()}
+        return {image.uri: image for image in images}.get
 
 
 def _needs_look(file: StoredObject) -> bool:

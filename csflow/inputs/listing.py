@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -16,6 +16,7 @@ from csflow.inputs.containers import Containers
 from csflow.inputs.local_folders import fixed_part
 from csflow.inputs.names import IMAGE_SUFFIXES, Takes, left_out, suffix, takes_of
 from csflow.inputs.objects import ObjectStore, StoredObject
+from csflow.inputs.parquet_files import ParquetFiles
 from csflow.inputs.selection import EVERYTHING, Selection
 from csflow.inputs.store_errors import image_error
 from csflow.inputs.unlisted import Reason, Unlistable, Unlisted
@@ -30,6 +31,8 @@ LISTING = pa.schema(
 )
 """Schema of a listing. `size_bytes` is 0 if a manifest does not say, and an average for Parquet rows."""
 
+OF_CONTENT = (ErrorCode.CORRUPT, ErrorCode.CRASHED, ErrorCode.TOO_LARGE, ErrorCode.UNSUPPORTED_FORMAT)
+"""Codes of errors that the content of a container is to blame for."""
 FOUND_SUFFIXES = (*IMAGE_SUFFIXES, *containers.SUFFIXES)
 BATCH_ROWS = 10_000
 THREADS = 16
@@ -58,8 +61,10 @@ def list_images(
         ConnectionError: the store failed for longer than the listing retries.
     """
     store = ObjectStore(storage_options, DEADLINE_S)
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="listing") as pool:
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="listing"))
         listing = _Listing(store, pool, inputs, selection, unlisted or Unlisted())
+        stack.callback(listing.close)
         found = [(uri, listing.find(uri)) for uri in inputs]
         yield from _batches(image for uri, images in found for image in listing.selected(uri, images))
 
@@ -88,15 +93,16 @@ def list_names(manifest: str, storage_options: Mapping[str, Any]) -> list[str]:
         file = store.stat(manifests.canonical_uri(manifest))
         if file.uri.lower().endswith(manifests.SUFFIX):
             return [image.uri for image in manifests.read_csv(store, file)]
-        try:
-            parquet = rows.open_parquet(store, file)
-        except ImageError as failure:
-            if failure.code != ErrorCode.CORRUPT:
-                raise
-            raise WrongUse(f"{file.uri} cannot be read as a manifest: {failure.message}") from None
-        if not manifests.is_manifest(parquet.schema_arrow):
-            raise WrongUse(f"{file.uri} has no column {manifests.URI}; name the images in one")
-        return [image.uri for image in manifests.read_parquet(file.uri, parquet)]
+        with closing(ParquetFiles(store)) as parquet:
+            try:
+                outline = parquet.outline(file)
+                if not manifests.is_manifest(outline.column_names):
+                    raise WrongUse(f"{file.uri} has no column {manifests.URI}; name the images in one")
+                return [image.uri for image in manifests.read_parquet(file.uri, parquet.manifest(file))]
+            except ImageError as failure:
+                if failure.code not in OF_CONTENT:
+                    raise
+                raise WrongUse(f"{file.uri} cannot be read as a manifest: {failure.message}") from None
 
 
 class _Listing:
@@ -118,7 +124,11 @@ class _Listing:
         """Whether there is a single input, so that nothing is left to list if it cannot be."""
         self._schemes = {scheme_of(f"{name}://") for name in selection.allow_schemes}
         self._schemes |= set(map(scheme_of, inputs))
-        self._containers = Containers(store, pool, selection, unlisted)
+        self._parquet = ParquetFiles(store, selection.image_column)
+        self._containers = Containers(store, pool, selection, unlisted, self._parquet)
+
+    def close(self) -> None:
+        self._parquet.close()
 
     def find(self, uri: str) -> Iterator[StoredObject]:
         """Looks an input up at once, and lists its images lazily."""
@@ -194,16 +204,21 @@ class _Listing:
 
     def _read_named_parquet(self, file: StoredObject) -> Iterator[StoredObject]:
         try:
-            parquet = rows.open_parquet(self._store, file)
+            outline = self._parquet.outline(file)
         except ImageError as failure:
-            if failure.code != ErrorCode.CORRUPT:
+            if failure.code not in OF_CONTENT:
                 raise
             return iter([file])
-        if manifests.is_manifest(parquet.schema_arrow):
-            return self._expand_manifest(file.uri, manifests.read_parquet(file.uri, parquet))
-        if rows.image_column(parquet.schema_arrow) is None:
-            columns = f"a column {manifests.URI}, or one of image bytes named {' '.join(rows.COLUMN_NAMES)}"
-            raise WrongUse(f"{file.uri} names no images; give it {columns}")
+        if manifests.is_manifest(outline.column_names):
+            return self._expand_manifest(
+                file.uri, manifests.read_parquet(file.uri, self._parquet.manifest(file))
+            )
+        if outline.column is None:
+            columns = ", ".join(outline.column_names)[:200]
+            raise Unlistable(
+                f"{file.uri} names no images: of its columns ({columns}) none is {manifests.URI}, or plainly "
+                "one of image bytes; name one with --image_column"
+            )
         return self._containers.expand([file])
 
     def _expand_manifest(self, uri: str, images: Iterable[StoredObject]) -> Iterator[StoredObject]:

@@ -1,7 +1,7 @@
 """Manifests: CSV or Parquet tables that name images one by one in a column `image_uri`."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,19 @@ def read_csv(store: ObjectStore, file: StoredObject) -> Iterator[StoredObject]:
     return _images(file.uri, _csv_batches(store, file, [name for name in COLUMNS if name in names]))
 
 
-def read_parquet(file_uri: str, parquet: pq.ParquetFile) -> Iterator[StoredObject]:
-    """The images that a Parquet manifest names, as `read_csv`."""
+def read_parquet(file_uri: str, batches: Iterable[pa.RecordBatch]) -> Iterator[StoredObject]:
+    """The images that a Parquet manifest with these `parquet_batches` names, as `read_csv`."""
+    return _images(file_uri, batches)
+
+
+def parquet_batches(parquet: pq.ParquetFile, rows: int) -> Iterator[pa.RecordBatch]:
+    """The columns of a Parquet manifest that are used, some rows at a time."""
     names = [name for name in COLUMNS if name in parquet.schema_arrow.names]
-    return _images(file_uri, parquet.iter_batches(columns=names))
+    yield from parquet.iter_batches(rows, columns=names, use_threads=False)
 
 
-def is_manifest(schema: pa.Schema) -> bool:
-    return URI in schema.names
+def is_manifest(column_names: Sequence[str]) -> bool:
+    return URI in column_names
 
 
 def canonical_uri(uri: str, folder: str | None = None) -> str:

@@ -73,6 +73,9 @@ class ObjectStore:
         self._natives: dict[str, NativeReader] = {}
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type["ObjectStore"], tuple[dict[str, Any], float]]:
+        return type(self), (self._options, self._deadline_s)
+
     def fetch(
         self, uri: str, version: str, start: int = 0, end: int | None = None, limit: int = MAX_RANGE_BYTES
     ) -> bytes:

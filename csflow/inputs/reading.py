@@ -6,6 +6,7 @@ from typing import Any
 from csflow.errors import ErrorCode, ImageError
 from csflow.inputs import archives, rows
 from csflow.inputs.objects import ObjectStore, StoredObject
+from csflow.inputs.parquet_files import ParquetFiles
 from csflow.inputs.store_errors import image_error
 
 MAX_BYTES = 512 << 20
@@ -25,6 +26,7 @@ class ImageReader:
     ) -> None:
         self._store = ObjectStore(storage_options, deadline_s)
         self._rows = rows.RowReader(self._store)
+        self._parquet = ParquetFiles(self._store)
         self._max_bytes = max_bytes
 
     def read(self, image_uri: str, image_version: str) -> bytes:
@@ -45,7 +47,7 @@ class ImageReader:
             return member
         row = rows.split_row(uri)
         if row is not None:
-            return self._rows.read(row[0], version, row[1])
+            return self._rows.read(row[0], version, row[1], self._max_bytes)
         if uri.lower().endswith((*archives.SUFFIXES, rows.SUFFIX)):
             raise self._why_not_listed(uri, version)
         return self._store.fetch(uri, version, limit=self._max_bytes)
@@ -55,7 +57,7 @@ class ImageReader:
         file = StoredObject(uri, version, self._store.stat(uri).size)
         try:
             if uri.lower().endswith(rows.SUFFIX):
-                is_listable = rows.list_rows(self._store, file) is not None
+                is_listable = self._parquet.outline(file).column is not None
             else:
                 is_listable = bool(archives.list_members(self._store, file, lambda name: True))
         except ImageError as failure:

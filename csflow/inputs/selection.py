@@ -20,6 +20,8 @@ class Selection:
     """Patterns of whole image URIs, none of which may match."""
     since: datetime | None = None
     """Files that were last changed before this time are left out, with all images in them."""
+    image_column: str | None = None
+    """Path of the column of image bytes in Parquet files; None to find it by its name and type."""
     skip_folders: Sequence[str] = SKIPPED_FOLDERS
     """Patterns of the names of folders that are not looked into."""
     allow_schemes: Sequence[str] = ()

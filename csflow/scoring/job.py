@@ -57,7 +57,12 @@ def run(config: ScoreConfig) -> RunRecord:
     clock.lap("start")
     heartbeat.begin("list")
     selection = Selection(
-        config.include, config.exclude, config.since, config.skip_folders, config.allow_schemes
+        config.include,
+        config.exclude,
+        config.since,
+        config.image_column,
+        config.skip_folders,
+        config.allow_schemes,
     )
     unlisted = Unlisted(selection.leaves_out)
     found = list_images(config.input, config.storage_options, selection, unlisted)

@@ -109,7 +109,9 @@ def _list_images(config: TrainConfig) -> pa.Table:
     """
     exclusion = read_exclusion(config.exclude, config.storage_options)
     unlisted = Unlisted(exclusion.leaves_out)
-    selection = Selection(skip_folders=config.skip_folders, allow_schemes=config.allow_schemes)
+    selection = Selection(
+        image_column=config.image_column, skip_folders=config.skip_folders, allow_schemes=config.allow_schemes
+    )
     listed = list_table(config.input, config.storage_options, selection, unlisted)
     for line in unlisted.lines():
         warn(line)
