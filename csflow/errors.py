@@ -40,6 +40,10 @@ class StorageFailed(OSError):
     """
 
 
+class DamagedFile(Exception):
+    """A file that a training has written is damaged; the message names it and the remedy in one line."""
+
+
 class ErrorCode(StrEnum):
     """Why an image has no score: the closed list behind `errors.error_code`."""
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.numpy
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
 import csflow
 from csflow.calibration import region_threshold
-from csflow.errors import WrongUse
+from csflow.errors import StorageFailed, WrongUse
 from csflow.images import DECODING_VERSION
-from csflow.storage import Location, read_parquet, to_parquet
+from csflow.storage import Location, to_parquet
 
 if TYPE_CHECKING:  # the driver of a scoring run needs no torch, which takes seconds and 500 MB
     from csflow.model import Detector
@@ -209,14 +209,13 @@ def read_model(location: Location) -> ModelFiles:
         WrongUse: there is no model, its format has another version, or its files are damaged.
     """
     config = read_config(location)
-    try:
+    with _proving(location):
         architecture, feature_shapes = config["architecture"], config["feature_shapes"]
         decoding = config["preprocessing"]["decoding_version"]
         state = safetensors.numpy.load(_read(location / "model.safetensors"))
-        calibration = Calibration.of(pq.read_table(io.BytesIO(_read(location / "calibration.parquet"))))
-    except (SafetensorError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise _damaged(location, f"{type(error).__name__}: {error}") from None
-    if _model_id(architecture, decoding, state, calibration) != config.get("model_id"):
+        calibration = _calibration(location)
+        is_whole = _model_id(architecture, decoding, state, calibration) == config["model_id"]
+    if not is_whole:
         raise _damaged(location, "its content does not give the model_id in config.json")
     if decoding != DECODING_VERSION:
         raise WrongUse(
@@ -233,7 +232,7 @@ def load_model(location: Location) -> Model:
     from csflow.model import Architecture, Detector
 
     files = read_model(location)
-    try:
+    with _proving(location):
         # Without memory and random numbers for weights that are about to be replaced.
         with torch.device("meta"):
             detector = Detector(Architecture.from_json(files.architecture), files.feature_shapes)
@@ -242,8 +241,6 @@ def load_model(location: Location) -> Model:
             name.removeprefix(ROUNDING): state.pop(name) for name in list(state) if name.startswith(ROUNDING)
         }
         detector.load_state_dict(state, assign=True)
-    except (RuntimeError, ValueError, LookupError, TypeError) as error:
-        raise _damaged(location, f"{type(error).__name__}: {error}") from None
     return Model(files.model_id, detector.eval().requires_grad_(False), files.calibration)
 
 
@@ -257,26 +254,24 @@ def holds_model(location: Location) -> bool:
 
 
 def heldout_scores(location: Location) -> NDArray[np.float64]:
-    """The anomaly scores of a model's held-out images, read without the weights."""
-    table = read_parquet(location / "calibration.parquet")
-    return np.asarray(table["anomaly_score"].to_numpy(), dtype=np.float64)
+    """The anomaly scores of a model's held-out images, read without the weights; raises as `read_model`."""
+    with _proving(location):
+        return _calibration(location).anomaly_score
 
 
 def find_heldout_scores(location: Location, model_id: str) -> NDArray[np.float64] | None:
     """The held-out scores of this model; None if the directory cannot be read or holds another model."""
     try:
         return heldout_scores(location) if read_config(location)["model_id"] == model_id else None
-    except (WrongUse, OSError, ValueError, KeyError):
+    except WrongUse:
         return None
 
 
 def read_config(location: Location) -> dict[str, Any]:
     """The content of `config.json`. Raises WrongUse as `read_model`."""
-    try:
+    with _proving(location, "config.json: "):
         config = json.loads(_read(location / "config.json"))
         format_version = config["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(location, f"config.json: {type(error).__name__}: {error}") from None
     if format_version not in READABLE_VERSIONS:
         raise WrongUse(
             f"model {location} has format version {format_version!r}, this csflow reads {FORMAT_VERSION}; "
@@ -294,6 +289,22 @@ def _read(location: Location) -> bytes:
         ) from None
     except Exception as error:
         raise WrongUse(f"model file {location} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _calibration(location: Location) -> Calibration:
+    return Calibration.of(pq.read_table(io.BytesIO(_read(location / "calibration.parquet"))))
+
+
+@contextmanager
+def _proving(location: Location, file: str = "") -> Iterator[None]:
+    """Turns whatever parsers raise on damaged files of a model into one line."""
+    try:
+        yield
+    except (WrongUse, StorageFailed, MemoryError):
+        raise
+    except Exception as error:
+        detail = " ".join(f"{type(error).__name__}: {error}".split())
+        raise _damaged(location, f"{file}{detail[:300]}") from None
 
 
 def _damaged(location: Location, reason: str) -> WrongUse:

@@ -165,6 +165,14 @@ class Location:
             paths = sorted(path for path in found if path.endswith(suffix) and not _is_temporary(path))
             return [(self / path[len(root.rstrip("/")) + 1 :], _version(found[path])) for path in paths]
 
+    def sizes(self, suffix: str) -> dict[str, int]:
+        """Sizes in bytes of all files in this very folder with this ending, by name."""
+        fs, root = filesystem(self.url, self.storage_options)
+        with _naming(self.url, "listed"):
+            found = fs.ls(root, detail=True) if fs.exists(root) else []
+        names = ((info["name"].rpartition("/")[2], info["size"]) for info in found if info["type"] == "file")
+        return {name: size for name, size in names if name.endswith(suffix) and not _is_temporary(name)}
+
     def check_writable(self, exclusively: bool = False) -> None:
         """Raises WrongUse if this folder refuses files or, if asked for, does not support `create`."""
         probe = self / f"_writable-{uuid.uuid4().hex}"

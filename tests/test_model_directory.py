@@ -380,6 +380,8 @@ def test_a_directory_is_no_model_until_all_its_files_are_there(detector, tmp_pat
         ),
         ("model.safetensors", b"torn", r"is damaged \(SafetensorError"),
         ("calibration.parquet", b"torn", r"is damaged \(ArrowInvalid"),
+        ("calibration.parquet", b"PAR1" + bytes(8) + b"\x08\0\0\0PAR1", r"is damaged \(OSError"),
+        ("config.json", b"[" * 100_000, r"is damaged \(config.json: RecursionError"),
     ],
 )
 def test_a_directory_that_is_not_whole_is_named_with_what_is_wrong(

@@ -19,6 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from csflow.console import warn
+from csflow.errors import StorageFailed
 from csflow.images import DECODING_VERSION
 from csflow.model import Detector
 from csflow.storage import Location, read_parquet, to_parquet
@@ -110,12 +112,13 @@ class FeatureCache:
     def index(self) -> pa.Table:
         """A row in the `INDEX` schema for each cached image, and for each that cannot be read.
 
-        Files that are in no index file yet are read and indexed for the next time.
+        Files that are in no index file yet are read and indexed for the next time. Files that are damaged, as
+        far as their beginning and their length tell, are removed with a warning, and so made again.
         """
-        present = {location.name for location in self.folder.find(SUFFIX)}
-        tables = [read_parquet(location, INDEX) for location in self.folder.find(INDEX_SUFFIX)]
+        present = self.folder.sizes(SUFFIX)
+        tables = [self._read_index(location) for location in self.folder.find(INDEX_SUFFIX)]
         table = pa.concat_tables([INDEX.empty_table(), *tables])
-        missing = sorted(present.difference(table["file"].to_pylist()))
+        missing = sorted(present.keys() - set(table["file"].to_pylist()))
         if missing:
             with ThreadPoolExecutor(READ_THREADS) as pool:
                 rows = [row for part in pool.map(self._read_rows, missing) for row in part]
@@ -123,7 +126,37 @@ class FeatureCache:
             name = hashlib.sha256("\n".join(missing).encode()).hexdigest()[:32]
             (self.folder / (name + INDEX_SUFFIX)).write(to_parquet(new))
             table = pa.concat_tables([table, new])
-        return table
+        return self._without_short_files(table, present)
+
+    def _read_index(self, location: Location) -> pa.Table:
+        try:
+            return read_parquet(location, INDEX)
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, StorageFailed):
+                raise
+            self._discard(location)
+            return INDEX.empty_table()
+
+    def _without_short_files(self, table: pa.Table, present: Mapping[str, int]) -> pa.Table:
+        """The rows of files that are as long as their last image needs, or are gone; others are removed."""
+        needed: dict[str, int] = {}
+        columns = (table[name].to_pylist() for name in ("file", "offset", "dtype", "content_digest"))
+        for file, offset, dtype, digest in zip(*columns, strict=True):
+            end = offset + (self._image_bytes(dtype) if digest is not None else 0)
+            needed[file] = max(end, needed.get(file, 0))
+        short = {file for file, end in needed.items() if file in present and present[file] < end}
+        for file in sorted(short):
+            self._discard(self.folder / file)
+        lost = short | (needed.keys() - present.keys())
+        return table.filter(pa.array((file not in lost for file in table["file"].to_pylist()), pa.bool_()))
+
+    def _image_bytes(self, dtype: str) -> int:
+        """Bytes of one image's features in a file."""
+        return sum(self.sizes) * DTYPES[dtype].itemsize
+
+    def _discard(self, location: Location) -> None:
+        warn(f"{location} of the feature cache is damaged; it is removed, and what it held is made again")
+        location.remove()
 
     def write(self, name: str, file: FeatureFile) -> None:
         (self.folder / (name + SUFFIX)).write(file.to_bytes())
@@ -135,7 +168,7 @@ class FeatureCache:
 
     def read_images(self, files: Sequence[str], offsets: Sequence[int], dtype: str) -> Tensor:
         """Features of single images, (N, D), by one ranged read each; blocks until all are there."""
-        bytes_per_image = sum(self.sizes) * DTYPES[dtype].itemsize
+        bytes_per_image = self._image_bytes(dtype)
         paths = [(self.folder / name).path for name in files]
         ends = [offset + bytes_per_image for offset in offsets]
         parts = self.folder.fs.cat_ranges(paths, list(offsets), ends)
@@ -147,7 +180,14 @@ class FeatureCache:
         return [y.unflatten(1, shape) for y, shape in zip(parts, self.feature_shapes, strict=True)]
 
     def _read_rows(self, name: str) -> list[dict[str, Any]]:
-        """The index rows of one file, from its header."""
+        """The index rows of one file, from its header; none if it is damaged."""
+        try:
+            return self._parse_rows(name)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            self._discard(self.folder / name)
+            return []
+
+    def _parse_rows(self, name: str) -> list[dict[str, Any]]:
         location = self.folder / name
         head = bytes(location.fs.cat_file(location.path, start=0, end=HEADER_BYTES))
         start = 8 + int.from_bytes(head[:8], "little")
@@ -156,7 +196,7 @@ class FeatureCache:
         header = json.loads(head[8:start])
         images, tensor = json.loads(header["__metadata__"]["images"]), header["features"]
         dtype = tensor["dtype"]
-        step = sum(self.sizes) * DTYPES[dtype].itemsize
+        step = self._image_bytes(dtype)
         stored = {"file": name, "dtype": dtype}
         columns = ("image_uris", "image_versions", "content_digests", "image_sizes")
         good = zip(*(images[column] for column in columns), strict=True)

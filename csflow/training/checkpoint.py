@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from csflow.errors import DamagedFile
 from csflow.training.loop import Trainer
 
 STATE_FILE = "state.safetensors"
@@ -36,14 +37,41 @@ def read_checkpoint(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Tensors' names begin with `flow.`, `best.` (the weights of the epoch to keep) or `optimizer.`; a finished
     training also has `closing.`. Progress holds `history` (the loss curves) and `best_epoch`.
+
+    Raises:
+        DamagedFile: a file is damaged.
     """
-    tensors = safetensors.torch.load_file(Path(folder) / STATE_FILE)
-    return tensors, json.loads((Path(folder) / PROGRESS_FILE).read_text())
+    with _naming_damage(folder):
+        tensors = safetensors.torch.load_file(Path(folder) / STATE_FILE)
+        progress = json.loads((Path(folder) / PROGRESS_FILE).read_text())
+        return tensors, {"history": progress["history"], "best_epoch": progress["best_epoch"]}
 
 
 def restore(trainer: Trainer, folder: str) -> bool:
-    """Continues from a checkpoint; returns whether the training had finished."""
+    """Continues from a checkpoint; returns whether the training had finished.
+
+    Raises:
+        DamagedFile: a file is damaged.
+    """
     tensors, progress = read_checkpoint(folder)
+    with _naming_damage(folder):
+        return _restore(trainer, tensors, progress)
+
+
+@contextmanager
+def _naming_damage(folder: str) -> Iterator[None]:
+    """Turns whatever a damaged checkpoint raises into one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DamagedFile(
+            f"the checkpoint {folder} is damaged ({type(error).__name__}: {reason}); run the same command "
+            "without --resume, which trains from the beginning"
+        ) from None
+
+
+def _restore(trainer: Trainer, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> bool:
     trainer.history, trainer.best_epoch = progress["history"], progress["best_epoch"]
     trainer.plain_flow.load_state_dict(with_prefix(tensors, "flow."))
     trainer.best_state = {k: v.to(trainer.worker.device) for k, v in with_prefix(tensors, "best.").items()}

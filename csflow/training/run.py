@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from csflow.cluster import in_thread, node_resources, share_out
-from csflow.errors import Failed
+from csflow.errors import DamagedFile, Failed
 from csflow.literal_paths import arrow_filesystem
 from csflow.model import Architecture
 from csflow.storage import Location, to_parquet
@@ -119,8 +119,11 @@ class Run:
             raise Failed(f"the training failed: {result.return_value}")
         if result.checkpoint is None:
             raise RuntimeError(f"training ended without a checkpoint below {self._folder}")
-        with result.checkpoint.as_directory() as folder:
-            tensors, state = read_checkpoint(folder)
+        try:
+            with result.checkpoint.as_directory() as folder:
+                tensors, state = read_checkpoint(folder)
+        except DamagedFile as error:
+            raise Failed(str(error)) from None
         gaussian_loss = tensors.get("closing.gaussian_loss")
         has_validation = self._data.part("validation").num_rows > 0
         return Result(

@@ -13,8 +13,10 @@ from typing import Protocol
 import pyarrow as pa
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from csflow.errors import DamagedFile
 from csflow.model import Whitening
 from csflow.training.cache import DTYPES, FeatureCache
 
@@ -146,8 +148,14 @@ def _load(cache: FeatureCache, images: pa.Table) -> Tensor:
     for position, name in enumerate(images["file"].to_pylist()):
         positions.setdefault(name, []).append(position)
     offsets = images["offset"].to_pylist()
-    for (_, wanted), data in zip(positions.items(), cache.read_files(positions), strict=True):
-        stored_ND = safetensors.torch.load(data)["features"]
+    for (name, wanted), data in zip(positions.items(), cache.read_files(positions), strict=True):
+        try:
+            stored_ND = safetensors.torch.load(data)["features"]
+        except (SafetensorError, KeyError) as error:
+            raise DamagedFile(
+                f"{cache.folder / name} of the feature cache is damaged ({error}); delete it, and run the "
+                "same command again, which makes it anew"
+            ) from None
         step = stored_ND[0].nbytes
         start = 8 + int.from_bytes(data[:8], "little")
         rows = [(offsets[position] - start) // step for position in wanted]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from csflow import process
 from csflow.cluster import WorkerResources
+from csflow.errors import DamagedFile
 from csflow.model import Gaussians
 from csflow.storage import Location, read_parquet
 from csflow.training.augmentation import AugmentedFeatures
@@ -47,7 +48,7 @@ def train_worker(settings: WorkerSettings, progress: Queue | None) -> str | None
     """
     try:
         _train(settings, progress)
-    except FloatingPointError as error:
+    except (FloatingPointError, DamagedFile) as error:
         # Raised it would make Ray Train start the workers anew.
         return str(error)
     return None
