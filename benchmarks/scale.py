@@ -163,7 +163,9 @@ def plan(model: str, archive: str, output_folder: str) -> dict[str, float]:
     planned = time.perf_counter()
     peak_bytes = peak_memory_bytes()
     for shard in shards:
-        rows = [dict.fromkeys(SCORES.names, 0) | row for row in shard.images().to_pylist()]
+        rows = [
+            dict.fromkeys(SCORES.names, 0) | {"model_name": ""} | row for row in shard.images().to_pylist()
+        ]
         columns = {"scale_scores": [0.0] * 3, "anomaly_map": [0.0] * MAP_SIDE**2}
         columns |= {"run_id": "first", "is_anomalous": False, "map_box": None}
         table = pa.Table.from_pylist([row | columns for row in rows], schema=SCORES)

@@ -42,6 +42,7 @@ from csflow.storage import Location, to_parquet
 IMAGES = 1000
 OUTPUT = Output(Location("s3://years/output"), "0" * 16)
 ROW = dict.fromkeys(SCORES.names, 0) | {
+    "model_name": None,
     "scale_scores": [0.0] * 3,
     "anomaly_map": [0.0] * 16,
     "run_id": "night",

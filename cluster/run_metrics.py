@@ -47,6 +47,7 @@ HELP = {
     "csflow_run_stage_seconds": "Seconds of its workers, by stage.",
     "csflow_run_low_p_value_share": "Share of its p-values below 0.05; 0.05 without drift and defects.",
     "csflow_run_drift_distance": "Distance of its scores from calibration, 0 to 1 (Kolmogorov-Smirnov).",
+    "csflow_run_drift_verdict": "1 for its verdict: like, few, unlike, higher, lower (docs/calibration.md).",
 }
 
 Sample = tuple[str, Mapping[str, str], float]
@@ -108,6 +109,8 @@ def _of_record(record: RunRecord) -> Iterator[tuple[str, dict[str, str], float]]
     if record.drift:
         yield "csflow_run_low_p_value_share", {}, record.drift.share_below_5_percent
         yield "csflow_run_drift_distance", {}, record.drift.ks_statistic
+        if record.drift.verdict:
+            yield "csflow_run_drift_verdict", {"verdict": record.drift.verdict}, 1
 
 
 class RunCollector(Collector):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -82,6 +83,49 @@ def heldout_needed(images: int, above_all: int, false_discovery_rate: float) -> 
     return math.ceil(images / (false_discovery_rate * above_all) * (1 - 1e-9)) - 1
 
 
+def why_none_is_flagged(heldout: int, false_positive_rate: float) -> str | None:
+    """Why no image can be flagged, however bad, with so few held-out images; None if some can.
+
+    The smallest p-value is 1 / (n + 1), that of an image which scores above all n held-out ones.
+    """
+    if flaggable(heldout, false_positive_rate):
+        return None
+    return (
+        f"{heldout} images are held out, so the smallest p-value is {_rounded_up(1 / (heldout + 1)):g}, and "
+        f"--false_positive_rate {false_positive_rate:g} can flag no image, however bad"
+    )
+
+
+def flaggable(heldout: int, false_positive_rate: float) -> bool:
+    """Whether any image can be flagged at this rate: one that scores above all held-out ones."""
+    return 1 / (heldout + 1) <= false_positive_rate
+
+
+def lowest_rate(heldout: int) -> float:
+    """The lowest false-positive rate at which an image can be flagged, rounded up to two digits."""
+    return _rounded_up(1 / (heldout + 1))
+
+
+def heldout_for(false_positive_rate: float) -> int:
+    """Smallest number of held-out images with which some image can be flagged at this rate."""
+    needed = max(0, math.ceil(1 / false_positive_rate - 1e-6) - 1)
+    return needed if flaggable(needed, false_positive_rate) else needed + 1
+
+
+def _rounded_up(value: float) -> float:
+    """The value with two significant digits, never less than it is."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(value / step * (1 - 1e-9)) * step:.2g}")
+
+
+Verdict = Literal["like", "few", "unlike", "higher", "lower"]
+"""What became of the images since the calibration, in one word; `Drift.words` says it in a sentence."""
+DRIFT_P_VALUE = 0.001
+"""Scores have drifted if a two-sample test's p-value is below this."""
+UNLIKE_SHARE = 0.9
+"""Images as a whole are unlike the calibration if at least this share of them is above all held-out ones."""
+
+
 @dataclass(frozen=True)
 class Drift:
     """How the scores of a run differ from those of the held-out images."""
@@ -91,17 +135,117 @@ class Drift:
     ks_p_value: float
     """Probability of a distance at least as large if all scores came from one distribution."""
     share_below_5_percent: float
-    """Share of images with a p-value below 0.05; about 0.05 if nothing changed and all parts are good."""
+    """Share of images with a p-value below 0.05; about 0.05 if nothing changed and all parts are good. With
+    fewer than 20 held-out images no p-value can be that small."""
     sample: int
     """Number of scores that the test compared."""
+    heldout: int | None = None
+    """Number of held-out images. None in records of older versions, as are all fields below."""
+    global_ks_statistic: float | None = None
+    """The distance between the global scores; None if the model has no other score than the global one."""
+    global_ks_p_value: float | None = None
+    share_above_all: float | None = None
+    """Share of images with an anomaly or global score above that of every held-out image."""
+    verdict: Verdict | None = None
+
+    @property
+    def has_drifted(self) -> bool:
+        return self.verdict in ("unlike", "higher", "lower")
+
+    @property
+    def words(self) -> str:
+        """The verdict as a sentence. It asks, since scores alone cannot tell what has changed."""
+        held_out = f"the {self.heldout:,} held-out images"
+        match self.verdict:
+            case "like":
+                return f"scores are like those of {held_out}"
+            case "few":
+                return f"too few images to tell: {self.sample:,} scores, and {self.heldout:,} held-out images"
+            case "unlike":
+                return (
+                    f"{self.share_above_all:.0%} of the images are unlike all of {held_out}: "
+                    "another product or camera, or no part in the picture?"
+                )
+            case "higher":
+                return f"scores are above those of {held_out}: other light, focus or parts, or many defects?"
+            case "lower":
+                return f"scores are below those of {held_out}: smoother pictures, or images of the training?"
+            case None:
+                return "not judged by the version of csflow that scored"
 
 
-def drift(scores: ArrayLike, share_below_5_percent: float, calibration_scores: ArrayLike) -> Drift | None:
-    """The drift of a run's scores from the calibration; None if there are no scores."""
+def drift(
+    scores: ArrayLike,
+    share_below_5_percent: float,
+    calibration_scores: ArrayLike,
+    global_scores: tuple[ArrayLike, ArrayLike] | None = None,
+) -> Drift | None:
+    """The drift of a run's scores from those of the held-out images; None if there are no scores.
+
+    The anomaly score looks most at the most unusual places, and the global score at the whole image, as a
+    change of the camera does. So both are tested.
+
+    Args:
+        global_scores: those of the same images, and of the held-out ones; None if there is no such score, or
+            it is the anomaly score.
+    """
+    both = [(scores, calibration_scores), *([global_scores] if global_scores else [])]
+    pairs = [(np.asarray(run, np.float64), np.asarray(heldout, np.float64)) for run, heldout in both]
+    sample, heldout = map(len, pairs[0])
+    if not sample:
+        return None
+    tests = [_two_sample_test(*pair) for pair in pairs]
+    above_all = np.any([run > heldout.max() for run, heldout in pairs], axis=0)
+    share_above_all = float(above_all.mean())
+    least = min(tests, key=lambda test: test.p_value)
+    return Drift(
+        ks_statistic=tests[0].statistic,
+        ks_p_value=tests[0].p_value,
+        share_below_5_percent=share_below_5_percent,
+        sample=sample,
+        heldout=heldout,
+        global_ks_statistic=tests[1].statistic if len(tests) > 1 else None,
+        global_ks_p_value=tests[1].p_value if len(tests) > 1 else None,
+        share_above_all=share_above_all,
+        verdict=_verdict(least, share_above_all, _least_p_value(sample, heldout)),
+    )
+
+
+class _Test(NamedTuple):
+    """A two-sample Kolmogorov-Smirnov test."""
+
+    statistic: float
+    p_value: float
+    is_higher: bool
+    """Whether a score of the run is more often above a held-out one than below."""
+
+
+def _two_sample_test(run: NDArray[np.float64], heldout: NDArray[np.float64]) -> _Test:
     from scipy.stats import ks_2samp  # takes a second to import, which no scoring actor is to wait for
 
-    sample = np.asarray(scores, dtype=np.float64)
-    if not len(sample):
-        return None
-    test = ks_2samp(sample, np.asarray(calibration_scores))
-    return Drift(float(test.statistic), float(test.pvalue), share_below_5_percent, len(sample))
+    test = ks_2samp(run, heldout)
+    ordered = np.sort(heldout)
+    below = np.searchsorted(ordered, run, "left") + np.searchsorted(ordered, run, "right")
+    return _Test(float(test.statistic), float(test.pvalue), bool(below.mean() > len(heldout)))
+
+
+def _verdict(test: _Test, share_above_all: float, least_p_value: float) -> Verdict:
+    """The verdict.
+
+    Args:
+        test: the one with the smallest p-value.
+        least_p_value: the smallest p-value that this number of images allows.
+    """
+    if least_p_value >= DRIFT_P_VALUE:
+        return "few"
+    if test.p_value >= DRIFT_P_VALUE:
+        return "like"
+    if share_above_all >= UNLIKE_SHARE:
+        return "unlike"
+    return "higher" if test.is_higher else "lower"
+
+
+def _least_p_value(one: int, other: int) -> float:
+    """The p-value of two samples that do not overlap: two of all ways to merge them look like that."""
+    ways = math.lgamma(one + other + 1) - math.lgamma(one + 1) - math.lgamma(other + 1)
+    return 2 * math.exp(-ways)

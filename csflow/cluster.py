@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 import ray
 import ray.data
 
+from csflow.config import Decode
 from csflow.console import is_verbose
-from csflow.inputs.helpers import Decode, Helpers, Load
+from csflow.inputs.helpers import Helpers, Load
 from csflow.inputs.loading import HelpingLoader, LoaderSettings
 from csflow.precision import Device
 
@@ -133,6 +134,13 @@ def share_out(
     memory = worker_bytes if is_bounded else 0
     fitting = replace(fitting, memory=memory, most=None if is_bounded else fitting.workers)
     return replace(fitting, cpus=1, decode=decode) if decode == "cluster" else fitting
+
+
+def described(resources: WorkerResources) -> str:
+    """Workers, their number and their devices, in words."""
+    workers = f"{resources.workers} worker{'s' * (resources.workers != 1)}"
+    cpus = f"{resources.cpus} CPU{'s' * (resources.cpus != 1)}"
+    return f"{workers} of {'a GPU and ' * bool(resources.gpus)}{cpus}"
 
 
 def has_room(resources: WorkerResources) -> bool:

@@ -50,9 +50,15 @@ Schemes = Annotated[
 Stages = Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_one_or_more)]
 Moment = Annotated[datetime, BeforeValidator(_moment), AfterValidator(_in_utc)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+ModelName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f]+$")]
 Side = Annotated[int, Field(ge=1, le=8192)]
 """Side of the images of a model, in pixels. Memory grows with its square: at the limit a backbone needs some
 gigabytes for one image."""
+Decode = Literal["auto", "beside", "cluster"]
+"""Where images are read and decoded: `beside` the model, in its process; in the whole `cluster`, too; or,
+with `auto`, in the cluster if a GPU waits for images otherwise."""
+FALSE_POSITIVE_RATE = 0.01
+"""Default share of normal images that may be flagged."""
 StorageOptions = Annotated[dict[str, Any], BeforeValidator(_json_object)]
 
 

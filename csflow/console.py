@@ -7,6 +7,7 @@ can leave them out. Verbosity is a property of the process, like the level of a 
 import os
 import sys
 import time
+from datetime import datetime
 from enum import IntEnum
 from typing import IO, TYPE_CHECKING, Any
 
@@ -106,7 +107,8 @@ class Progress:
             line_seconds: shortest time between two lines in a log.
         """
         self._total, self._unit, self._line_seconds = total, unit, line_seconds
-        self._started = self._last_line = time.monotonic()
+        self._created = self._last_line = time.monotonic()
+        self._started: float | None = None
         self._bar: tqdm[Any] | None = None
         if _verbosity > Verbosity.QUIET and _is_terminal(sys.stdout) and _has_room(sys.stderr):
             self._bar = _draw_bar(total, unit)
@@ -114,8 +116,17 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start; at least a microsecond, so that rates can be computed."""
-        return max(1e-6, time.monotonic() - self._started)
+        """Seconds since the work began; at least a microsecond, so that rates can be computed."""
+        return max(1e-6, time.monotonic() - (self._started or self._created))
+
+    def work_began(self, at: datetime) -> None:
+        """Leaves what came before, such as the start of workers, out of rates and of the time left.
+
+        Of several times the earliest counts. A worker's clock may be wrong, but its work began after this
+        object was made.
+        """
+        began = time.monotonic() - max(0.0, time.time() - at.timestamp())
+        self._started = max(self._created, min(began, self._started or began))
 
     def update(self, done: int, figures: str, left: float | None = None) -> None:
         """Shows how many of the total are done.

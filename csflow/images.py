@@ -141,6 +141,13 @@ def decode_stored(data: bytes, max_pixels: int = MAX_PIXELS) -> StoredImage:
         )
 
 
+def measure(data: bytes) -> tuple[int, int]:
+    """Height and width of the upright image, from the header of its file alone. Raises as `decode`."""
+    with _opening(data) as image_file:
+        image = image_file(io.BytesIO(data))
+        return (image.width, image.height) if _orientation(image) >= 5 else (image.height, image.width)
+
+
 @contextmanager
 def _opening(data: bytes) -> Iterator[type[ImageFile]]:
     """The Pillow class that reads these bytes; exceptions inside the context become an `ImageError`."""

@@ -51,6 +51,8 @@ def _model(location: Location) -> Iterator[Line]:
     kernels = architecture["kernel_sizes"]
     yield "model", str(location)
     yield "model_id", config["model_id"]
+    if config.get("model_name"):
+        yield "name", config["model_name"]
     stages = architecture["cut_after"]
     shown = stages if isinstance(stages, str) else " + ".join(stages)
     yield "backbone", f"{architecture['backbone']}, maps of {shown}"
@@ -115,7 +117,7 @@ def _last_run(location: Location) -> Iterator[Line]:
         f"{counts.permanent_errors:,} permanent errors, {counts.missing:,} missing",
     )
     if record.drift:
-        yield "drift", f"{record.drift.share_below_5_percent:.1%} of p-values below 0.05"
+        yield "drift", record.drift.words
 
 
 def _count(number: int, unit: str) -> str:

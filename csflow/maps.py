@@ -48,7 +48,7 @@ def overlay(
     """The RGB image with its anomaly map over it.
 
     Args:
-        image: RGB, any size.
+        image: of any size; what is not RGB, such as grey, is drawn in RGB.
         anomaly_map: shape (map_height, map_width); upsampled bilinearly to the image's size.
         vmin: this value, and lower ones, leave the image as it is.
         vmax: this value, higher ones and NaN are brightest.
@@ -60,7 +60,7 @@ def overlay(
     """
     colours = layer(anomaly_map, image.height, image.width, vmin=vmin, vmax=vmax, box=box)
     alpha = colours.getchannel("A").point(lambda value: round(value * opacity))
-    return Image.composite(colours.convert("RGB"), image, alpha)
+    return Image.composite(colours.convert("RGB"), image.convert("RGB"), alpha)
 
 
 def layer(

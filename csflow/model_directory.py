@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import csflow
 from csflow.calibration import region_threshold
 from csflow.errors import StorageFailed, WrongUse
 from csflow.images import DECODING_VERSION
+from csflow.preprocessing import Preprocessing
 from csflow.storage import Location, to_parquet
 
 if TYPE_CHECKING:  # the driver of a scoring run needs no torch, which takes seconds and 500 MB
@@ -67,9 +68,9 @@ class Calibration:
     @classmethod
     def of(cls, table: pa.Table) -> "Calibration":
         """The calibration in a table. Raises KeyError or ArrowException if a required column is missing."""
-        for field in CALIBRATION:
-            if field.name not in table.schema.names and field.nullable:
-                table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+        for column in CALIBRATION:
+            if column.name not in table.schema.names and column.nullable:
+                table = table.append_column(column, pa.nulls(table.num_rows, column.type))
         table = table.select(CALIBRATION.names).cast(CALIBRATION)
 
         def values(name: str) -> NDArray[np.float64] | None:
@@ -124,11 +125,22 @@ class ModelFiles:
     """The content of a model directory, proved whole."""
 
     model_id: str
+    name: str | None
+    """What its users call the model, or the product that it is for. It does not change the model id."""
     architecture: dict[str, Any]
     feature_shapes: list[list[int]]
-    state: Mapping[str, NDArray[Any]]
+    state: Mapping[str, NDArray[Any]] = field(repr=False)
     """The detector's tensors, by name."""
-    calibration: Calibration
+    calibration: Calibration = field(repr=False)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images become the model's pixels."""
+        # Models of older versions do not say.
+        fit = self.architecture.get("fit", "stretch")
+        interpolation = self.architecture.get("interpolation", "bilinear")
+        height, width = self.architecture["image_size"]
+        return Preprocessing((height, width), fit, interpolation)
 
     @property
     def worker_bytes(self) -> int:
@@ -141,8 +153,9 @@ class Model:
     """A loaded model directory."""
 
     model_id: str
-    detector: "Detector"
-    calibration: Calibration
+    name: str | None
+    detector: "Detector" = field(repr=False)
+    calibration: Calibration = field(repr=False)
 
 
 def save_model(
@@ -150,6 +163,7 @@ def save_model(
     detector: "Detector",
     calibration: pa.Table,
     *,
+    name: str | None = None,
     training: Mapping[str, Any],
     data: Mapping[str, Any],
     metrics: Mapping[str, Any],
@@ -159,6 +173,7 @@ def save_model(
 
     Args:
         calibration: held-out normal images in the `CALIBRATION` schema.
+        name: what users call the model.
         training: settings of the training job.
         data: fingerprint of the training images.
         metrics: loss curves and final figures.
@@ -172,6 +187,7 @@ def save_model(
     config = {
         "format_version": FORMAT_VERSION,
         "model_id": _model_id(architecture, DECODING_VERSION, state, scores),
+        "model_name": name,
         "architecture": architecture,
         "preprocessing": {
             "decoding_version": DECODING_VERSION,
@@ -202,12 +218,16 @@ def _remove_leftovers(location: Location, card: Set[str]) -> None:
             (location / name).remove()
 
 
-def read_model(location: Location) -> ModelFiles:
+def read_model(location: Location | str) -> ModelFiles:
     """Reads a model directory and proves that it is whole; needs no torch, no network and no download.
+
+    Args:
+        location: the directory; a URL or path needs no `Location` where the AWS_* variables are enough.
 
     Raises:
         WrongUse: there is no model, its format has another version, or its files are damaged.
     """
+    location = location if isinstance(location, Location) else Location(location)
     config = read_config(location)
     with _proving(location):
         architecture, feature_shapes = config["architecture"], config["feature_shapes"]
@@ -222,15 +242,17 @@ def read_model(location: Location) -> ModelFiles:
             f"model {location} was trained with image decoding version {decoding}, this csflow has "
             f"{DECODING_VERSION}; use the csflow that trained it or train anew"
         )
-    return ModelFiles(config["model_id"], architecture, feature_shapes, state, calibration)
+    name = config.get("model_name")  # older models have none
+    return ModelFiles(config["model_id"], name, architecture, feature_shapes, state, calibration)
 
 
-def load_model(location: Location) -> Model:
-    """Reads a model directory and builds its detector; raises as `read_model`."""
+def load_model(location: Location | str) -> Model:
+    """Reads a model directory and builds its detector; takes and raises what `read_model` does."""
     import torch
 
     from csflow.model import Architecture, Detector
 
+    location = location if isinstance(location, Location) else Location(location)
     files = read_model(location)
     with _proving(location):
         # Without memory and random numbers for weights that are about to be replaced.
@@ -241,7 +263,7 @@ def load_model(location: Location) -> Model:
             name.removeprefix(ROUNDING): state.pop(name) for name in list(state) if name.startswith(ROUNDING)
         }
         detector.load_state_dict(state, assign=True)
-    return Model(files.model_id, detector.eval().requires_grad_(False), files.calibration)
+    return Model(files.model_id, files.name, detector.eval().requires_grad_(False), files.calibration)
 
 
 def worker_bytes(state: Mapping[str, Any]) -> int:

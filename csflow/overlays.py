@@ -50,7 +50,7 @@ def overlay_row(
 
 
 def write_overlays(
-    scores: pa.Table,
+    scores: Any,
     folder: str,
     *,
     colours: ColourRange | None = None,
@@ -63,13 +63,14 @@ def write_overlays(
     out with a warning.
 
     Args:
+        scores: a table of pyarrow, pandas or Polars, or a relation of DuckDB, with the columns of `scores`.
         colours: ends of the colour scale; by default one scale that suits all these maps.
         side: longest side of a PNG in pixels, at most the image's own, which is the default.
 
     Returns:
         Address of the PNG by image URI.
     """
-    rows = scores.to_pylist()
+    rows = pa.table(scores).to_pylist()
     reader = ImageReader(storage_options or {}, deadline_s=READ_DEADLINE_S)
     target = Location(folder, storage_options or {})
     shared = colours or colour_range([found for row in rows if (found := map_of(row)) is not None])

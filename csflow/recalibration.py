@@ -60,6 +60,7 @@ def recalibrate(config: RecalibrateConfig) -> ExitStatus:
         output,
         old.detector,
         table,
+        name=old.name,
         training=read_config(source)["training"],
         data={
             "recalibrated_from": old.model_id,

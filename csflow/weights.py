@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from csflow.console import is_verbose, say
 from csflow.errors import WrongUse
 from csflow.model import download_weights
 from csflow.storage import Location
@@ -30,6 +32,10 @@ def find_weights(source: str, backbone: str, storage_options: Mapping[str, Any])
         WrongUse: nothing is found there, or what is found is no state dict.
     """
     if source == "timm":
+        say(f"weights of {backbone}: in the cache of timm, or else downloaded")
+        if not is_verbose():
+            # It retries for half a minute, and says so in two lines each time.
+            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         try:
             return download_weights(backbone)
         except Exception as error:

@@ -201,9 +201,11 @@ SHARD_ROW: dict[str, Any] = {
     "peak_memory_bytes": 0,
     "seconds": [],
     "cpu_seconds": [],
+    "began_at": None,
     "first_scored_at": None,
     "form": "{}",
     "anomaly_scores": [],
+    "global_scores": [],
 }
 """What a scoring actor gives back of a shard of ten good images, apart from its name."""
 

@@ -96,6 +96,7 @@ def scored(uri: str, night: int, model_id: str, offset: float) -> dict[str, Any]
         "peak_y": (peak_row + 0.5) * IMAGE_HEIGHT / MAP_SIDE,
         "peak_x": (peak_column + 0.5) * IMAGE_WIDTH / MAP_SIDE,
         "run_id": f"{day_of(night):%Y%m%d}T020000Z-{model_id[:8]}",
+        "image_modified_at": datetime(2026, 11, 2, 1, tzinfo=UTC) + timedelta(days=night),
         "scored_at": datetime(2026, 11, 2, 2 if model_id == OLD_MODEL else 3, number, tzinfo=UTC)
         + timedelta(days=night),
         "region_threshold": region_threshold,

@@ -1,10 +1,12 @@
 """From anomaly scores to p-values and defect lists."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from csflow.calibration import choose_defects, drift, heldout_needed, p_values
+from csflow.calibration import Drift, Verdict, choose_defects, drift, heldout_needed, p_values
 
 
 def test_the_p_value_counts_held_out_normals_that_score_at_least_this() -> None:
@@ -103,3 +105,54 @@ def test_drift_is_the_distance_of_two_distributions_with_its_probability() -> No
     assert other is not None
     assert other.ks_p_value < 1e-6 < 0.05 < same.ks_p_value
     assert drift([], 0.0, calibration) is None
+
+
+def judged(run: NDArray[np.float64], heldout: NDArray[np.float64]) -> str | None:
+    found = drift(run, 0.0, heldout)
+    assert found is not None
+    return found.verdict
+
+
+def test_another_product_is_told_from_a_shift_and_a_shift_from_a_quiet_night() -> None:
+    random = np.random.default_rng(0)
+    for heldout in (12, 200):
+        held_out, night = random.standard_normal(heldout), random.standard_normal(300)
+        assert judged(night, held_out) == "like"
+        assert judged(night + 1.5, held_out) == "higher"
+        assert judged(night - 1.5, held_out) == "lower"
+        assert judged(night + 20, held_out) == "unlike"
+
+
+def test_too_few_images_have_no_verdict() -> None:
+    # Two held-out images and 24 others that score above both: one order of 325 is no surprise.
+    assert judged(np.arange(24.0) + 10, np.array([1.0, 2.0])) == "few"
+    assert judged(np.arange(24.0) + 10, np.array([1.0, 2.0, 3.0])) == "unlike"
+
+
+def test_a_change_that_only_global_scores_show_is_a_drift() -> None:
+    random = np.random.default_rng(0)
+    held_out, night = random.standard_normal((2, 40)), random.standard_normal((2, 300))
+    night[1] += 2
+    found = drift(night[0], 0.05, held_out[0], (night[1], held_out[1]))
+    assert found is not None
+    assert found.ks_p_value > 0.001 > (found.global_ks_p_value or 1)
+    assert (found.verdict, found.has_drifted) == ("higher", True)
+
+
+def test_a_night_like_the_held_out_images_is_seldom_called_a_drift() -> None:
+    """Two tests at 0.001 each; 20 draws of 2,000 would be five times as many as they allow."""
+    random = np.random.default_rng(3)
+
+    def has_drifted() -> bool:
+        held_out, night = random.standard_normal((2, 12)), random.standard_normal((2, 80))
+        found = drift(night[0], 0.05, held_out[0], (night[1], held_out[1]))
+        return found is not None and found.has_drifted
+
+    assert sum(has_drifted() for _ in range(2000)) < 20
+
+
+@pytest.mark.parametrize("verdict", get_args(Verdict))
+def test_every_verdict_has_a_sentence_of_its_own(verdict: Verdict) -> None:
+    one, others = (Drift(1, 0, 0, 9, 12, 1, 0, 1, name) for name in (verdict, None))
+    assert one.words != others.words
+    assert "12 held-out images" in one.words

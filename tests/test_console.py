@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,25 @@ def test_lines_of_progress_come_now_and_then(capsys, monkeypatch):
         "10/30 shards  figures  40 s left",
         "20/30 shards  figures  10 s left",
     ]
+
+
+def test_the_start_of_workers_is_no_part_of_a_rate(monkeypatch):
+    clock = {"monotonic": 100.0, "time": 1_000.0}
+    for name in clock:
+        monkeypatch.setattr(console.time, name, lambda name=name: clock[name])
+    progress = Progress(30, "shards")
+    clock |= {"monotonic": 180.0, "time": 1_080.0}
+    assert progress.seconds == 80
+    progress.work_began(datetime.fromtimestamp(1_070, UTC))
+    progress.work_began(datetime.fromtimestamp(1_075, UTC))  # a second worker
+    assert progress.seconds == 10
+    progress.work_began(datetime.fromtimestamp(1_060, UTC))
+    assert progress.seconds == 20
+    # Clocks that go wrong: work neither ends before it begins nor begins before the job.
+    progress.work_began(datetime.fromtimestamp(5_000, UTC))
+    assert progress.seconds == 20
+    progress.work_began(datetime.fromtimestamp(0, UTC))
+    assert progress.seconds == 80
 
 
 def test_a_terminal_gets_a_bar_and_colour():
@@ -141,7 +161,10 @@ def test_a_scoring_run_in_a_terminal_shows_a_bar_and_no_line_of_rays(model, cell
     assert lines[0] == f"csflow {__version__} score: starting"
     assert "2/2 shards" in terminal.shown
     assert "RAY_BACKEND_LOG_LEVEL" not in terminal.shown
-    expected = r"csflow |run \d|40 images listed|warning: |scored |errors |rate |loading |drift |output |$"
+    expected = (
+        r"csflow |run \d|40 images (listed|of 300 × 300)|warning: |scoring with |scored |errors |rate |"
+        r"loading |drift |distance |output |$"
+    )
     assert [line for line in lines if not re.match(expected, line)] == []
 
 

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from scipy import ndimage
+from scored_output import write_record
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from csflow import __version__
@@ -31,6 +32,7 @@ from csflow.evaluation.labels import Label, mvtec_labels, read_labels
 from csflow.evaluation.masks import decode_mask
 from csflow.evaluation.pixel_metrics import FPR_LIMIT, PixelHistograms, upsample
 from csflow.evaluation.ranking import Ranking, bootstrap_intervals, share
+from csflow.output.runs import ScoredWith
 from csflow.output.schemas import SCORES
 from csflow.preprocessing import whole
 from csflow.regions import find_regions
@@ -137,6 +139,21 @@ def test_evaluation_holds_metrics_and_counts_and_prints_them(tmp_path: Path, cap
     )
 
 
+def test_an_evaluation_in_which_nothing_could_be_flagged_says_why(tmp_path: Path, capsys: Any) -> None:
+    write_scores(tmp_path / "out", {"/d/a.png": 1.0, "/d/b.png": 2.0})
+    labels = write_labels(tmp_path / "labels.csv", {"/d/a.png": 0, "/d/b.png": 1})
+    model = tmp_path / "model"
+    (model).mkdir()
+    (model / "config.json").write_text('{"format_version": 4, "model_id": "m1"}')
+    pq.write_table(pa.table({"anomaly_score": [0.5] * 12}), model / "calibration.parquet")
+    write_record(tmp_path / "out", "1", model=ScoredWith(location=str(model), model_id="m1"))
+    assert "smallest p-value is 0.077" in run(tmp_path, labels=labels)["why_none_is_flagged"]
+    assert "no flags            12 images are held out" in capsys.readouterr().out
+    # With 19 held-out images the run's rate of 0.05 can flag, and has found nothing.
+    pq.write_table(pa.table({"anomaly_score": [0.5] * 19}), model / "calibration.parquet")
+    assert run(tmp_path, labels=labels)["why_none_is_flagged"] is None
+
+
 def test_the_latest_score_of_an_image_counts(tmp_path: Path) -> None:
     write_scores(tmp_path / "out", {"/d/a.png": 1.0, "/d/b.png": 2.0}, night=1)
     write_scores(tmp_path / "out", {"/d/a.png": 5.0}, night=0)
@@ -207,6 +224,14 @@ def test_one_of_several_models_must_be_chosen(tmp_path: Path) -> None:
     write_scores(tmp_path / "out", {"/d/a.png": 1.0, "/d/b.png": 2.0}, model_id="m1")
     write_scores(tmp_path / "out", {"/d/a.png": 2.0, "/d/b.png": 1.0}, model_id="m2")
     with pytest.raises(WrongUse, match="several models; choose with --model_id: m1, m2"):
+        run(tmp_path, labels=labels)
+    place = {"model": ScoredWith(location="/models/boards", model_id="m2")}
+    write_record(tmp_path / "out", "1", **place)
+    with pytest.raises(WrongUse, match=r"--model_id: m1, m2 \(/models/boards\)$"):
+        run(tmp_path, labels=labels)
+    named = {"model": ScoredWith(location="/models/boards", model_id="m2", model_name="board")}
+    write_record(tmp_path / "out", "2", **named)
+    with pytest.raises(WrongUse, match=r"--model_id: m1, m2 \(board\)$"):
         run(tmp_path, labels=labels)
     with pytest.raises(WrongUse, match="no scores of model m3; choose with --model_id: m1, m2"):
         run(tmp_path, labels=labels, model_id="m3")

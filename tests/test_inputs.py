@@ -491,6 +491,39 @@ def test_names_that_are_not_utf8_do_not_stop_the_listing(tmp_path: Path) -> None
     assert failure(*found.popitem()).code == ErrorCode.NOT_FOUND
 
 
+def test_every_image_has_the_time_of_its_last_change_if_anything_says_it(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.png", png(1))
+    os.utime(file, (1_700_000_000, 1_700_000_000.25))
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        for name, mtime in (("dated.png", 1_600_000_000), ("undated.png", 0)):
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = len(png(2)), mtime
+            tar.addfile(member, io.BytesIO(png(2)))
+    write(tmp_path / "b.tar", packed.getvalue())
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        for name, parts in (("dated.png", (2020, 2, 29, 12, 30, 2)), ("undated.png", (1980, 1, 1, 0, 0, 0))):
+            archive.writestr(zipfile.ZipInfo(name, parts), png(3))
+    write(tmp_path / "c.zip", zipped.getvalue())
+    rows = write(tmp_path / "d.parquet", parquet_of(HUGGING_FACE))
+    os.utime(rows, (1_500_000_000, 1_500_000_000))
+    (tmp_path / "m.csv").write_text("image_uri,image_version\na.png,known\n")
+
+    def times(uri: Path) -> dict[str, datetime | None]:
+        table = list_table([str(uri)], {})
+        uris = (name.removeprefix(f"{tmp_path}/") for name in table["image_uri"].to_pylist())
+        return dict(zip(uris, table["image_modified_at"].to_pylist(), strict=True))
+
+    found = times(tmp_path)
+    assert found["a.png"] == datetime(2023, 11, 14, 22, 13, 20, 250_000, tzinfo=UTC)
+    assert found["b.tar!/dated.png"] == datetime.fromtimestamp(1_600_000_000, UTC)
+    assert found["c.zip!/dated.png"] == datetime(2020, 2, 29, 12, 30, 2, tzinfo=UTC)
+    assert found["d.parquet#0"] == datetime.fromtimestamp(1_500_000_000, UTC)
+    assert found["b.tar!/undated.png"] is found["c.zip!/undated.png"] is None
+    assert times(tmp_path / "m.csv") == {"a.png": None}
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_manifest_names_images_of_every_kind(tmp_path: Path, kind: str) -> None:
     single = write(tmp_path / "in" / "a.png", png(1))
@@ -523,9 +556,10 @@ def test_manifest_versions_save_the_look_up(bucket: faulty_s3.FaultyS3) -> None:
     rows = [f's3://inputs/in/a.png,"{etag.replace(chr(34), chr(34) * 2)}",7', "b.png,old,8"]
     manifest = bucket.put("in/m.csv", "\n".join(["image_uri,etag,size", *rows]).encode())
     table = pa.Table.from_batches(list_images([manifest], bucket.options))
+    undated = {"image_modified_at": None}
     assert table.to_pylist() == [
-        {"image_uri": "s3://inputs/in/a.png", "image_version": etag.strip('"'), "size_bytes": 7},
-        {"image_uri": "s3://inputs/in/b.png", "image_version": "old", "size_bytes": 8},
+        {"image_uri": "s3://inputs/in/a.png", "image_version": etag.strip('"'), "size_bytes": 7} | undated,
+        {"image_uri": "s3://inputs/in/b.png", "image_version": "old", "size_bytes": 8} | undated,
     ]
     assert not any(".png" in request for request in bucket.requests)
 

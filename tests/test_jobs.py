@@ -70,9 +70,9 @@ def test_train_names_what_is_wrong(wrong_use, good_cells, tmp_path):
         "name one of these"
     )
     assert "/nowhere/w.pth does not exist" in wrong("--input", good_cells, "--weights", "/nowhere/w.pth")
-    assert "error: --weights: the weights are not those of a resnet10t; name its own" in wrong(
-        "--input", good_cells, "--backbone", "resnet10t"
-    )
+    line = wrong("--input", good_cells, "--backbone", "resnet10t")
+    assert "error: --weights: the weights are not those of a resnet10t; name its own" in line
+    assert line.endswith("(--weights timm downloads those of resnet10t)")
     assert "--epochs: Input should be greater than or equal to 1 (was '0')" in wrong(
         "--input", good_cells, "--epochs", "0"
     )

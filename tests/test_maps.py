@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -29,6 +31,13 @@ def _map(hot: tuple[int, int] | None = None, value: float = 10.0) -> np.ndarray:
 def test_overlay_has_the_size_and_mode_of_the_image() -> None:
     drawn = overlay(GREY, _map(), vmin=0, vmax=1)
     assert (drawn.size, drawn.mode) == ((90, 60), "RGB")
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA"])
+def test_a_picture_of_another_mode_gets_the_colours_of_the_map_too(mode: str) -> None:
+    drawn = overlay(GREY.convert(mode), _map(hot=(3, 0)), vmin=0, vmax=10)
+    assert drawn.mode == "RGB"
+    assert np.array_equal(drawn, overlay(GREY, _map(hot=(3, 0)), vmin=0, vmax=10))
 
 
 def test_values_up_to_vmin_leave_the_image_as_it_is() -> None:
@@ -185,6 +194,16 @@ def test_pngs_in_bulk_share_one_scale_and_are_numbered_as_the_rows(scores: pa.Ta
     assert drawn[0] < drawn[1]
     alone = np.asarray(overlay_row(scores.to_pylist()[0]), dtype=int)[40, 60].sum()
     assert alone == drawn[1]
+
+
+def test_rows_of_pandas_polars_and_duckdb_become_the_same_pictures(scores: pa.Table, tmp_path: Path) -> None:
+    tables = [scores, scores.to_pandas(), pl.from_arrow(scores), duckdb.from_arrow(scores)]
+    pictures = []
+    for number, table in enumerate(tables):
+        written = write_overlays(table, str(tmp_path / str(number)))
+        pictures.append({uri: Path(file).read_bytes() for uri, file in written.items()})
+    assert pictures == [pictures[0]] * 4
+    assert len(pictures[0]) == 2
 
 
 def test_an_image_that_is_gone_is_warned_about_and_the_others_are_written(

@@ -66,6 +66,24 @@ def test_a_loaded_model_scores_like_the_saved_one(detector, tmp_path):
     assert not any(parameter.requires_grad for parameter in model.detector.parameters())
 
 
+def test_a_model_is_loaded_by_its_path_and_shows_itself_in_one_line(detector, tmp_path):
+    model_id = save(Location(str(tmp_path)), detector)
+    model = load_model(str(tmp_path))
+    assert repr(model) == f"Model(model_id={model_id!r}, name=None)"
+    assert len(repr(read_model(str(tmp_path)))) < 1000
+
+
+def test_the_name_of_a_model_is_stored_and_leaves_its_id_alone(detector, tmp_path):
+    calibration = pa.Table.from_pylist([{"image_uri": "a", "image_version": "1", "anomaly_score": 1.0}])
+    rest = {"training": {}, "data": {}, "metrics": {}, "card": {}}
+    ids = {
+        save_model(Location(str(tmp_path / f"{name}")), detector, calibration, name=name, **rest)
+        for name in ("gear", "board", None)
+    }
+    assert len(ids) == 1
+    assert [load_model(str(tmp_path / f"{name}")).name for name in ("gear", "None")] == ["gear", None]
+
+
 def test_what_rounding_shifts_is_saved_with_the_model_and_decides_its_id(detector, tmp_path):
     before = save(Location(str(tmp_path / "before")), detector)
     measured = copy.deepcopy(detector)

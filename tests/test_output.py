@@ -42,7 +42,11 @@ def errors(*rows: dict[str, Any]) -> pa.Table:
 
 
 def scores(*rows: dict[str, Any]) -> bytes:
-    row: dict[str, Any] = dict.fromkeys(SCORES.names, 0) | {"image_version": "1", "run_id": "run"}
+    row: dict[str, Any] = dict.fromkeys(SCORES.names, 0) | {
+        "image_version": "1",
+        "run_id": "run",
+        "model_name": "",
+    }
     row |= {"scale_scores": [], "anomaly_map": None, "map_box": None, "is_anomalous": False}
     row |= {"regions": None}
     return to_parquet(pa.Table.from_pylist([row | some for some in rows], SCORES))

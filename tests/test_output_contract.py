@@ -54,17 +54,20 @@ def test_run_json_has_the_keys_that_its_readers_know(tmp_path: Path) -> None:
     assert text == json.dumps(content, indent=2) + "\n"
     assert list(content) == [
         *("format_version", "run_id", "status", "exit_status", "started_at", "ended_at", "model"),
-        *("configuration", "counts", "precisions", "forms", "drift", "peak_memory_bytes"),
-        *("images_per_second", "seconds", "seconds_to_first_image", "seconds_in_workers"),
-        *("images_helped", "cpu_seconds_in_workers", "libraries"),
+        *("configuration", "counts", "not_listed", "skipped", "precisions", "forms", "drift"),
+        *("peak_memory_bytes", "images_per_second", "seconds", "seconds_to_first_image"),
+        *("seconds_in_workers", "images_helped", "cpu_seconds_in_workers", "libraries"),
     ]
     assert content["format_version"] == 1
-    assert content["model"].keys() == {"location", "model_id"}
+    assert content["model"].keys() == {"location", "model_id", "model_name"}
     assert content["counts"].keys() == {
         *("listed", "scored", "permanent_errors", "missing", "scored_in_this_run", "anomalous_in_this_run"),
-        *("errors_in_this_run", "failed_shards_in_this_run"),
+        *("errors_in_this_run", "failed_shards_in_this_run", "not_listed"),
     }
-    assert content["drift"].keys() == {"ks_statistic", "ks_p_value", "share_below_5_percent", "sample"}
+    assert content["drift"].keys() == {
+        *("ks_statistic", "ks_p_value", "share_below_5_percent", "sample", "heldout"),
+        *("global_ks_statistic", "global_ks_p_value", "share_above_all", "verdict"),
+    }
     assert content["peak_memory_bytes"].keys() == {"driver", "worker"}
     assert content["ended_at"] == "2026-11-02T02:10:00.123456+00:00"
 
@@ -72,9 +75,9 @@ def test_run_json_has_the_keys_that_its_readers_know(tmp_path: Path) -> None:
 def test_only_what_may_be_left_out_or_came_later_can_be_null() -> None:
     assert [field.name for field in SCORES if field.nullable] == [
         *("anomaly_map", "map_box", "global_score", "global_p_value", "local_score", "local_p_value"),
-        *("map_threshold", "region_threshold", "regions"),
+        *("map_threshold", "region_threshold", "regions", "image_modified_at", "model_name"),
     ]
-    assert not any(field.nullable for field in ERRORS)
+    assert [field.name for field in ERRORS if field.nullable] == ["image_modified_at", "model_name"]
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -153,7 +153,9 @@ def images_of(shard: PlannedShard) -> list[Image]:
 
 
 def score_row(image: Image) -> dict[str, Any]:
-    row: dict[str, Any] = dict.fromkeys(SCORES.names, 0) | dict(zip(SCORES.names, image, strict=False))
+    row: dict[str, Any] = (
+        dict.fromkeys(SCORES.names, 0) | {"model_name": None} | dict(zip(SCORES.names, image, strict=False))
+    )
     lists = {"scale_scores": [], "anomaly_map": None, "map_box": None, "regions": None}
     return row | lists | {"run_id": "run", "is_anomalous": False}
 
@@ -299,6 +301,14 @@ def test_plans_that_an_earlier_csflow_left_are_found_in_parts_of_64_shards(
     places = [(shard.part, shard.row_group) for shard in shards]
     first, second = (world.output.plan_part("000007-ab", number) for number in (0, 1))
     assert places == [*((first, n) for n in range(64)), (second, 0)]
+
+
+def test_images_of_a_plan_that_an_earlier_csflow_left_have_no_time(tmp_path: Path) -> None:
+    part = Location(str(tmp_path / "part.parquet"))
+    part.write(to_parquet(pa.table({"image_uri": ["a"], "image_version": ["1"]})))
+    images = PlannedShard("1-ab-000000", "2026-11-02", part, 0).images()
+    assert images.schema.field("image_modified_at") == LISTING.field("image_modified_at")
+    assert images.to_pylist() == [{"image_uri": "a", "image_version": "1", "image_modified_at": None}]
 
 
 def test_a_shard_comes_to_an_actor_as_a_row_without_the_options_of_its_store() -> None:

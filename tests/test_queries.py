@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import sqlglot
 from pages import DOCS, Block, blocks, run_python, statements
-from scored_output import NEW_MODEL, OLD_MODEL, day_of, photographs, write_output
+from scored_output import NEW_MODEL, OLD_MODEL, day_of, photographs, scored, write_output, write_rows
 
 from csflow.output.schemas import ERRORS, REGION, REGIONS, SCORES
 
@@ -298,6 +298,49 @@ def test_an_output_without_errors_or_a_second_model_answers_all_other_questions(
             if "model_id" in answer:  # of digits only, and text all the same
                 assert list(answer.model_id) == list(in_polars["model_id"]) == [OLD_MODEL]
             assert len(answer) or "new model" in heading, heading
+
+
+def test_of_two_products_in_one_output_none_is_lost(tmp_path, monkeypatch):
+    """The latest model of each name, whichever product was scored last."""
+    output = tmp_path / "demo" / "scores"
+    scored_in = [
+        ("gear", "old gear", 0),
+        ("board", "board", 1),
+        ("gear", "new gear", 2),
+        (None, "nameless", 3),
+    ]
+    for name, model_id, night in scored_in:
+        rows = [scored(uri, night, OLD_MODEL, 0.0) for uri in photographs(0)]
+        named = [row | {"model_name": name} for row in rows if row]
+        write_rows(output, "scores", model_id, night, named)
+    monkeypatch.chdir(tmp_path)
+    connection = duckdb.connect()
+    for statement in statements(set_up("sql", "duckdb", "setup")[0]):
+        connection.execute(statement)
+    names: dict[str, Any] = {}
+    run_python(set_up("python", None, "setup")[0], names)
+    for view, models in (
+        ("latest_model", ["board", "nameless", "new gear"]),
+        ("previous_model", ["old gear"]),
+    ):
+        found = connection.execute(f"SELECT DISTINCT model_id FROM {view} ORDER BY 1").df()
+        assert list(found.model_id) == models
+        assert sorted(set(names[view].collect()["model_id"])) == models
+
+
+def test_weeks_are_those_of_the_photographs_and_not_of_the_night_that_scored_them(tmp_path, monkeypatch):
+    rows = [scored(uri, night, OLD_MODEL, 0.0) for night in range(21) for uri in photographs(night)]
+    write_rows(tmp_path / "demo" / "scores", "scores", OLD_MODEL, 20, [row for row in rows if row])
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    run_python(set_up("python", None, "setup")[0], names)
+    connection = duckdb.connect()
+    for statement in statements(set_up("sql", "duckdb", "setup")[0]):
+        connection.execute(statement)
+    heading = "Drift over weeks"
+    weeks = connection.execute(statements(questions("sql")[heading])[0]).df().week
+    in_polars = run_python(questions("python")[heading], names)["week"]
+    assert [week.date() for week in weeks] == list(in_polars) == [day_of(0), day_of(7), day_of(14)]
 
 
 def test_the_tables_of_athena_and_trino_are_those_of_the_contract():

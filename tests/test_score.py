@@ -168,6 +168,10 @@ def test_every_image_is_scored_once_or_has_an_error(scored, archive, run_record)
         "notes.jpg": "unsupported_format",
     }
     assert not errors.is_transient.any()
+    for rows in (read_scores(scored), errors):
+        changed = [Path(uri).stat().st_mtime for uri in rows.image_uri]
+        assert [at.timestamp() for at in rows.image_modified_at] == pytest.approx(changed, abs=2e-6)
+        assert rows.model_name.isna().all()
     record = run_record(scored)
     counts = record["counts"]
     assert [counts[k] for k in ("listed", "scored", "permanent_errors", "missing")] == [43, 40, 3, 0]
@@ -535,7 +539,9 @@ def test_an_append_whose_answer_was_lost_plans_no_image_twice(archive, empty_out
 def test_a_late_listing_of_the_scores_plans_no_image_twice(archive, empty_output, tmp_path, monkeypatch):
     listing = listing_of(archive, tmp_path / "listing")
     for shard in make_plan(listing, OutcomeReader(empty_output), "first", retry_errors=False):
-        rows = [dict.fromkeys(SCORES.names, 0) | row for row in shard.images().to_pylist()]
+        rows = [
+            dict.fromkeys(SCORES.names, 0) | {"model_name": ""} | row for row in shard.images().to_pylist()
+        ]
         columns = {"scale_scores": [], "anomaly_map": None, "run_id": "first", "is_anomalous": False}
         columns |= {"map_box": None, "regions": None}
         table = pa.Table.from_pylist([row | columns for row in rows], schema=SCORES)
@@ -639,7 +645,9 @@ def test_rows_that_do_not_come_end_the_wait():
         list(with_timeout((1 // 0 for _ in [1]), seconds=60))
 
 
-def test_drift_is_stated_and_ends_the_run_with_a_status_of_its_own_when_asked(model, tmp_path, run_record):
+def test_drift_is_stated_and_ends_the_run_with_a_status_of_its_own_when_asked(
+    model, tmp_path, run_record, capfd
+):
     images = tmp_path / "noise"
     images.mkdir()
     noise = np.random.default_rng(0)
@@ -651,7 +659,10 @@ def test_drift_is_stated_and_ends_the_run_with_a_status_of_its_own_when_asked(mo
     drift = run_record(tmp_path / "a")["drift"]
     assert drift["ks_statistic"] > 0.9
     assert drift["ks_p_value"] < 0.001
-    assert drift["sample"] == 20
+    assert (drift["sample"], drift["verdict"]) == (20, "unlike")
+    assert "drift     100% of the images are unlike all of the 10 held-out images: another" in (
+        capfd.readouterr().out
+    )
     assert run_score(*arguments, "--output", tmp_path / "b") == ExitStatus.DONE
 
 
@@ -677,12 +688,14 @@ def test_a_large_run_keeps_a_fair_sample_of_its_scores(monkeypatch):
     for seed in range(runs):
         tally = Tally(generator=random.Random(seed))
         for first in range(0, scores, 5):
-            some = {"shard": str(first), "anomaly_scores": list(map(float, range(first, first + 5)))}
+            scores_of_shard = list(map(float, range(first, first + 5)))
+            both = {"anomaly_scores": scores_of_shard, "global_scores": scores_of_shard}
+            some = {"shard": str(first)} | both
             tally.add(row | some)
             tally.add(row | some | {"is_published": False})  # another attempt counts them
             assert len(tally.sample) == min(10, first + 5)
         assert len(set(tally.sample)) == 10
-        kept[np.array(tally.sample, int)] += 1
+        kept[np.array([score for score, _ in tally.sample], int)] += 1
     # Each score is kept in a sixth of the runs, the first ones as often as the last ones.
     assert abs(kept - runs / 6).max() < 4 * (runs * 1 / 6 * 5 / 6) ** 0.5
     for tenth in kept.reshape(6, 10).sum(1):

@@ -52,6 +52,14 @@ def test_the_job_shows_its_progress_and_says_what_it_wrote(trained):
     assert "s left" in job.stdout
     model_id = json.loads((folder / "config.json").read_text())["model_id"]
     assert f"model {model_id} written to {folder}" in job.stdout
+    described = "48 images of 300 × 300 → 128 × 128 pixels; a map cell is 19 × 19 pixels of the original\n"
+    assert described in job.stdout
+    few = (
+        "10 images are held out, so the smallest p-value is 0.091, and --false_positive_rate 0.01 can flag no"
+    )
+    # Before the work, and at its end beside the model, whose card keeps it.
+    assert job.stdout.count(few) == 2
+    assert few in (folder / "README.md").read_text()
 
 
 def test_the_model_directory_is_complete_and_free_of_pickles(model):
@@ -190,6 +198,17 @@ def test_an_unreadable_image_is_left_out_and_named(ray_cluster, good_cells, tmp_
     assert train(configure("--input", images, "--output", tmp_path / "model")) == ExitStatus.DONE
     assert f"left out: {images / 'broken.png'}: truncated" in capfd.readouterr().out
     assert json.loads((tmp_path / "model" / "config.json").read_text())["data"]["unreadable_images"] == 1
+
+
+def test_where_no_image_can_be_read_some_are_named_and_the_input_is_to_blame(ray_cluster, tmp_path, capfd):
+    for number in range(12):
+        (tmp_path / f"{number:02}.png").write_bytes(b"no image")
+    with pytest.raises(WrongUse, match="--input: none of the 12 images can be read; see why above"):
+        train(configure("--input", tmp_path, "--output", tmp_path / "model"))
+    named = [line for line in capfd.readouterr().out.splitlines() if line.startswith("left out: ")]
+    assert len(named) == 11
+    assert named[0].startswith(f"left out: {tmp_path / '00.png'}: unsupported_format")
+    assert named[-1] == "left out: 2 more, 12 in all"
 
 
 def test_excluded_images_take_no_part_and_leave_the_fingerprint_of_an_input_without_them(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pyarrow.dataset as ds
 from pydantic import Field
 
+from csflow.calibration import why_none_is_flagged
 from csflow.config import JobConfig, Seed
 from csflow.errors import ExitStatus, WrongUse
 from csflow.evaluation.labels import Label, LabelledScore, among, mvtec_labels, read_labels
@@ -15,7 +16,8 @@ from csflow.evaluation.pixel_pass import Masks, pixel_metrics
 from csflow.evaluation.ranking import Ranking, bootstrap_intervals, share
 from csflow.evaluation.region_metrics import RegionCounts
 from csflow.evaluation.summary import plots, print_evaluation
-from csflow.output.reading import latest_per_image, open_scores
+from csflow.model_directory import find_heldout_scores
+from csflow.output.reading import ScoringOutput, last_records, latest_per_image, open_scores
 from csflow.storage import Location
 
 
@@ -82,6 +84,7 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
         "metrics": metrics | {"best_f1_threshold": ranking.best_f1_threshold()},
         "intervals": intervals,
         "defect_classes": _by_class(normal, defective, config),
+        "why_none_is_flagged": _why_none_is_flagged(output, normal, defective, config),
         "bootstrap": {"resamples": config.bootstrap, "seed": config.seed, "confidence": 0.95},
     }
     histograms: PixelHistograms | None = None
@@ -171,6 +174,23 @@ def _by_class(
         metrics, intervals = _metrics_and_intervals(normal, members, config)
         found[name] = {"images": len(members), "metrics": metrics, "intervals": intervals}
     return found
+
+
+def _why_none_is_flagged(
+    output: ScoringOutput,
+    normal: Sequence[LabelledScore],
+    defective: Sequence[LabelledScore],
+    config: EvaluateConfig,
+) -> str | None:
+    """Why the runs could flag none of these images; None if they could, or if their model is not found."""
+    if any(image.is_anomalous for image in [*normal, *defective]):
+        return None
+    records = last_records(output)
+    rate = max((record.configuration["false_positive_rate"] for record in records), default=None)
+    locations = dict.fromkeys(record.model.location for record in records)
+    found = (find_heldout_scores(Location(url, config.storage_options), output.model_id) for url in locations)
+    heldout = next((scores for scores in found if scores is not None), None)
+    return None if heldout is None or rate is None else why_none_is_flagged(len(heldout), rate)
 
 
 def _is_json(location: Location) -> bool:

@@ -67,6 +67,8 @@ def print_evaluation(evaluation: Mapping[str, Any]) -> None:
     print(f"{'':<20}{'':<9}95 % interval")
     for name, interval in evaluation["intervals"].items():
         print(f"{name:<20}{metrics[name]:.4f}   {_shown(interval)}   {notes.get(name, '')}".rstrip())
+    if evaluation["why_none_is_flagged"]:
+        print(f"{'no flags':<20}{evaluation['why_none_is_flagged']}")
     _print_pixels(evaluation.get("pixels"))
     _print_regions(evaluation.get("regions"))
     _print_classes(evaluation["defect_classes"])

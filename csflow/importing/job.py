@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 import csflow
-from csflow.config import ListingConfig, Locations, Side
+from csflow.config import ListingConfig, Locations, ModelName, Side
 from csflow.console import say, warn
 from csflow.errors import ExitStatus, WrongUse
 from csflow.heldout import heldout_calibration
@@ -64,6 +64,9 @@ class ImportConfig(ListingConfig):
     calibrate: Locations
     """Normal images from which to compute p-values; the model must not have been trained on them. One or more
     folders, files, archives or manifests."""
+    name: ModelName | None = None
+    """What to call the model, usually the product or the camera that it is for. The name is stored with every
+    score."""
     backbone: str | None = None
     """Feature extractor: name of a timm network. [default: the EfficientNet-B5 of the code that trained the
     flow]"""
@@ -111,6 +114,7 @@ def import_model(config: ImportConfig) -> ExitStatus:
         output,
         detector,
         calibration,
+        name=config.name,
         training=origin,
         data={"calibration_images": calibration.num_rows, "unreadable_images": unreadable},
         metrics={},

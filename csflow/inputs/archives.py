@@ -8,12 +8,14 @@ A member's version holds everything needed to read it, so that readers share no 
 A member's name is only a part of its URI and never a path on a disk, so `../x.jpg` does no harm.
 """
 
+import math
 import re
 import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterator
+from datetime import UTC, datetime
 from itertools import pairwise
 from typing import BinaryIO, NamedTuple
 
@@ -38,6 +40,8 @@ LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 LOCAL_SIGNATURE = b"PK\x03\x04"
 LONGEST_HEADER = LOCAL_HEADER.size + 2 * 0xFFFF
 ENCRYPTED = 0x1
+NO_TIME = (1980, 1, 1, 0, 0, 0)
+"""What programs write that give all zip members the same time; in a tar it is 0."""
 
 
 def split_member(uri: str) -> tuple[str, str] | None:
@@ -65,7 +69,7 @@ def list_members(
     index = _index_tar if is_tar else _index_zip
     members: dict[str, StoredObject] = {}
     with parsing("archive"), store.open(archive, READ_AHEAD) as file:
-        for name, place, size in index(file, archive.size):
+        for name, place, size, modified_at in index(file, archive.size):
             if not is_wanted(name):
                 continue
             if not isinstance(place, _Link):
@@ -75,7 +79,7 @@ def list_members(
             else:
                 is_no_file(name)
                 continue
-            members[name] = StoredObject(f"{archive.uri}{SEPARATOR}{name}", version, size)
+            members[name] = StoredObject(f"{archive.uri}{SEPARATOR}{name}", version, size, modified_at)
     return list(members.values())
 
 
@@ -104,8 +108,8 @@ class _Link(NamedTuple):
     """Name of the earlier member; empty for symbolic links, which may lead anywhere."""
 
 
-Entry = tuple[str, str | _Link, int]
-"""Name, position and size of a member."""
+Entry = tuple[str, str | _Link, int, float]
+"""Name, position and size of a member, and the time of its last change, NaN if that is not known."""
 
 
 def _index_tar(file: BinaryIO, size: int) -> Iterator[Entry]:
@@ -140,10 +144,11 @@ def _index_one_tar(file: BinaryIO, size: int) -> Generator[Entry, None, int]:
             tar.members.clear()  # type: ignore[attr-defined]  # a million of them would be kept otherwise
             if member.isreg():
                 length = "sparse" if member.issparse() else str(member.size)
-                yield as_text(member.name), f"{member.offset_data}+{length}", member.size
+                modified_at = float(member.mtime) or math.nan
+                yield as_text(member.name), f"{member.offset_data}+{length}", member.size, modified_at
             elif member.islnk() or member.issym():
                 target = as_text(member.linkname) if member.islnk() else ""
-                yield as_text(member.name), _Link(target), 0
+                yield as_text(member.name), _Link(target), 0, float(member.mtime) or math.nan
         # tarfile takes a damaged or cut header for the end of the archive, and what follows would be lost.
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
@@ -176,7 +181,17 @@ def _index_zip(file: BinaryIO, size: int) -> Iterator[Entry]:
         span = ends.get(member.header_offset, size) - member.header_offset
         span = min(span, LONGEST_HEADER + member.compress_size)
         position = f"{member.header_offset}+{span}+{member.file_size}+{member.CRC:08x}"
-        yield as_text(member.filename), position, member.file_size
+        yield as_text(member.filename), position, member.file_size, _time_of(member)
+
+
+def _time_of(member: zipfile.ZipInfo) -> float:
+    """Seconds since 1970 of a zip member, whose time has no zone and counts as UTC; NaN if it has none."""
+    if member.date_time == NO_TIME:
+        return math.nan
+    try:
+        return datetime(*member.date_time, tzinfo=UTC).timestamp()
+    except ValueError:
+        return math.nan
 
 
 def _read_zip_member(store: ObjectStore, archive: str, position: re.Match[str], max_bytes: int) -> bytes:

@@ -13,13 +13,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from queue import Empty, SimpleQueue
-from typing import Literal
 
 from csflow.inputs.loaded import LoadedImage
-
-Decode = Literal["auto", "beside", "cluster"]
-"""Where images are read and decoded: `beside` the model, in its process; in the whole `cluster`, too; or,
-with `auto`, in the cluster if a GPU waits for images otherwise."""
 
 MOST_HELPERS = 64
 CHUNK_BYTES, MOST_CHUNK_IMAGES = 4 << 20, 16

@@ -27,9 +27,11 @@ LISTING = pa.schema(
         pa.field("image_uri", pa.string(), nullable=False),
         pa.field("image_version", pa.string(), nullable=False),
         pa.field("size_bytes", pa.int64(), nullable=False),
+        pa.field("image_modified_at", pa.timestamp("us", tz="UTC")),
     ]
 )
-"""Schema of a listing. `size_bytes` is 0 if a manifest does not say, and an average for Parquet rows."""
+"""Schema of a listing. `size_bytes` is 0 if a manifest does not say, and an average for Parquet rows.
+`image_modified_at` is null if nothing says when the image was last changed."""
 
 OF_CONTENT = (ErrorCode.CORRUPT, ErrorCode.CRASHED, ErrorCode.TOO_LARGE, ErrorCode.UNSUPPORTED_FORMAT)
 """Codes of errors that the content of a container is to blame for."""
@@ -311,5 +313,14 @@ def _reason(uri: str, error: Exception) -> str:
 def _batches(images: Iterable[StoredObject]) -> Iterator[pa.RecordBatch]:
     images = iter(images)
     while chunk := list(islice(images, BATCH_ROWS)):
-        columns = [pa.array(values) for values in zip(*(image[:3] for image in chunk), strict=True)]
+        uris, versions, sizes, seconds = zip(*chunk, strict=True)
+        columns = [*map(pa.array, (uris, versions, sizes)), _timestamps(seconds)]
         yield pa.RecordBatch.from_arrays(columns, schema=LISTING)
+
+
+def _timestamps(seconds: Sequence[float]) -> pa.Array:
+    """Times since 1970 as timestamps; null for NaN and for what no calendar has."""
+    microseconds = 1e6 * np.array(seconds)
+    is_known = np.abs(microseconds) < 2.5e17  # within 8,000 years, which Python's datetime and SQL can hold
+    whole = np.where(is_known, microseconds, 0).round().astype(np.int64)
+    return pa.array(whole, mask=~is_known).cast(LISTING.field("image_modified_at").type)

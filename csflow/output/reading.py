@@ -1,7 +1,7 @@
 """Opens the output of scoring jobs for one model: its scores, errors and runs."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ def open_scores(location: Location, model_id: str | None = None) -> ScoringOutpu
         model_id = next(iter(models))
     if model_id not in models:
         what = "holds scores of several models" if model_id is None else f"has no scores of model {model_id}"
-        raise WrongUse(f"{location} {what}; choose with --model_id: {', '.join(models)}")
+        raise WrongUse(f"{location} {what}; choose with --model_id: {_labels(root, models)}")
     failed = _files_by_model(root, "errors").get(model_id)
     return ScoringOutput(
         model_id,
@@ -122,9 +122,22 @@ def open_errors(output: ScoringOutput, run_id: str | None = None) -> list[ErrorG
 
 def last_records(output: ScoringOutput) -> list[RunRecord]:
     """Records of this model among the last `RUNS_LOOKED_AT` runs, latest first; runs cut off have none."""
-    ids = reversed(run_ids(output.root)[-RUNS_LOOKED_AT:])
-    records = (read_record(output.root, run_id) for run_id in ids)
-    return [record for record in records if record and record.model.model_id == output.model_id]
+    return [record for record in _records(output.root) if record.model.model_id == output.model_id]
+
+
+def _records(root: Location) -> Iterator[RunRecord]:
+    """Records of the last `RUNS_LOOKED_AT` runs, latest first; runs cut off have none."""
+    for run_id in reversed(run_ids(root)[-RUNS_LOOKED_AT:]):
+        if record := read_record(root, run_id):
+            yield record
+
+
+def _labels(root: Location, model_ids: Iterable[str]) -> str:
+    """The models as people know them, as far as run records tell."""
+    known: dict[str, str] = {}
+    for record in _records(root):
+        known.setdefault(record.model.model_id, record.model.label)
+    return ", ".join(known.get(model_id, model_id) for model_id in model_ids)
 
 
 def scored_images(files: Sequence[Location]) -> Iterator[pa.RecordBatch]:

@@ -25,6 +25,13 @@ class ScoredWith(Record):
 
     location: str
     model_id: str
+    model_name: str | None = None
+    """The model's name, if it has one."""
+
+    @property
+    def label(self) -> str:
+        """The model id, with the name or place by which people know the model."""
+        return f"{self.model_id} ({self.model_name or self.location})"
 
 
 class Counts(Record):

@@ -39,6 +39,8 @@ SCORES = pa.schema(
         pa.field("map_threshold", pa.float64()),  # null too if the held-out images are too few to tell
         pa.field("region_threshold", pa.float64()),  # null, with the next, as `map_threshold`
         pa.field("regions", REGIONS),
+        pa.field("image_modified_at", pa.timestamp("us", tz="UTC")),  # null if the listing does not say
+        pa.field("model_name", pa.string()),  # null if the model has no name
     ]
 )
 
@@ -51,5 +53,7 @@ ERRORS = pa.schema(
         pa.field("is_transient", pa.bool_(), nullable=False),
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("failed_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("image_modified_at", pa.timestamp("us", tz="UTC")),
+        pa.field("model_name", pa.string()),
     ]
 )

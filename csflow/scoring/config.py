@@ -1,15 +1,16 @@
 """Settings of the scoring job, and those of them that its actors receive."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from csflow.config import ListingConfig, Locations, Moment, Patterns
-from csflow.inputs.helpers import Decode
-from csflow.output.layout import Output
+from csflow.config import FALSE_POSITIVE_RATE, Decode, ListingConfig, Locations, Moment, Patterns
 from csflow.precision import Device, PrecisionSetting
-from csflow.storage import Location
+
+if TYPE_CHECKING:  # with pyarrow and fsspec --help would take a second
+    from csflow.output.layout import Output
+    from csflow.storage import Location
 
 FALSE_REGIONS = 0.1
 
@@ -25,7 +26,7 @@ class ScoreConfig(ListingConfig):
     """Folder of the scores; many models, inputs and nights may share one."""
     maps: Literal["native", "none"] = "native"
     """How anomaly maps are stored: `native` keeps their own resolution, `none` stores no maps."""
-    false_positive_rate: float = Field(0.01, gt=0, lt=1)
+    false_positive_rate: float = Field(FALSE_POSITIVE_RATE, gt=0, lt=1)
     """Share of normal images that may be flagged. An image is flagged if its p-value is at most this."""
     false_regions: float = Field(FALSE_REGIONS, gt=0, le=1)
     """Number of regions (column `regions`) that a normal image may have on average."""
@@ -73,8 +74,8 @@ class ScoreConfig(ListingConfig):
 class ScoringSettings:
     """The settings that every scoring actor receives."""
 
-    model: Location
-    output: Output
+    model: "Location"
+    output: "Output"
     run_id: str
     keep_maps: bool
     false_positive_rate: float

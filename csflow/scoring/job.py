@@ -2,13 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
-from csflow.calibration import drift
+import pyarrow as pa
+
+from csflow.calibration import Drift, drift, lowest_rate, why_none_is_flagged
 from csflow.cluster import (
     SHARD_RETRIES,
     WorkerResources,
     connect,
+    described,
     has_room,
     map_shards,
     share_out,
@@ -19,9 +23,10 @@ from csflow.errors import ExitStatus
 from csflow.inputs.listing import list_images
 from csflow.inputs.selection import Selection
 from csflow.inputs.unlisted import Unlisted
-from csflow.model_directory import ModelFiles, read_model
+from csflow.model_directory import Calibration, ModelFiles, read_model
 from csflow.output.layout import Output, new_run_id
 from csflow.output.runs import RunRecord
+from csflow.preflight import describe_images, spread
 from csflow.promotion import resolve
 from csflow.scoring.actor import CALLS_PER_SCORER, CALLS_WITH_HELPERS, ScoringActor
 from csflow.scoring.config import ScoreConfig, ScoringSettings
@@ -74,14 +79,15 @@ def run(config: ScoreConfig) -> RunRecord:
     outcomes = OutcomeReader(output)
     shards = make_plan(listing, outcomes, run_id, config.retry_errors)
     clock.lap("plan")
-    say(f"run {run_id} with model {model.model_id}")
+    say(f"run {run_id} with model {model.model_id}" + (f" ({model.name})" if model.name else ""))
     say(f"{listing.images} images listed, {len(shards)} shards to score")
-    _warn_if_nothing_can_be_flagged(model, config.false_positive_rate)
     tally = Tally()
     heartbeat.begin("score", len(shards))
     if shards:
+        _say_what_is_to_come(config, model, listing)
         connect()
         resources = share_out(config.workers, model.worker_bytes, config.device, config.decode)
+        say(f"scoring with {described(resources)}")
         _score_shards(
             shards, _settings(config, directory, output, run_id), resources, config, tally, heartbeat
         )
@@ -89,10 +95,11 @@ def run(config: ScoreConfig) -> RunRecord:
     heartbeat.begin("account")
     accounted = account(listing, outcomes)
     clock.lap("account")
-    low_share = tally.p_values_below_5_percent / max(1, tally.scored)
-    drifted = drift(tally.sample, low_share, model.calibration.anomaly_score)
+    drifted = _drift(tally, model.calibration)
     status = exit_status(accounted, unlisted, drifted, config)
-    record = run_record(run_id, status, config, directory, output, accounted, unlisted, tally, drifted, clock)
+    record = run_record(
+        run_id, status, config, directory, output, model.name, accounted, unlisted, tally, drifted, clock
+    )
     record.write(output.location)
     print(summary(record, output))
     return record
@@ -111,13 +118,26 @@ def _settings(config: ScoreConfig, model: Location, output: Output, run_id: str)
     )
 
 
-def _warn_if_nothing_can_be_flagged(model: ModelFiles, false_positive_rate: float) -> None:
+def _say_what_is_to_come(config: ScoreConfig, model: ModelFiles, listing: Listing) -> None:
+    """Describes the images, and warns if none of them can be flagged."""
+    first = pa.Table.from_batches(islice(listing.batches(), 1))
+    _, *map_shape = model.feature_shapes[0]
+    say(
+        describe_images(listing.images, spread(first), model.preprocessing, map_shape, config.storage_options)
+    )
     heldout = len(model.calibration.anomaly_score)
-    if 1 / (heldout + 1) > false_positive_rate:
-        warn(
-            f"no image can be flagged at --false_positive_rate {false_positive_rate}: with "
-            f"{heldout} held-out images the smallest p-value is {1 / (heldout + 1):.3g}"
-        )
+    if why := why_none_is_flagged(heldout, config.false_positive_rate):
+        warn(f"{why}; --false_positive_rate {lowest_rate(heldout):g} can, or a model trained on more images")
+
+
+def _drift(tally: Tally, calibration: Calibration) -> Drift | None:
+    """How the scores of this run differ from those of the held-out images."""
+    anomaly_scores, global_scores = zip(*tally.sample, strict=True) if tally.sample else ((), ())
+    low_share = tally.p_values_below_5_percent / max(1, tally.scored)
+    # Without whitening there is but one score.
+    heldout = None if calibration.local_score is None else calibration.global_score
+    both = None if heldout is None else (global_scores, heldout)
+    return drift(anomaly_scores, low_share, calibration.anomaly_score, both)
 
 
 def _score_shards(
@@ -173,6 +193,8 @@ def _follow(
     try:
         for row in with_timeout(rows, config.stall_timeout, config.start_timeout if awaited else None):
             tally.add(row)
+            if row["began_at"]:
+                progress.work_began(row["began_at"])
             metrics.add(row)
             if row["failure"]:
                 warn(f"shard {row['shard']} failed: {row['failure']}")

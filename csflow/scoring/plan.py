@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.parquet as pq
 
-from csflow.output.schemas import KEY_COLUMNS
 from csflow.scoring.frozen_listing import Listing
 from csflow.scoring.key_sets import KeySet, Omitted, joined_parts, keys
 from csflow.scoring.outcomes import OutcomeReader
-from csflow.scoring.plan_log import PlannedShard
+from csflow.scoring.plan_log import PLANNED, PlannedShard
 
 
 def make_plan(
@@ -46,7 +45,7 @@ def make_plan(
         left = listing.images - len(settled_rows)
         if not left:
             return adopted
-        images = settled_rows.drop_from(batch.select(KEY_COLUMNS) for batch in listing.batches())
+        images = settled_rows.drop_from(batch.select(PLANNED) for batch in listing.batches())
         try:
             plan = log.append(run_id, images, left)
         except FileExistsError:

@@ -19,7 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from csflow.errors import WrongUse
+from csflow.inputs.listing import LISTING
 from csflow.output.layout import Output
+from csflow.output.schemas import KEY_COLUMNS
 from csflow.scoring.frozen_listing import Listing, rebatched
 from csflow.storage import Location, read_all
 
@@ -27,6 +29,8 @@ SHARD_STEP, MAX_SHARD_SIZE = 32, 256
 """Shards have a multiple of this many images, so that even their last batches are full, also on GPUs: a batch
 takes the same time, full or not. It also gives an actor enough work while Ray Data looks for finished shards,
 ten times a second."""
+PLANNED = [*KEY_COLUMNS, "image_modified_at"]
+"""What a plan has of each image."""
 LAST = "\U0010ffff"
 """A URI above all others: the last URI of an entry that does not state one."""
 SHARDS_PER_PART = 64
@@ -56,8 +60,13 @@ class PlannedShard:
         return cls(str(row["name"]), str(row["date"]), part, int(row["row_group"]))
 
     def images(self) -> pa.Table:
-        """The images of the shard, in columns image_uri and image_version."""
-        return pq.ParquetFile(io.BytesIO(self.part.read())).read_row_group(self.row_group)
+        """The images of the shard, in the columns `PLANNED`."""
+        images = pq.ParquetFile(io.BytesIO(self.part.read())).read_row_group(self.row_group)
+        # The plans of an older csflow have no times.
+        for name in set(PLANNED) - set(images.schema.names):
+            kind = LISTING.field(name)
+            images = images.append_column(kind, pa.nulls(len(images), kind.type))
+        return images.select(PLANNED)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ class ScorableImage(NamedTuple):
     image_uri: str
     image_version: str
     decoded: DecodedImage
+    modified_at: datetime | None = None
+    """When the image was last changed; None if nothing says."""
 
 
 class Judged(NamedTuple):
@@ -89,6 +91,7 @@ def score_rows(
     keeps_maps: bool,
     map_threshold: float | None,
     region_rule: RegionRule | None = None,
+    model_name: str | None = None,
 ) -> pa.RecordBatch:
     """Rows in the `SCORES` schema. Without a rule they have no regions."""
     height_B = np.array([image.decoded.height for image in images], dtype=np.int32)
@@ -120,6 +123,8 @@ def score_rows(
         "map_threshold": [map_threshold] * len(images),
         "region_threshold": [region_rule.threshold if region_rule else None] * len(images),
         "regions": pa.nulls(len(images), REGIONS),
+        "image_modified_at": [image.modified_at for image in images],
+        "model_name": [model_name] * len(images),
     }
     if region_rule:
         from csflow.regions import find_regions  # with SciPy, which the edge runtime does without

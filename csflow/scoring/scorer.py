@@ -44,8 +44,10 @@ RESULT = pa.schema(
         pa.field("seconds", pa.map_(pa.string(), pa.float64())),  # by stage, summed over threads
         # Of the threads of each stage; `start` and `other` are the rest, so that all rows add up.
         pa.field("cpu_seconds", pa.map_(pa.string(), pa.float64())),
+        pa.field("began_at", pa.timestamp("us", tz="UTC")),
         pa.field("first_scored_at", pa.timestamp("us", tz="UTC")),
         pa.field("anomaly_scores", pa.list_(pa.float64())),
+        pa.field("global_scores", pa.list_(pa.float64())),
         pa.field("p_values_below_5_percent", pa.int64()),
         pa.field("form", pa.string()),  # of the worker's model, as JSON
         pa.field("peak_memory_bytes", pa.int64()),  # of the worker process so far
@@ -59,6 +61,8 @@ class _Notes:
     """What is noted while a shard is scored."""
 
     stages: Stages = field(default_factory=Stages)
+    modified_at: Mapping[str, datetime | None] = field(default_factory=dict)
+    """When each image was last changed, by URI."""
     errors: list[dict[str, Any]] = field(default_factory=list)
     """Rows of images that cannot be scored."""
     helped: int = 0
@@ -82,6 +86,7 @@ class ShardScorer:
                 f"{settings.model} holds model {model.model_id}, and {settings.output.model_id} when the run "
                 "began; start the run again"
             )
+        self._model_name = model.name
         self._calibration = model.calibration
         self._map_threshold = model.calibration.map_threshold(settings.false_positive_rate)
         self._region_rule = _region_rule(model.calibration, settings.false_regions)
@@ -116,10 +121,12 @@ class ShardScorer:
         return pa.Table.from_pylist([row], schema=RESULT)
 
     def _score_shard(self, shard: PlannedShard, target: Location) -> dict[str, Any]:
+        began_at = datetime.now(UTC)
         images = shard.images()
-        notes = _Notes()
+        uris = images["image_uri"].to_pylist()
+        notes = _Notes(modified_at=dict(zip(uris, images["image_modified_at"].to_pylist(), strict=True)))
         loaded = self._loader.load(
-            images["image_uri"].to_pylist(),
+            uris,
             images["image_version"].to_pylist(),
             while_waiting=_Released(self._model_lock),
         )
@@ -140,8 +147,10 @@ class ShardScorer:
             "is_published": is_published,
             "seconds": list(notes.stages.seconds.items()),
             "cpu_seconds": list(self._cpu_seconds(notes.stages).items()),
+            "began_at": began_at,
             "first_scored_at": scores["scored_at"][0] if scores else None,
             "anomaly_scores": scores["anomaly_score"].to_pylist(),
+            "global_scores": scores["global_score"].to_pylist(),
             "p_values_below_5_percent": pc.sum(pc.less(scores["p_value"], 0.05)).as_py() or 0,
             "form": json.dumps(asdict(self._detector.form)),
             "peak_memory_bytes": peak_memory_bytes(),
@@ -152,10 +161,11 @@ class ShardScorer:
         for image in images:
             notes.stages.add(image.stages)
             notes.helped += image.is_helped
+            modified_at = notes.modified_at[image.image_uri]
             if isinstance(image.content, ImageError):
-                notes.errors.append(self._error_row(image, image.content))
+                notes.errors.append(self._error_row(image, image.content, modified_at))
             else:
-                yield ScorableImage(image.image_uri, image.image_version, image.content)
+                yield ScorableImage(image.image_uri, image.image_version, image.content, modified_at)
 
     def _scored(
         self, groups: Iterable[Sequence[ScorableImage]], stages: Stages
@@ -196,9 +206,12 @@ class ShardScorer:
             keeps_maps=self._settings.keep_maps,
             map_threshold=self._map_threshold,
             region_rule=self._region_rule,
+            model_name=self._model_name,
         )
 
-    def _error_row(self, image: LoadedImage, error: ImageError) -> dict[str, Any]:
+    def _error_row(
+        self, image: LoadedImage, error: ImageError, modified_at: datetime | None
+    ) -> dict[str, Any]:
         return {
             "image_uri": image.image_uri,
             "image_version": image.image_version,
@@ -207,6 +220,8 @@ class ShardScorer:
             "is_transient": error.is_transient,
             "run_id": self._settings.run_id,
             "failed_at": datetime.now(UTC),
+            "image_modified_at": modified_at,
+            "model_name": self._model_name,
         }
 
     def _publish(

@@ -38,8 +38,8 @@ class Tally:
     forms: set[str] = field(default_factory=set)
     """How workers computed the model, as JSON; several on a mixed cluster."""
     peak_worker_bytes: int = 0
-    sample: list[float] = field(default_factory=list)
-    """Anomaly scores; a random sample if there are more than `SAMPLE_SIZE`."""
+    sample: list[tuple[float, float]] = field(default_factory=list)
+    """Anomaly and global score of each image; a random sample if there are more than `SAMPLE_SIZE`."""
     generator: random.Random = field(default_factory=lambda: random.Random(0), repr=False)
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -47,7 +47,7 @@ class Tally:
         self.failed_shards += bool(row["failure"])
         if not row["is_published"]:
             return
-        self._add_to_sample(row["anomaly_scores"])
+        self._add_to_sample(list(zip(row["anomaly_scores"], row["global_scores"], strict=True)))
         self.images += row["images"]
         self.scored += row["scored"]
         self.anomalous += row["anomalous"]
@@ -71,8 +71,8 @@ class Tally:
         """Whether more than this share of the images failed, once enough images are done."""
         return self.images >= ERROR_RATE_MINIMUM_IMAGES and self.errors > max_error_rate * self.images
 
-    def _add_to_sample(self, scores: Sequence[float]) -> None:
-        """Reservoir sampling: every score so far is in the sample with the same probability."""
+    def _add_to_sample(self, scores: Sequence[tuple[float, float]]) -> None:
+        """Reservoir sampling: every image so far is in the sample with the same probability."""
         for seen, value in enumerate(scores, start=self.scored + 1):
             if len(self.sample) < SAMPLE_SIZE:
                 self.sample.append(value)

@@ -1,11 +1,14 @@
-"""Warns that a training stretches images, that it was too short, or that the flow is no use."""
+"""Warns that a training has too few images, stretches them, was too short, or that the flow is no use."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from csflow.calibration import heldout_for, lowest_rate, why_none_is_flagged
+from csflow.config import FALSE_POSITIVE_RATE
 from csflow.preprocessing import Preprocessing, distortion
 
 MOST_DISTORTION = 1.5
@@ -59,6 +62,26 @@ def advice(
             f"{longer}"
         )
     return lines
+
+
+def calibration_warning(images: int, heldout: int, holdout: float, validation: float) -> str | None:
+    """A warning that the model cannot flag any image at the usual rate, with the remedies; None if it can.
+
+    Args:
+        images: number of different images, of which `heldout` are held out.
+        holdout: the share of them that is; `validation` likewise.
+    """
+    why = why_none_is_flagged(heldout, FALSE_POSITIVE_RATE)
+    if why is None:
+        return None
+    needed = heldout_for(FALSE_POSITIVE_RATE)
+    remedies = [f"train on {math.ceil(needed / holdout - 1e-9)} images"]
+    share = math.ceil(100 * needed / max(1, images)) / 100
+    # Not at the price of the training: as many images have to be left for it.
+    if share <= (1 - validation) / 2:
+        remedies.append(f"train with --holdout {share:g}")
+    remedies.append(f"score with --false_positive_rate {lowest_rate(heldout):g}")
+    return f"{why}; {', or '.join(remedies)}"
 
 
 def stretch_warning(cached: pa.Table, preprocessing: Preprocessing) -> str | None:

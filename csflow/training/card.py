@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 
 import csflow
 from csflow.charts import Curve, chart, steps
+from csflow.config import FALSE_POSITIVE_RATE
 from csflow.model_directory import Calibration
 from csflow.training.labelled import auroc_line
 
 BINS = 40
-FALSE_POSITIVE_RATE = 0.01
-"""The false-positive rate for which the card states the map threshold."""
 FALSE_REGIONS = 0.1
-"""The number of regions on a normal image for which it states theirs."""
+"""The number of regions on a normal image for which the card states their threshold."""
 
 CARD = """\
 # {backbone}, {blocks} coupling block{plural}, {height} × {width} px

@@ -4,9 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from csflow.config import ListingConfig, Locations, Patterns, Seed, Side, Stages
+from csflow.config import Decode, ListingConfig, Locations, ModelName, Patterns, Seed, Side, Stages
 from csflow.errors import WrongUse
-from csflow.inputs.helpers import Decode
 from csflow.precision import Device, TrainingPrecision
 from csflow.preprocessing import Fit
 from csflow.training.recipe import RECIPES, RecipeName
@@ -32,6 +31,9 @@ class TrainConfig(ListingConfig):
     position. They take no part in the training."""
     output: str
     """Model directory to write."""
+    name: ModelName | None = None
+    """What to call the model, usually the product or the camera that it is for. The name is stored with every
+    score, so that queries can tell products apart. Models of one name replace each other over time."""
     backbone: str = "tf_efficientnet_lite0"
     """Frozen feature extractor: name of a timm network, convolutional or a vision transformer."""
     recipe: RecipeName = "default"

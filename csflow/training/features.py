@@ -1,6 +1,8 @@
 """The extraction pass: reads and decodes images that the cache lacks, and runs the backbone on them."""
 
+import math
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,9 @@ from csflow.model import Architecture, Detector, InferenceBackbone
 from csflow.training.cache import BACKBONE_FILE, FeatureCache, FeatureFile, backbone_bytes
 from csflow.training.shards import cut
 
-SHARD_SIZE = 64
+SHARD_SIZE, SHARDS_PER_WORKER = 64, 4
+"""Largest number of images in a shard. Few images are cut so that each worker has several shards: then all
+work, and progress shows."""
 READ_THREADS = 8
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 8, 32
 """Number of images per backbone pass. More is slower on CPUs: early activations leave the cache."""
@@ -25,6 +29,7 @@ CPU_BATCH_SIZE, GPU_BATCH_SIZE = 8, 32
 RESULT = pa.schema(
     [
         pa.field("images", pa.int64()),  # with features
+        pa.field("began_at", pa.timestamp("us", tz="UTC")),
         pa.field("failed_for_now", pa.list_(pa.string())),  # messages of errors that may pass
     ]
 )
@@ -45,13 +50,20 @@ def extract(
             "image_uris": list(shard.image_uris),
             "image_versions": list(shard.image_versions),
         }
-        for shard in cut(uris, versions, SHARD_SIZE)
+        for shard in cut(uris, versions, _shard_size(len(uris), resources))
     ]
     if not work:
         return
     # Through the store and not as an argument, so that an actor can start anew on any node.
     (cache.folder / BACKBONE_FILE).write(backbone_bytes(detector))
     yield from map_shards(work, FeatureExtractor, (detector.architecture, cache, resources), resources)
+
+
+def _shard_size(images: int, resources: WorkerResources) -> int:
+    """Number of images in a shard: a multiple of that in a backbone pass, so that passes are full."""
+    step = GPU_BATCH_SIZE if resources.gpus else CPU_BATCH_SIZE
+    passes = math.ceil(images / (step * SHARDS_PER_WORKER * resources.workers))
+    return min(SHARD_SIZE, step * passes)
 
 
 def load_backbone(architecture: Architecture, cache: FeatureCache) -> Detector:
@@ -76,9 +88,10 @@ class FeatureExtractor:
         self._loader = settings.loader(READ_THREADS, helpers(settings, resources))
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
+        began_at = datetime.now(UTC)
         file, failed_for_now = self._extract(list(batch["image_uris"][0]), list(batch["image_versions"][0]))
         self._cache.write(batch["name"][0], file)
-        row = {"images": len(file.image_uris), "failed_for_now": failed_for_now}
+        row = {"images": len(file.image_uris), "began_at": began_at, "failed_for_now": failed_for_now}
         return pa.Table.from_pylist([row], schema=RESULT)
 
     def _extract(self, image_uris: list[str], image_versions: list[str]) -> tuple[FeatureFile, list[str]]:

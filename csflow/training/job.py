@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from csflow.cluster import connect, share_out
+from csflow.cluster import connect, described, share_out
 from csflow.console import Progress, say, warn
 from csflow.errors import ExitStatus, WrongUse
 from csflow.inputs.exclusion import read_exclusion
@@ -19,8 +19,9 @@ from csflow.inputs.selection import Selection
 from csflow.inputs.unlisted import Unlisted, in_words
 from csflow.model import BackboneError, Detector, load_weights
 from csflow.model_directory import Calibration, holds_model, save_model, worker_bytes
+from csflow.preflight import describe_images, spread
 from csflow.storage import Location
-from csflow.training.advice import advice, stretch_warning
+from csflow.training.advice import advice, calibration_warning, stretch_warning
 from csflow.training.cache import FeatureCache, find_images
 from csflow.training.card import model_card
 from csflow.training.config import TrainConfig
@@ -31,8 +32,11 @@ from csflow.training.resumption import check_replacement
 from csflow.training.rounding import ALL_THE_SAME, TOO_ALIKE, moves_p_values, some_pixels
 from csflow.training.run import Run
 from csflow.training.shards import fingerprint
-from csflow.training.split import TRIMMED, TrainingData, check_shares, split_sizes
-from csflow.weights import find_weights
+from csflow.training.split import TRIMMED, TrainingData, check_enough, check_shares, split_sizes
+from csflow.weights import KNOWN_PACKAGE, find_weights
+
+LINES_SHOWN = 10
+"""Largest number of images that are named when they are left out; often all are damaged in the same way."""
 
 
 def train(config: TrainConfig) -> ExitStatus:
@@ -47,7 +51,8 @@ def train(config: TrainConfig) -> ExitStatus:
     output.check_writable()
     detector = build_detector(config)
     images = _list_images(config)
-    split_sizes(images.num_rows, config.validation, config.holdout)
+    check_enough(images.num_rows)
+    _say_what_is_to_come(config, images, detector)
     labelled = LabelledImages.read(config, images)
     work_dir = Location(config.work_dir, config.storage_options) if config.work_dir else output / "_work"
     cache = FeatureCache.of(work_dir / "features", detector)
@@ -66,11 +71,13 @@ def train(config: TrainConfig) -> ExitStatus:
     data = TrainingData.divide(cached, config.validation, config.holdout, config.seed)
     say(data.summary())
     closed_form = ClosedForm(work_dir / "splits", cache, data.part("training"), config.trim)
+    say("fitting a Gaussian to each position, to tell what is usual there")
     ranking = closed_form.fit(config.resume)
     data = _trim(data, ranking, config.trim)
     _measure_rounding(detector, data, config)
     gaussians = closed_form.gaussians if detector.architecture.whitening else None
     run = Run(config, detector.architecture, cache, data, work_dir, gaussians)
+    say(f"training the flow with {described(share_out(config.workers, device=config.device))}")
     result = run.fit()
     detector.load_state_dict(detector.state_dict() | result.state)
     losses = result.validation_loss, result.gaussian_loss
@@ -80,6 +87,11 @@ def train(config: TrainConfig) -> ExitStatus:
     if moves_p_values(detector, data.part("heldout"), result.calibration, config.storage_options):
         detector.architecture = replace(detector.architecture, precision="float32")
         lines.append(TOO_ALIKE)
+    # Copies and damaged images are left out by now, so that it may be worse than the listing promised.
+    heldout = data.part("heldout").num_rows
+    different = cached.num_rows - data.copies - data.unreadable
+    if few := calibration_warning(different, heldout, config.holdout, config.validation):
+        lines.append(f"warning: {few}")
     for line in lines:
         print(line)
     metrics = {
@@ -130,13 +142,25 @@ def _list_images(config: TrainConfig) -> pa.Table:
     return images
 
 
+def _say_what_is_to_come(config: TrainConfig, images: pa.Table, detector: Detector) -> None:
+    """Describes images and calibration. Raises WrongUse if the shares leave a part with too few images."""
+    *_, heldout = split_sizes(images.num_rows, config.validation, config.holdout)
+    _, *map_shape = detector.feature_shapes[0]
+    preprocessing = detector.architecture.preprocessing
+    say(describe_images(images.num_rows, spread(images), preprocessing, map_shape, config.storage_options))
+    if warning := calibration_warning(images.num_rows, heldout, config.holdout, config.validation):
+        warn(warning)
+
+
 def build_detector(config: TrainConfig) -> Detector:
     """A detector with the backbone's weights and an untrained flow. Raises WrongUse if a setting is wrong."""
     try:
         detector = Detector(config.architecture())
         load_weights(detector.backbone, find_weights(config.weights, config.backbone, config.storage_options))
     except BackboneError as error:
-        raise WrongUse(f"--{error.setting}: {error}") from None
+        is_default = error.setting == "weights" and config.weights == KNOWN_PACKAGE
+        own = f" (--weights timm downloads those of {config.backbone})" if is_default else ""
+        raise WrongUse(f"--{error.setting}: {error}{own}") from None
     except ValueError as error:
         raise WrongUse(str(error)) from None
     # Images are resized as for the backbone's own training, which is known when it is built.
@@ -152,9 +176,12 @@ def _extract_features(
     missing = find_images(images, cache.index())[1]
     extracted, failed_for_now = 0, []
     resources = share_out(None, worker_bytes(detector.state_dict()), config.device, config.decode)
+    if missing.num_rows:
+        say(f"extracting features of {missing.num_rows} images with {described(resources)}")
     with closing(Progress(missing.num_rows, "images")) as progress:
         for row in extract(missing, detector, cache, resources):
             extracted += row["images"]
+            progress.work_began(row["began_at"])
             failed_for_now += row["failed_for_now"]
             progress.update(extracted, f"{extracted / progress.seconds:.1f} images/s")
     cached, still_missing = find_images(images, cache.index())
@@ -164,12 +191,11 @@ def _extract_features(
         f"{images.num_rows - missing.num_rows} in the cache"
     )
     unreadable = cached.filter(pc.is_valid(pc.field("error_message")))
-    for uri, message in zip(
-        unreadable["image_uri"].to_pylist(), unreadable["error_message"].to_pylist(), strict=True
-    ):
-        print(f"left out: {uri}: {message}")
-    for message in failed_for_now:
-        print(f"not read: {message}")
+    uris, messages = (unreadable[name].to_pylist() for name in ("image_uri", "error_message"))
+    _print_some("left out", [f"{uri}: {message}" for uri, message in zip(uris, messages, strict=True)])
+    _print_some("not read", failed_for_now)
+    if unreadable.num_rows == images.num_rows:
+        raise WrongUse(f"--input: none of the {images.num_rows} images can be read; see why above")
     if still_missing.num_rows:
         print(
             f"INCOMPLETE: {still_missing.num_rows} images could not be read this time; "
@@ -177,6 +203,14 @@ def _extract_features(
         )
         return None
     return cached
+
+
+def _print_some(what: str, images: list[str]) -> None:
+    """Prints a line for each of the first images, and how many more there are."""
+    for image in images[:LINES_SHOWN]:
+        print(f"{what}: {image}")
+    if len(images) > LINES_SHOWN:
+        print(f"{what}: {len(images) - LINES_SHOWN} more, {len(images)} in all")
 
 
 def _trim(data: TrainingData, ranking: pa.Table, share: float) -> TrainingData:
@@ -225,6 +259,7 @@ def _save(
         output,
         detector,
         calibration,
+        name=config.name,
         training=settings,
         data=fingerprints,
         metrics=metrics,

@@ -16,6 +16,8 @@ TRIMMED = "trimmed"
 """The part for training images that are left out because they are unlike the others."""
 FEWEST_TRAINING = 3
 """Smallest number of images to train on: what is usual cannot be told from one or two."""
+FEWEST_IMAGES = 10
+"""Smallest number of images that a training accepts. With so few, scoring can only rank."""
 SPLIT = pa.schema([pa.field("part", pa.string(), nullable=False), *INDEX])
 
 
@@ -34,6 +36,15 @@ def check_shares(validation: float, holdout: float) -> None:
     if validation + holdout >= 1:
         raise WrongUse(
             f"--holdout {holdout:g} and --validation {validation:g} leave no image to train on; lower them"
+        )
+
+
+def check_enough(images: int) -> None:
+    """Raises WrongUse if no useful model can come of so few images, whatever the shares are."""
+    if images < FEWEST_IMAGES:
+        raise WrongUse(
+            f"--input has {images} image{'s' * (images != 1)}, and what is normal cannot be told from fewer "
+            f"than {FEWEST_IMAGES}; add images of good parts, at least 100 for a first try"
         )
 
 

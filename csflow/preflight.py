@@ -1,0 +1,69 @@
+"""Says before any cluster work what a job is about to do, from its listing, its model and a few images."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from csflow.errors import ImageError
+from csflow.images import measure
+from csflow.inputs.reading import ImageReader
+from csflow.preprocessing import Preprocessing
+
+LOOKED_AT = 4
+READ_DEADLINE_S = 5.0
+"""Seconds for reading one of these images: no job waits for a store in order to describe its work."""
+LARGEST_FILE = 256 << 20
+
+
+def describe_images(
+    images: int,
+    sample: pa.Table,
+    preprocessing: Preprocessing,
+    map_shape: Sequence[int],
+    storage_options: Mapping[str, Any],
+) -> str:
+    """How many images there are, of which size, what the model makes of them, and what one map cell covers.
+
+    Args:
+        sample: `image_uri` and `image_version` of the images to look at. What cannot be read is left out.
+        map_shape: height and width of an anomaly map, in cells.
+    """
+    height, width = preprocessing.image_size
+    sizes = sorted(set(_sizes(sample, storage_options)))
+    resized = f"{_count(images)} → {width} × {height} pixels"
+    if not sizes:
+        return f"{resized}, {map_shape[1]} × {map_shape[0]} map cells"
+    shown = " to ".join(f"{w} × {h}" for h, w in dict.fromkeys([sizes[0], sizes[-1]]))
+    box = preprocessing.place(*sizes[-1]).box
+    cell = (box.right - box.left) / map_shape[1], (box.bottom - box.top) / map_shape[0]
+    whose = "the original" if len(sizes) == 1 else "the largest of them"
+    return (
+        f"{_count(images)} of {shown} → {width} × {height} pixels; "
+        f"a map cell is {cell[0]:.0f} × {cell[1]:.0f} pixels of {whose}"
+    )
+
+
+def spread(images: pa.Table) -> pa.Table:
+    """A few rows from all over a listing, since one folder's images may be of one camera."""
+    last = images.num_rows - 1
+    rows = sorted({round(last * i / (LOOKED_AT - 1)) for i in range(LOOKED_AT)})
+    return images.take(pa.array([row for row in rows if 0 <= row <= last], pa.int64()))
+
+
+def _sizes(sample: pa.Table, storage_options: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Height and width of the images, up to the first that cannot be read."""
+    reader = ImageReader(storage_options, READ_DEADLINE_S, LARGEST_FILE)
+    sizes = []
+    try:
+        for uri, version in zip(
+            *sample.select(["image_uri", "image_version"]).to_pydict().values(), strict=True
+        ):
+            sizes.append(measure(reader.read(uri, version)))
+    except ImageError:
+        pass  # the job itself reads it again, and says what is wrong
+    return sizes
+
+
+def _count(images: int) -> str:
+    return f"{images:,} image{'s' * (images != 1)}"

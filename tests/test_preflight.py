@@ -1,0 +1,94 @@
+"""What a job says before it works: sizes of images and map cells, and whether anything can be flagged."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from csflow.calibration import heldout_for, lowest_rate, p_values, why_none_is_flagged
+from csflow.errors import WrongUse
+from csflow.inputs.listing import list_table
+from csflow.preflight import describe_images, spread
+from csflow.preprocessing import Preprocessing
+from csflow.training.advice import calibration_warning
+from csflow.training.config import TrainConfig
+from csflow.training.job import train
+from csflow.training.split import split_sizes
+
+
+def described(folder, fit="stretch", map_shape=(8, 8)):
+    images = list_table([str(folder)], {})
+    return describe_images(images.num_rows, spread(images), Preprocessing((256, 256), fit), map_shape, {})
+
+
+def test_the_description_names_the_size_of_the_photographs_and_of_a_map_cell_in_their_pixels(cells):
+    assert described(cells / "functional" / "test") == (
+        "508 images of 300 × 300 → 256 × 256 pixels; a map cell is 38 × 38 pixels of the original"
+    )
+
+
+def test_a_map_cell_is_that_of_the_part_that_the_model_sees(tmp_path):
+    Image.new("L", (2448, 2048)).save(tmp_path / "wide.jpg")
+    assert "1 image of 2448 × 2048 → 256 × 256 pixels; a map cell is 306 × 256 pixels" in described(tmp_path)
+    cropped = described(tmp_path, "crop")
+    assert "a map cell is 256 × 256 pixels" in cropped
+
+
+def test_a_photograph_turned_by_its_camera_is_described_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (40, 30)).save(tmp_path / "turned.jpg", exif=exif)
+    assert "1 image of 30 × 40 →" in described(tmp_path)
+
+
+def test_images_of_several_sizes_are_described_by_the_smallest_and_the_largest_looked_at(tmp_path):
+    for number, side in enumerate((64, 128, 256)):
+        Image.new("L", (side, side)).save(tmp_path / f"{number}.png")
+    assert "3 images of 64 × 64 to 256 × 256 →" in described(tmp_path)
+    assert "32 × 32 pixels of the largest of them" in described(tmp_path)
+
+
+def test_images_that_cannot_be_read_are_only_counted(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert described(tmp_path) == "1 image → 256 × 256 pixels, 8 × 8 map cells"
+
+
+def test_rows_looked_at_are_spread_over_the_listing():
+    rows = [spread(pa.table({"row": range(images)}))["row"].to_pylist() for images in (0, 1, 3, 100)]
+    assert rows == [[], [0], [0, 1, 2], [0, 33, 66, 99]]
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.1, 0.03, 0.01, 0.001])
+def test_the_held_out_images_that_a_rate_needs_are_the_fewest_with_which_the_worst_image_is_flagged(rate):
+    def flags(heldout):
+        return bool(p_values([1.0], np.zeros(heldout))[0] <= rate)
+
+    assert flags(heldout_for(rate))
+    assert not flags(heldout_for(rate) - 1)
+    assert why_none_is_flagged(heldout_for(rate), rate) is None
+    assert why_none_is_flagged(heldout_for(rate) - 1, rate)
+
+
+@pytest.mark.parametrize("heldout", [1, 3, 12, 40, 99, 998])
+def test_at_the_lowest_rate_that_is_proposed_the_worst_image_is_flagged(heldout):
+    assert p_values([1.0], np.zeros(heldout))[0] <= lowest_rate(heldout) <= 1.1 / (heldout + 1)
+
+
+def test_too_few_held_out_images_are_told_of_with_every_remedy_that_works():
+    warning = calibration_warning(60, 12, holdout=0.2, validation=0.1)
+    assert warning == (
+        "12 images are held out, so the smallest p-value is 0.077, and --false_positive_rate 0.01 can flag "
+        "no image, however bad; train on 495 images, or score with --false_positive_rate 0.077"
+    )
+    # Half of 60 images are too few, but half of 250 are enough.
+    assert "train with --holdout 0.4" in calibration_warning(250, 50, holdout=0.2, validation=0.1)
+    for images, holdout in ((495, 0.2), (250, 0.4)):
+        heldout = split_sizes(images, 0.1, holdout)[2]
+        assert calibration_warning(images, heldout, holdout, 0.1) is None
+
+
+def test_a_training_on_absurdly_few_images_is_refused_before_any_work(good_cells, tmp_path):
+    few = [str(path) for path in sorted(good_cells.iterdir())[:9]]
+    with pytest.raises(WrongUse, match=r"--input has 9 images, .* fewer than 10; add images of good parts"):
+        train(TrainConfig(input=few, output=str(tmp_path / "model")))
+    assert not (tmp_path / "model" / "_work").exists()
