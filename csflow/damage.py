@@ -64,7 +64,7 @@ def _bmp_cut_short(data: bytes) -> bool:
     return file_bytes > len(data)
 
 
-def _tiff_cut_short(data: bytes) -> bool:
+def tiff_cut_short(data: bytes) -> bool:
     """Whether the first directory, one of its values, or a strip or tile lies beyond the end (TIFF 6.0)."""
     order = "<" if data.startswith(b"II") else ">"
     is_big = 43 in data[2:4]
@@ -104,5 +104,5 @@ _CUT_SHORT: dict[type[ImageFile], Callable[[bytes], bool]] = {
     PngImageFile: _png_cut_short,
     WebPImageFile: _webp_cut_short,
     BmpImageFile: _bmp_cut_short,
-    TiffImageFile: _tiff_cut_short,
+    TiffImageFile: tiff_cut_short,
 }

@@ -5,11 +5,18 @@
 - The first frame of animated and multi-page files is taken. ICC profiles and gamma are ignored.
 - EXIF orientation is applied. Damaged EXIF counts as none, as in every viewer.
 - Transparent pixels become black, whatever colour the exporting program left under them; a partly transparent
-  pixel is laid over black.
-- Grey of 12, 16 and 32 bits and float is scaled by its type (`_wide_grey`), never by its own minimum and
-  maximum. Pillow cuts colour of 16 bits to its high byte, an error below one level.
+  pixel is laid over black. If all pixels are transparent, the colours are taken: frames saved from BGRX have
+  zeros where alpha would be.
+- Grey of 12, 16 and 32 bits and float is scaled by its type (`wide_samples.scale`), never by its own minimum
+  and maximum, but by fewer bits where sBIT or MaxSampleValue says that no more are used. Colour of 16 bits is
+  cut to its high byte, an error below one level.
+- TIFFs with planes, or of other samples than unsigned ones of up to 8 bits, are read by tifffile
+  (`csflow.wide_samples`).
 - CMYK becomes RGB by the plain formula. CMYK JPEGs are taken as inverted, as Adobe writes them.
 - Letterboxes are filled on each side with the mean colour of the adjoining row or column (`_padded`).
+
+Models of decoding version 1 are given the pixels that they were trained with: without the colours of wholly
+transparent images, without sBIT and MaxSampleValue, and with all TIFFs read by Pillow.
 """
 
 import io
@@ -21,13 +28,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageChops
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
+    COLORMAP,
     PHOTOMETRIC_INTERPRETATION,
     SAMPLEFORMAT,
     TiffImageFile,
@@ -36,18 +44,27 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from csflow.damage import diagnosis
 from csflow.errors import ErrorCode, ImageError
-from csflow.preprocessing import Box, Interpolation, Placement, Preprocessing, whole
+from csflow.preprocessing import DECODING_VERSION, Box, Interpolation, Placement, Preprocessing, whole
+from csflow.wide_samples import (
+    WIDE_KINDS,
+    Levels,
+    WideImage,
+    alpha_levels,
+    colour_levels,
+    page_size,
+    png_bits,
+    read_page,
+    read_png,
+    scale,
+    upright,
+    wide_page,
+)
 
 # H, W: rows and columns of the upright image; C: red, green, blue.
 
 MAX_PIXELS = 175_000_000
 """Default limit of height x width. Any single-shot camera has less (151 million pixels), and Pillow itself
 refuses WebP and TIFF above 178,956,970 (`2 * PIL.Image.MAX_IMAGE_PIXELS`)."""
-
-PIXEL_KINDS = (
-    "a TIFF whose pixels are of a kind that is not read, such as floats of 64 bits; save it with integers of "
-    "8 or 16 bits, or floats of 32"
-)
 
 _DRAFT_MARGIN = 1.5
 # A JPEG is decoded at 1/2, 1/4 or 1/8 only if that leaves 1.5 times the wanted sides. With no margin the
@@ -88,16 +105,19 @@ class DecodedImage(NamedTuple):
     box: Box
     """The area that the pixels cover, in pixels of the original: all of it if stretched, a part if cropped,
     more than the original if letterboxed."""
+    range_used: float | None = None
+    """Of images of more than 8 bits a sample: the brightest sample as a share of what counts as white."""
 
 
 class StoredImage(NamedTuple):
-    """An upright image in the mode and bit depth of its file, with its palette and alpha channel."""
+    """An upright image with the samples of its file."""
 
-    image: Image.Image
+    image: Image.Image | WideImage
+    """In the mode of its file, with its palette and alpha channel."""
     is_lossy: bool
     """Whether the file is compressed as JPEG or lossy WebP, so that values differ from the original's."""
     is_white_zero: bool
-    """Whether a TIFF has its greys inverted. Pillow has turned greys of up to 8 bits, but no wider ones."""
+    """Whether a TIFF has its greys inverted. Pillow has turned those of its images."""
 
 
 def decode(
@@ -116,22 +136,32 @@ def decode(
     """
     preprocessing = Preprocessing(target) if isinstance(target, tuple) else target
     with _opening(data) as image_file:
-        image, height, width = _read(image_file, data, preprocessing, max_pixels)
-    pixels_HWC = np.array(_in_mode(image, "RGB"))
+        read = _read(image_file, data, preprocessing, max_pixels)
+    pixels_HWC = np.array(_in_mode(read.image, "RGB"))
     if preprocessing is None:
-        return DecodedImage(pixels_HWC, height, width, whole(height, width))
-    placement = preprocessing.place(height, width)
-    return DecodedImage(_padded(pixels_HWC, placement.padding), height, width, placement.box)
+        box = whole(read.height, read.width)
+    else:
+        placement = preprocessing.place(read.height, read.width)
+        pixels_HWC, box = _padded(pixels_HWC, placement.padding), placement.box
+    return DecodedImage(pixels_HWC, read.height, read.width, box, read.range_used)
 
 
 def decode_stored(data: bytes, max_pixels: int = MAX_PIXELS) -> StoredImage:
     """The first frame of such a file, upright and with its stored values, for masks, in which 1 is not black.
 
-    Pillow cuts colour of 16 bits to its high byte. Raises as `decode`.
+    Raises as `decode`.
     """
     with _opening(data) as image_file:
+        page = wide_page(data) if image_file is TiffImageFile else None
+        if page is not None:
+            _check_size(*page_size(page), max_pixels)
+            wide = read_page(page, data)
+            return StoredImage(wide, is_lossy=False, is_white_zero=wide.is_white_zero)
         image = image_file(io.BytesIO(data))
-        orientation = _begin(image, max_pixels)
+        _check_size(*image.size, max_pixels)
+        if _is_cut_to_8_bits(image, data):
+            return StoredImage(_turned_samples(read_png(data), image), is_lossy=False, is_white_zero=False)
+        orientation = _load(image, DECODING_VERSION)
         image.load()
         tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
         return StoredImage(
@@ -167,43 +197,84 @@ def _opening(data: bytes) -> Iterator[type[ImageFile]]:
         # Pillow reports damage as OSError, SyntaxError, ValueError, KeyError, AssertionError and more.
         code, message = diagnosis(error, image_file, data), f"{type(error).__name__}: {error}"
         if "unknown pixel mode" in message:
-            message = PIXEL_KINDS
+            message = WIDE_KINDS
         raise ImageError(code, message) from error
+
+
+class _Read(NamedTuple):
+    """An upright 8-bit grey or RGB image, resized but not padded."""
+
+    image: Image.Image
+    height: int
+    """Of the original, as `width`."""
+    width: int
+    range_used: float | None
 
 
 def _read(
     image_file: type[ImageFile], data: bytes, preprocessing: Preprocessing | None, max_pixels: int
-) -> tuple[Image.Image, int, int]:
-    """The upright 8-bit grey or RGB image, resized but not padded, and height and width of the original."""
+) -> _Read:
+    version = preprocessing.decoding_version if preprocessing else DECODING_VERSION
+    page = wide_page(data) if image_file is TiffImageFile and version > 1 else None
+    if page is not None:
+        width, height = page_size(page)
+        _check_size(width, height, max_pixels)
+        plain, share = _from_wide(read_page(page, data), version)
+        return _Read(_resized(plain, height, width, preprocessing), height, width, share)
     image = image_file(io.BytesIO(data))
-    orientation = _begin(image, max_pixels)
+    _check_size(*image.size, max_pixels)
+    orientation = _load(image, version)
     is_turned = orientation >= 5
     width, height = reversed(image.size) if is_turned else image.size
-    if preprocessing:
-        # Resized as stored, then turned: the smaller raster is the cheaper one to turn.
-        size, box = _as_stored(preprocessing.place(height, width), is_turned)
-        if isinstance(image, JpegImageFile):
-            box = _draft(image, size, box)
-        plain = _eight_bit(image).resize(size, _FILTERS[preprocessing.interpolation], box, _REDUCING_GAP)
-    else:
-        plain = _eight_bit(image)
+    box: _StoredBox | None = None
+    if preprocessing and isinstance(image, JpegImageFile):
+        box = _draft(image, *_as_stored(preprocessing.place(height, width), is_turned))
+    plain, range_used = _eight_bit(image, data, version)
+    # Resized as stored, then turned: the smaller raster is the cheaper one to turn.
+    plain = _resized(plain, height, width, preprocessing, is_turned, box)
     if orientation in _UPRIGHT:
         plain = plain.transpose(_UPRIGHT[orientation])
-    return plain, height, width
+    return _Read(plain, height, width, range_used)
 
 
-def _begin(image: ImageFile, max_pixels: int) -> int:
-    """Loads all formats but JPEG, which may later be decoded smaller; returns the orientation to apply."""
-    if image.width * image.height > max_pixels:
+def _resized(
+    plain: Image.Image,
+    height: int,
+    width: int,
+    preprocessing: Preprocessing | None,
+    is_turned: bool = False,
+    drafted: _StoredBox | None = None,
+) -> Image.Image:
+    """The raster in the model's size, if there is a model.
+
+    Args:
+        height: of the upright original, as `width`.
+        is_turned: whether the raster has height and width swapped.
+        drafted: the box in the raster, if the raster is smaller than the original.
+    """
+    if preprocessing is None:
+        return plain
+    size, box = _as_stored(preprocessing.place(height, width), is_turned)
+    return plain.resize(size, _FILTERS[preprocessing.interpolation], drafted or box, _REDUCING_GAP)
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
         raise ImageError(
-            ErrorCode.TOO_LARGE, f"{image.width}x{image.height} pixels, over the limit of {max_pixels} pixels"
+            ErrorCode.TOO_LARGE, f"{width}x{height} pixels, over the limit of {max_pixels} pixels"
         )
+
+
+def _load(image: ImageFile, version: int) -> int:
+    """Loads all formats but JPEG, which may later be decoded smaller; returns the orientation to apply."""
     # Pillow gathers a row block by block, quadratic in the blocks: minutes for a WebP 16 million wide.
     image.decodermaxblock = max(image.decodermaxblock, 8 * image.width)  # at most 8 bytes a pixel
     if isinstance(image, PngImageFile):
         _drop_wide_colour_key(image)
     if not isinstance(image, JpegImageFile):
         image.load()  # Pillow turns a TIFF upright, and swaps its sides, while it loads
+    if isinstance(image, TiffImageFile) and version > 1:
+        _mend_palette(image)
     return _orientation(image)
 
 
@@ -279,6 +350,24 @@ def _drop_wide_colour_key(image: PngImageFile) -> None:
         image.info.pop("transparency", None)
 
 
+def _mend_palette(image: TiffImageFile) -> None:
+    """Takes the colours of a palette as bytes if all fit into bytes, as libtiff does; TIFF has 16 bits."""
+    colours = image.tag_v2.get(COLORMAP, ())
+    if image.mode == "P" and colours and max(colours) < 256:
+        image.putpalette(bytes(colours), "RGB;L")
+
+
+def _is_cut_to_8_bits(image: ImageFile, data: bytes) -> bool:
+    """Whether this is a PNG of 16 bits of whose samples Pillow keeps the high byte: all but grey ones."""
+    return isinstance(image, PngImageFile) and data[24] == 16 and data[25] != 0  # depth and kind in IHDR
+
+
+def _turned_samples(wide: WideImage, image: ImageFile) -> WideImage:
+    orientation = _orientation(image)
+    alpha_HW = None if wide.alpha_HW is None else upright(wide.alpha_HW, orientation)
+    return wide._replace(colour_HWC=upright(wide.colour_HWC, orientation), alpha_HW=alpha_HW)
+
+
 def _orientation(image: ImageFile) -> int:
     """EXIF orientation, 1 to 8; 1 if EXIF is missing or damaged."""
     try:
@@ -330,57 +419,59 @@ def _mean_colour(pixels_NC: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 # --- Pixels ----------------------------------------------------------------------------------------------
 
 
-def _eight_bit(image: ImageFile) -> Image.Image:
-    """The image in mode L or RGB, decoded now if it was not before."""
+def _eight_bit(image: ImageFile, data: bytes, version: int) -> tuple[Image.Image, float | None]:
+    """The image in mode L or RGB, decoded now if it was not before; and the range that it uses, if wide."""
+    if version > 1 and _is_cut_to_8_bits(image, data):
+        wide = read_png(data)
+        if wide.significant_bits < 16:
+            return _from_wide(wide, version)
     image.load()
     if image.mode in {"I", "F"} or image.mode.startswith("I;16"):
-        return _wide_grey(image)
+        return _wide_grey(image, data, version)
     if image.has_transparency_data:
-        # Premultiplied colours are the colours over black.
-        red, green, blue, _ = image.convert("RGBA").convert("RGBa").split()
-        return Image.merge("RGB", (red, green, blue))
-    return _in_mode(image, "L" if image.mode in {"1", "L"} else "RGB")
+        return _over_black(image.convert("RGBA"), version), None
+    return _in_mode(image, "L" if image.mode in {"1", "L"} else "RGB"), None
+
+
+def _over_black(image: Image.Image, version: int) -> Image.Image:
+    if version > 1 and image.getbbox() is None:  # of what is visible: nothing is
+        return image.convert("RGB")
+    # Premultiplied colours are the colours over black.
+    red, green, blue, _ = image.convert("RGBa").split()
+    return Image.merge("RGB", (red, green, blue))
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)  # `convert` copies even to the same mode
 
 
-def _wide_grey(image: ImageFile) -> Image.Image:
-    """8-bit grey of a 12-, 16- or 32-bit integer or float image: black is 0, white is the top of the range.
-
-    The range of 12 and 16 bits is that of the type (32767 if signed). 32-bit integers and floats rarely fill
-    their range, so theirs is the first of 1 (floats only), 255, 65535 and the type's own that holds the
-    brightest pixel. Filters overshoot, so pixels up to half a range too bright or too dark are clipped. The
-    range only grows if the smaller one cannot be meant: a 0-to-255 image no brighter than 1.5 is black.
-    """
-    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
-    bits = tags.get(BITSPERSAMPLE, (16,))[0]
-    is_signed = tags.get(SAMPLEFORMAT, (1,))[0] == 2
+def _wide_grey(image: ImageFile, data: bytes, version: int) -> tuple[Image.Image, float]:
+    """Grey that Pillow reads with all its bits: 16 of PNGs; up to 32 of TIFFs, for models of version 1."""
     values_HW: npt.NDArray[Any] = np.asarray(image)
-    if image.mode == "F":
-        tops = [1, 255, 65535]
-        if not np.isfinite(values_HW).all():
-            raise ImageError(ErrorCode.CORRUPT, "float pixels that are NaN or infinite")
-    elif bits == 32:
-        tops = [255, 65535, 2**31 - 1 if is_signed else 2**32 - 1]
-        values_HW = values_HW if is_signed else values_HW.view(np.uint32)
-    else:
-        tops = [2 ** (bits - is_signed) - 1]
-    low, high = float(values_HW.min()), float(values_HW.max())
-    top = next((top for top in tops if high <= 1.5 * top), None)
-    if top is None or low < -0.5 * top:
-        raise ImageError(
-            ErrorCode.UNSUPPORTED_FORMAT,
-            f"pixels from {low:g} to {high:g}; rescale to 0..{' or 0..'.join(map(str, tops))}",
-        )
-    grey_HW = np.multiply(values_HW, 255 / top, dtype=np.float32)
-    grey_HW = np.clip(np.rint(grey_HW, out=grey_HW), 0, 255, out=grey_HW)
-    grey_bytes_HW = grey_HW.astype(np.uint8)
-    if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero; Pillow heeds it up to 8 bits only
-        grey_bytes_HW = 255 - grey_bytes_HW
-    return Image.fromarray(grey_bytes_HW)
+    if not isinstance(image, TiffImageFile):
+        bits = png_bits(data, values_HW) if version > 1 else 16
+        return _as_image(scale(values_HW, bits))
+    bits = image.tag_v2.get(BITSPERSAMPLE, (16,))[0]
+    if bits == 32 and image.mode != "F" and image.tag_v2.get(SAMPLEFORMAT, (1,))[0] != 2:
+        values_HW = values_HW.view(np.uint32)
+    grey, range_used = _as_image(scale(values_HW, bits))
+    if image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:  # Pillow heeds it up to 8 bits only
+        grey = ImageChops.invert(grey)
+    return grey, range_used
 
 
-DECODING_VERSION = 1
-"""Increases when the same bytes give other pixels. A model scores with the version it was trained with."""
+def _from_wide(wide: WideImage, version: int) -> tuple[Image.Image, float]:
+    """The image in mode L or RGB, and the range that it uses."""
+    colour, range_used = _as_image(colour_levels(wide))
+    if wide.alpha_HW is None or wide.is_premultiplied:
+        return _in_mode(colour, "L" if colour.mode == "L" else "RGB"), range_used
+    layered = colour.convert("RGB")
+    layered.putalpha(Image.fromarray(alpha_levels(wide)))
+    return _over_black(layered, version), range_used
+
+
+def _as_image(levels: Levels) -> tuple[Image.Image, float]:
+    levels_HWC = levels.levels
+    is_grey = levels_HWC.ndim == 3 and levels_HWC.shape[2] == 1
+    mode = "CMYK" if levels_HWC.ndim == 3 and levels_HWC.shape[2] == 4 else None
+    return Image.fromarray(levels_HWC[..., 0] if is_grey else levels_HWC, mode), levels.range_used

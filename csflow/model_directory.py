@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 import csflow
 from csflow.calibration import region_threshold
 from csflow.errors import StorageFailed, WrongUse
-from csflow.images import DECODING_VERSION
-from csflow.preprocessing import Preprocessing
+from csflow.preprocessing import DECODING_VERSION, DECODING_VERSIONS, Preprocessing
 from csflow.storage import Location, to_parquet
 
 if TYPE_CHECKING:  # the driver of a scoring run needs no torch, which takes seconds and 500 MB
@@ -34,7 +33,7 @@ ROUNDING = "rounding."
 CARD_FILES = ("README.md", "curves.svg", "calibration.svg", "outliers.csv")
 PICTURES = "outliers"
 """Folder of the card's pictures."""
-LIBRARIES = ("torch", "timm", "safetensors", "pillow", "pyarrow", "ray")
+LIBRARIES = ("torch", "timm", "safetensors", "pillow", "tifffile", "pyarrow", "ray")
 
 CALIBRATION = pa.schema(
     [
@@ -139,8 +138,9 @@ class ModelFiles:
         # Models of older versions do not say.
         fit = self.architecture.get("fit", "stretch")
         interpolation = self.architecture.get("interpolation", "bilinear")
+        decoding = self.architecture.get("decoding_version", DECODING_VERSIONS[0])
         height, width = self.architecture["image_size"]
-        return Preprocessing((height, width), fit, interpolation)
+        return Preprocessing((height, width), fit, interpolation, decoding)
 
     @property
     def worker_bytes(self) -> int:
@@ -180,17 +180,18 @@ def save_model(
         card: further files by name, including the model card `README.md`.
     """
     architecture = detector.architecture.to_json() | {"cut_after": detector.backbone.cut_after}
+    decoding = architecture.get("decoding_version", DECODING_VERSIONS[0])
     shifts = {ROUNDING + name: value for name, value in detector.rounding_shifts.items()}
     tensors = detector.state_dict() | shifts
     state = {name: value.contiguous().numpy() for name, value in tensors.items()}
     scores = Calibration.of(calibration)
     config = {
         "format_version": FORMAT_VERSION,
-        "model_id": _model_id(architecture, DECODING_VERSION, state, scores),
+        "model_id": _model_id(architecture, decoding, state, scores),
         "model_name": name,
         "architecture": architecture,
         "preprocessing": {
-            "decoding_version": DECODING_VERSION,
+            "decoding_version": decoding,
             "mean": detector.get_buffer("mean").tolist(),
             "std": detector.get_buffer("std").tolist(),
         },
@@ -237,7 +238,7 @@ def read_model(location: Location | str) -> ModelFiles:
         is_whole = _model_id(architecture, decoding, state, calibration) == config["model_id"]
     if not is_whole:
         raise _damaged(location, "its content does not give the model_id in config.json")
-    if decoding != DECODING_VERSION:
+    if decoding not in DECODING_VERSIONS:
         raise WrongUse(
             f"model {location} was trained with image decoding version {decoding}, this csflow has "
             f"{DECODING_VERSION}; use the csflow that trained it or train anew"

@@ -10,6 +10,11 @@ Fit = Literal["stretch", "letterbox", "crop"]
 """How an image of another aspect ratio than the model's is resized: distorted, padded or cut."""
 Interpolation = Literal["bilinear", "bicubic"]
 """The resizing filter, always antialiased."""
+DECODING_VERSION = 2
+"""Increases when `csflow.images` gives other pixels of the same bytes. A model scores with the version that
+it was trained with."""
+DECODING_VERSIONS = (1, DECODING_VERSION)
+"""Those that are still known."""
 
 
 class Box(NamedTuple):
@@ -47,12 +52,14 @@ class Placement(NamedTuple):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Size, fit and filter of the pixels that a model sees."""
+    """Size, fit, filter and decoding of the pixels that a model sees."""
 
     image_size: tuple[int, int]
     """Height and width."""
     fit: Fit = "stretch"
     interpolation: Interpolation = "bilinear"
+    decoding_version: int = DECODING_VERSION
+    """How files become pixels (`csflow.images`)."""
 
     def place(self, height: int, width: int) -> Placement:
         """How an original of this size is placed into the pixels."""

@@ -194,6 +194,8 @@ SHARD_ROW: dict[str, Any] = {
     "is_published": True,
     "images": 10,
     "helped": 0,
+    "deep": 0,
+    "range_used": 0.0,
     "scored": 10,
     "anomalous": 0,
     "p_values_below_5_percent": 0,

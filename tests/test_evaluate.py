@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import imagecodecs
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
@@ -793,7 +795,15 @@ def quarter_turn() -> Image.Exif:
     return exif
 
 
+def tiff_of(samples: np.ndarray, **options: Any) -> bytes:
+    file = io.BytesIO()
+    tifffile.imwrite(file, samples, metadata=None, **options)
+    return file.getvalue()
+
+
 INDEX = BLOCK.astype(np.uint8)
+LABELS = np.where(BLOCK, np.arange(80) % 128 + 1, 0).astype(np.uint16)
+"""All of them black to a decoder that keeps the high byte."""
 STORED_MASKS = {
     "1 bit": encoded(BLOCK),
     "8 bits, 255": encoded(INDEX * 255),
@@ -801,7 +811,15 @@ STORED_MASKS = {
     "16 bits, 65535": encoded(BLOCK * np.uint16(65535)),
     "16 bits, 128": encoded(BLOCK * np.uint16(128)),
     "16 bits, 1": encoded(BLOCK * np.uint16(1)),
-    "16 bits, 1 to 128": encoded(np.where(BLOCK, np.arange(80) % 128 + 1, 0).astype(np.uint16)),
+    "16 bits, 1 to 128": encoded(LABELS),
+    "16-bit colour": imagecodecs.png_encode(LABELS[..., None] * np.array([0, 1, 0], np.uint16)),
+    "16 bits and alpha": imagecodecs.png_encode(np.dstack([LABELS, np.full_like(LABELS, 65535)])),
+    "16-bit alpha": imagecodecs.png_encode(np.dstack([np.zeros_like(LABELS), LABELS])),
+    "16-bit colour TIFF": tiff_of(LABELS[..., None] * np.array([1, 0, 0], np.uint16), photometric="rgb"),
+    "16-bit planes": tiff_of(
+        np.stack([LABELS * 0, LABELS, LABELS * 0]), photometric="rgb", planarconfig="separate"
+    ),
+    "signed big-endian TIFF": tiff_of(LABELS.astype(">i2"), byteorder=">", compression="lzw"),
     "16-bit TIFF": encoded(BLOCK * np.uint16(1), "TIFF"),
     "32-bit TIFF": encoded(BLOCK * np.int32(1), "TIFF"),
     "float TIFF": encoded(BLOCK * np.float32(1 / 1000), "TIFF"),

@@ -154,7 +154,7 @@ def test_the_id_changes_with_whatever_decides_scores_and_p_values(detector, tmp_
 
 def test_a_model_of_another_decoding_is_refused(detector, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("csflow.model_directory.DECODING_VERSION", 99)
+        patch.setattr(detector, "architecture", replace(detector.architecture, decoding_version=99))
         save(Location(str(tmp_path)), detector)
     with pytest.raises(WrongUse, match="image decoding version 99"):
         load_model(Location(str(tmp_path)))
@@ -255,7 +255,7 @@ def test_a_model_of_version_2_keeps_its_id_and_its_scores(tmp_path):
     write_version_2(tmp_path)
     model = load_model(Location(str(tmp_path)))
     assert model.model_id == OLD_ID
-    assert model.detector.architecture.preprocessing == Preprocessing((64, 128), "letterbox", "bilinear")
+    assert model.detector.architecture.preprocessing == Preprocessing((64, 128), "letterbox", "bilinear", 1)
     assert model.calibration.anomaly_score.tolist() == [0.5, 1.5]
     assert model.calibration.global_score is model.calibration.local_score is None
     assert model.calibration.map_threshold(0.5) is model.calibration.region_threshold(0.5) is None

@@ -32,7 +32,6 @@ from csflow.model import (
 )
 from csflow.preprocessing import Preprocessing
 from csflow.storage import Location
-from csflow.training import cache as cache_module
 from csflow.training import loop
 from csflow.training.advice import stretch_warning
 from csflow.training.augmentation import AugmentedFeatures, augment
@@ -703,7 +702,7 @@ def test_another_seed_holds_other_images_out():
 def test_images_that_are_decoded_otherwise_are_in_a_cache_of_their_own(detector, tmp_path, monkeypatch):
     root = Location(str(tmp_path))
     before = FeatureCache.of(root, detector).folder.url
-    monkeypatch.setattr(cache_module, "DECODING_VERSION", cache_module.DECODING_VERSION + 1)
+    monkeypatch.setattr(detector, "architecture", replace(detector.architecture, decoding_version=1))
     assert FeatureCache.of(root, detector).folder.url != before
 
 

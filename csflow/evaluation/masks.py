@@ -4,7 +4,7 @@ A mask is data, not a picture: a value of 1 out of 65,535 is a label, however da
 black into grey. Defective pixels are:
 
 - Grey and colour: those that are not black. The brightest channel of a colour image counts.
-- More than 8 bits, float: those that are not zero.
+- More than 8 bits, float: those that are not zero in some channel.
 - Palettes: by colour if colours tell the indices apart and one of them is black; otherwise by index.
 - Alpha: visible pixels that are not black or, if there are none, visible pixels. Constant alpha is ignored.
 - Grey ringing (`_has_ringing`): those at least half as bright as the brightest pixel.
@@ -23,6 +23,7 @@ from csflow.images import StoredImage, decode_stored
 from csflow.inputs import archives
 from csflow.inputs.objects import ObjectStore
 from csflow.inputs.reading import ImageReader
+from csflow.wide_samples import WideImage
 
 DEADLINE_S = 60.0
 """Seconds during which transient failures of one mask are tried again."""
@@ -93,6 +94,8 @@ def decode_mask(data: bytes) -> Mask:
 def _levels(stored: StoredImage) -> NDArray[Any]:
     """One value per pixel, shape (height, width), 0 where there is no defect; uint8 if it may be grey."""
     image = stored.image
+    if isinstance(image, WideImage):
+        return _wide_colour_levels(image)
     if image.mode == "P":
         return _palette_levels(image)
     if image.mode in {"I", "F"} or image.mode.startswith("I;16"):
@@ -127,6 +130,18 @@ def _palette_levels(image: Image.Image) -> NDArray[Any]:
     if len(colours) == len(used) and (0, 0, 0) in colours:
         return colours_NC.max(axis=1)[index_HW]
     return index_HW != 0
+
+
+def _wide_colour_levels(image: WideImage) -> NDArray[Any]:
+    """As of colour and alpha of 8 bits, but nothing is rounded: a label of 1 in 65,535 is a label."""
+    if image.colour_HWC.shape[2] == 4:
+        raise ImageError(ErrorCode.UNSUPPORTED_FORMAT, "CMYK of more than 8 bits; save the mask as grey")
+    levels_HW = _wide_levels(image.colour_HWC.max(axis=2), image.is_white_zero)
+    alpha_HW = image.alpha_HW
+    if alpha_HW is None or alpha_HW.min() == alpha_HW.max():
+        return levels_HW
+    visible_HW = (levels_HW != 0) & (alpha_HW != 0)
+    return visible_HW if visible_HW.any() else alpha_HW
 
 
 def _wide_levels(values_HW: NDArray[Any], is_white_zero: bool) -> NDArray[Any]:

@@ -18,14 +18,15 @@ from csflow.model.rounding import rounding_shifts
 from csflow.model.statistic import PlainStatistic, Scores, StandardisedStatistic, energy_map
 from csflow.model.whitening import Gaussians
 from csflow.precision import PrecisionSetting
-from csflow.preprocessing import Fit, Interpolation, Preprocessing
+from csflow.preprocessing import DECODING_VERSION, Fit, Interpolation, Preprocessing
 
-OLD_DEFAULTS = {
+OLD_DEFAULTS: dict[str, Any] = {
     "fit": "stretch",
     "interpolation": "bilinear",
     "whitening": False,
     "latent_window": 1,
     "precision": "auto",
+    "decoding_version": 1,
 }
 """Values for models whose config.json does not have these keys."""
 
@@ -57,6 +58,8 @@ class Architecture:
     """Side in places of the windows over which latents are averaged for scores; default as above."""
     precision: PrecisionSetting = "auto"
     """In which precision to score if nothing else is asked for: float32 if rounding would move p-values."""
+    decoding_version: int = DECODING_VERSION
+    """How files become pixels; 1 for models that do not say."""
 
     def __post_init__(self) -> None:
         # A single stage is a string, as it always was: the id of a model depends on it.
@@ -67,7 +70,7 @@ class Architecture:
     @property
     def preprocessing(self) -> Preprocessing:
         """How images become the pixels that the detector takes."""
-        return Preprocessing(self.image_size, self.fit, self.interpolation)
+        return Preprocessing(self.image_size, self.fit, self.interpolation, self.decoding_version)
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self) | {
@@ -80,7 +83,7 @@ class Architecture:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Architecture":
         sizes = {name: tuple(values[name]) for name in ("image_size", "kernel_sizes")}
-        return cls(**(values | sizes))
+        return cls(**(OLD_DEFAULTS | values | sizes))
 
 
 class Detector(nn.Module):

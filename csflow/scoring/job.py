@@ -91,6 +91,8 @@ def run(config: ScoreConfig) -> RunRecord:
         _score_shards(
             shards, _settings(config, directory, output, run_id), resources, config, tally, heartbeat
         )
+    if dark := tally.range_use.warning(are_all=True):
+        warn(dark)
     clock.lap("score")
     heartbeat.begin("account")
     accounted = account(listing, outcomes)
@@ -196,6 +198,8 @@ def _follow(
             if row["began_at"]:
                 progress.work_began(row["began_at"])
             metrics.add(row)
+            if line := tally.range_use.warning():
+                warn(line)
             if row["failure"]:
                 warn(f"shard {row['shard']} failed: {row['failure']}")
             if reason := rules.reason(tally, row["failure"]):

@@ -20,7 +20,7 @@ from csflow.scoring.plan import Account
 from csflow.scoring.tally import Tally
 from csflow.storage import Location
 
-LIBRARIES = ("ray", "torch", "timm", "pyarrow", "pillow", "fsspec", "s3fs", "obstore")
+LIBRARIES = ("ray", "torch", "timm", "pyarrow", "pillow", "tifffile", "fsspec", "s3fs", "obstore")
 
 
 @dataclass

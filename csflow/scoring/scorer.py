@@ -39,6 +39,8 @@ RESULT = pa.schema(
         pa.field("scored", pa.int64()),
         pa.field("anomalous", pa.int64()),
         pa.field("helped", pa.int64()),  # images that helpers loaded
+        pa.field("deep", pa.int64()),  # images of more than 8 bits a sample
+        pa.field("range_used", pa.float64()),  # by the brightest of these, as a share
         pa.field("error_codes", pa.map_(pa.string(), pa.int64())),
         pa.field("is_published", pa.bool_()),  # false if another attempt was first
         pa.field("seconds", pa.map_(pa.string(), pa.float64())),  # by stage, summed over threads
@@ -67,6 +69,8 @@ class _Notes:
     """Rows of images that cannot be scored."""
     helped: int = 0
     """Number of images that helpers loaded."""
+    ranges_used: list[float] = field(default_factory=list)
+    """Of images of more than 8 bits a sample."""
 
 
 class ShardScorer:
@@ -143,6 +147,8 @@ class ShardScorer:
             "scored": scores.num_rows,
             "anomalous": pc.sum(scores["is_anomalous"]).as_py() or 0,
             "helped": notes.helped,
+            "deep": len(notes.ranges_used),
+            "range_used": max(notes.ranges_used, default=0.0),
             "error_codes": list(Counter(row["error_code"] for row in notes.errors).items()),
             "is_published": is_published,
             "seconds": list(notes.stages.seconds.items()),
@@ -165,6 +171,8 @@ class ShardScorer:
             if isinstance(image.content, ImageError):
                 notes.errors.append(self._error_row(image, image.content, modified_at))
             else:
+                if image.content.range_used is not None:
+                    notes.ranges_used.append(image.content.range_used)
                 yield ScorableImage(image.image_uri, image.image_version, image.content, modified_at)
 
     def _scored(

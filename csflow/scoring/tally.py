@@ -9,6 +9,8 @@ from typing import Any
 
 from ray.util import metrics
 
+from csflow.inputs.range_use import RangeUse
+
 SAMPLE_SIZE = 100_000
 ERROR_RATE_MINIMUM_IMAGES = 100
 """A run is not stopped for its error rate before this many images are done."""
@@ -38,6 +40,7 @@ class Tally:
     forms: set[str] = field(default_factory=set)
     """How workers computed the model, as JSON; several on a mixed cluster."""
     peak_worker_bytes: int = 0
+    range_use: RangeUse = field(default_factory=RangeUse)
     sample: list[tuple[float, float]] = field(default_factory=list)
     """Anomaly and global score of each image; a random sample if there are more than `SAMPLE_SIZE`."""
     generator: random.Random = field(default_factory=lambda: random.Random(0), repr=False)
@@ -49,6 +52,7 @@ class Tally:
             return
         self._add_to_sample(list(zip(row["anomaly_scores"], row["global_scores"], strict=True)))
         self.images += row["images"]
+        self.range_use.add(row["deep"], row["range_used"])
         self.scored += row["scored"]
         self.anomalous += row["anomalous"]
         self.helped += row["helped"]

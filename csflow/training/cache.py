@@ -21,7 +21,6 @@ from torch import Tensor
 
 from csflow.console import warn
 from csflow.errors import StorageFailed
-from csflow.images import DECODING_VERSION
 from csflow.model import Detector
 from csflow.storage import Location, read_parquet, to_parquet
 
@@ -97,7 +96,6 @@ class FeatureCache:
             "cut_after": detector.backbone.cut_after,
             "preprocessing": asdict(architecture.preprocessing),
             "scales": architecture.scales,
-            "decoding_version": DECODING_VERSION,
             "layout_version": LAYOUT_VERSION,
         }
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())

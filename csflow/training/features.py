@@ -31,6 +31,8 @@ RESULT = pa.schema(
         pa.field("images", pa.int64()),  # with features
         pa.field("began_at", pa.timestamp("us", tz="UTC")),
         pa.field("failed_for_now", pa.list_(pa.string())),  # messages of errors that may pass
+        pa.field("deep", pa.int64()),  # images of more than 8 bits a sample
+        pa.field("range_used", pa.float64()),  # by the brightest of these, as a share
     ]
 )
 
@@ -89,19 +91,22 @@ class FeatureExtractor:
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         began_at = datetime.now(UTC)
-        file, failed_for_now = self._extract(list(batch["image_uris"][0]), list(batch["image_versions"][0]))
+        file, notes = self._extract(list(batch["image_uris"][0]), list(batch["image_versions"][0]))
         self._cache.write(batch["name"][0], file)
-        row = {"images": len(file.image_uris), "began_at": began_at, "failed_for_now": failed_for_now}
+        row = {"images": len(file.image_uris), "began_at": began_at} | notes
         return pa.Table.from_pylist([row], schema=RESULT)
 
-    def _extract(self, image_uris: list[str], image_versions: list[str]) -> tuple[FeatureFile, list[str]]:
-        """Features of the readable images, and messages of images whose error may be temporary."""
+    def _extract(
+        self, image_uris: list[str], image_versions: list[str]
+    ) -> tuple[FeatureFile, dict[str, Any]]:
+        """Features of the readable images, and the other columns of `RESULT`."""
         uris: list[str] = []
         versions: list[str] = []
         digests: list[str] = []
         sizes: list[tuple[int, int]] = []
         failed: list[tuple[str, str, str]] = []
         failed_for_now: list[str] = []
+        ranges_used: list[float] = []
         parts: list[Tensor] = [torch.empty(0, sum(self._cache.sizes))]
         for batch in batches(self._loader.load(image_uris, image_versions), self._backbone.batch_size):
             pixels = []
@@ -113,6 +118,8 @@ class FeatureExtractor:
                     versions.append(image.image_version)
                     digests.append(image.sha256)
                     sizes.append((image.content.height, image.content.width))
+                    if image.content.range_used is not None:
+                        ranges_used.append(image.content.range_used)
                 elif image.content.is_transient:
                     # Not in the file, so that the next training tries again.
                     failed_for_now.append(f"{image.image_uri}: {image.content}")
@@ -121,4 +128,8 @@ class FeatureExtractor:
             if pixels:
                 features = self._backbone(torch.from_numpy(np.stack(pixels)).to(self._device))
                 parts.append(torch.cat([y_BCHW.flatten(1) for y_BCHW in features], dim=1).float().cpu())
-        return FeatureFile(uris, versions, digests, sizes, torch.cat(parts), failed), failed_for_now
+        return FeatureFile(uris, versions, digests, sizes, torch.cat(parts), failed), {
+            "failed_for_now": failed_for_now,
+            "deep": len(ranges_used),
+            "range_used": max(ranges_used, default=0.0),
+        }

@@ -15,6 +15,7 @@ from csflow.console import Progress, say, warn
 from csflow.errors import ExitStatus, WrongUse
 from csflow.inputs.exclusion import read_exclusion
 from csflow.inputs.listing import list_table
+from csflow.inputs.range_use import RangeUse
 from csflow.inputs.selection import Selection
 from csflow.inputs.unlisted import Unlisted, in_words
 from csflow.model import BackboneError, Detector, load_weights
@@ -174,7 +175,7 @@ def _extract_features(
     """Fills the feature cache; returns the images' rows of its index, or None if it is not complete."""
     started = time.monotonic()
     missing = find_images(images, cache.index())[1]
-    extracted, failed_for_now = 0, []
+    extracted, failed_for_now, range_use = 0, [], RangeUse()
     resources = share_out(None, worker_bytes(detector.state_dict()), config.device, config.decode)
     if missing.num_rows:
         say(f"extracting features of {missing.num_rows} images with {described(resources)}")
@@ -183,7 +184,10 @@ def _extract_features(
             extracted += row["images"]
             progress.work_began(row["began_at"])
             failed_for_now += row["failed_for_now"]
+            range_use.add(row["deep"], row["range_used"])
             progress.update(extracted, f"{extracted / progress.seconds:.1f} images/s")
+    if line := range_use.warning(are_all=True):
+        warn(line)
     cached, still_missing = find_images(images, cache.index())
     seconds = time.monotonic() - started
     say(

@@ -6,9 +6,9 @@ from typing import Any
 import pyarrow as pa
 
 from csflow.errors import WrongUse
-from csflow.images import DECODING_VERSION
 from csflow.model import Detector
 from csflow.model_directory import FORMAT_VERSION, read_config
+from csflow.preprocessing import DECODING_VERSION
 from csflow.storage import Location
 from csflow.training.cache import FeatureCache, find_images
 from csflow.training.config import TrainConfig
