@@ -1,9 +1,11 @@
-"""Explains why image bytes cannot be decoded: they end early, are damaged or of an unsupported kind."""
+"""Explains why image bytes cannot be decoded, and finds damage in bytes that can be."""
 
 import re
 import struct
+import zlib
 from collections.abc import Callable
 
+import simplejpeg
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -11,12 +13,12 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import STRIPBYTECOUNTS, STRIPOFFSETS, TILEBYTECOUNTS, TILEOFFSETS, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from csflow.errors import ErrorCode
+from csflow.errors import ErrorCode, ImageError
 
 _UNSUPPORTED = re.compile(
     "unknown pixel mode|unknown data organization|cannot handle|unsupported|not yet supported", re.I
 )
-_ENDS_EARLY = re.compile("truncated|not enough image data", re.I)
+_ENDS_EARLY = re.compile("truncated|premature end|not enough image data", re.I)
 
 
 def diagnosis(error: Exception, image_file: type[ImageFile], data: bytes) -> ErrorCode:
@@ -26,6 +28,40 @@ def diagnosis(error: Exception, image_file: type[ImageFile], data: bytes) -> Err
     if _UNSUPPORTED.search(str(error)):
         return ErrorCode.UNSUPPORTED_FORMAT
     return ErrorCode.CORRUPT
+
+
+def check_undamaged(image_file: type[ImageFile], data: bytes) -> None:
+    """Raises ImageError if a file that Pillow decodes is damaged inside, as far as its format tells.
+
+    Decoders fill in what is missing: grey in a JPEG, anything in a lossy WebP. Formats know the sizes of
+    their parts, PNG its checksums, and libjpeg warns of codes that end early or make no sense. A WebP whose
+    tail is zeros cannot be told from a picture: flat colour is coded as zeros, too.
+    """
+    if _CUT_SHORT[image_file](data):
+        raise ImageError(ErrorCode.TRUNCATED, "the file is shorter than its parts say")
+    if image_file is JpegImageFile:
+        try:
+            # At an eighth of the size, which needs all codes, but little arithmetic.
+            simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=8, strict=True)
+        except ValueError as error:
+            is_short = _ENDS_EARLY.search(str(error))
+            raise ImageError(ErrorCode.TRUNCATED if is_short else ErrorCode.CORRUPT, str(error)) from None
+    if image_file is PngImageFile and (kind := _damaged_chunk(data)):
+        raise ImageError(ErrorCode.CORRUPT, f"the checksum of the PNG's chunk {kind} is wrong")
+
+
+def _damaged_chunk(data: bytes) -> str | None:
+    """The kind of the first chunk of a PNG with a wrong checksum."""
+    position = 8
+    while position + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        end = position + 8 + length
+        if zlib.crc32(memoryview(data)[position + 4 : end]).to_bytes(4, "big") != data[end : end + 4]:
+            return data[position + 4 : position + 8].decode("latin-1")
+        if data[position + 4 : position + 8] == b"IEND":
+            break
+        position = end + 4
+    return None
 
 
 def _jpeg_cut_short(data: bytes) -> bool:
@@ -39,6 +75,28 @@ def _jpeg_cut_short(data: bytes) -> bool:
             return False  # no segment: damaged
         position += 2 + length
     return True
+
+
+def jpeg_scans(data: bytes) -> int:
+    """Number of scans; 1 without looking further if the first has all channels in full.
+
+    Markers are two bytes that the coded data between them cannot hold.
+    """
+    position, components, is_progressive = 2, 0, False
+    while position + 10 <= len(data):
+        marker, length = struct.unpack_from(">HH", data, position)
+        if marker == 0xFFDA:
+            is_single = not is_progressive and data[position + 4] == components
+            return 1 if is_single else data.count(b"\xff\xda", position)
+        if marker in _FRAMES:
+            components, is_progressive = data[position + 9], marker in _PROGRESSIVE
+        position += 2 + length if 0xFFC0 <= marker < 0xFFFF else 1  # a marker may follow filling bytes
+    return 0
+
+
+_PROGRESSIVE = {0xFFC2, 0xFFC6, 0xFFCA, 0xFFCE}
+_FRAMES = {marker for marker in range(0xFFC0, 0xFFD0) if marker not in (0xFFC4, 0xFFC8, 0xFFCC)}
+"""Start of frame, of any coding."""
 
 
 def _png_cut_short(data: bytes) -> bool:

@@ -59,6 +59,8 @@ class ErrorCode(StrEnum):
     """The image or the archive around it is damaged."""
     TOO_LARGE = "too_large"
     """The image has more pixels or bytes than the stated limit."""
+    TOO_SLOW = "too_slow"
+    """Decoding the image takes more time than the stated limit."""
     CRASHED = "crashed"
     """The process that handled the image died more than once."""
     INTERNAL = "internal"

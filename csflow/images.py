@@ -22,8 +22,8 @@ transparent images, without sBIT and MaxSampleValue, and with all TIFFs read by 
 import io
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +42,8 @@ from PIL.TiffImagePlugin import (
 )
 from PIL.WebPImagePlugin import WebPImageFile
 
-from csflow.damage import diagnosis
+from csflow.damage import check_undamaged, diagnosis, jpeg_scans
+from csflow.decode_limits import MAX_PIXELS, PixelBudget
 from csflow.errors import ErrorCode, ImageError
 from csflow.preprocessing import DECODING_VERSION, Box, Interpolation, Placement, Preprocessing, whole
 from csflow.wide_samples import (
@@ -62,10 +63,8 @@ from csflow.wide_samples import (
 
 # H, W: rows and columns of the upright image; C: red, green, blue.
 
-MAX_PIXELS = 175_000_000
-"""Default limit of height x width. Any single-shot camera has less (151 million pixels), and Pillow itself
-refuses WebP and TIFF above 178,956,970 (`2 * PIL.Image.MAX_IMAGE_PIXELS`)."""
-
+MAX_SCANS = 100
+"""Most scans of a JPEG. Encoders write ten or so; a file of thousands takes minutes."""
 _DRAFT_MARGIN = 1.5
 # A JPEG is decoded at 1/2, 1/4 or 1/8 only if that leaves 1.5 times the wanted sides. With no margin the
 # resizing filter has nothing left to do and the image comes out sharper than one decoded in full: on 768 px
@@ -121,7 +120,11 @@ class StoredImage(NamedTuple):
 
 
 def decode(
-    data: bytes, target: Preprocessing | tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
+    data: bytes,
+    target: Preprocessing | tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    is_strict: bool = False,
+    budget: PixelBudget | None = None,
 ) -> DecodedImage:
     """The first frame of a JPEG, PNG, WebP, BMP or TIFF file as upright RGB.
 
@@ -130,13 +133,18 @@ def decode(
 
     Args:
         target: a model's preprocessing; or (height, width), to stretch the image; or None for its own size.
+        is_strict: whether to refuse files that are damaged inside (`csflow.damage.check_undamaged`).
+        budget: shared by threads, which wait for each other so that not all decode large images at once.
 
-    Raises `ImageError` and nothing else: EMPTY, UNSUPPORTED_FORMAT, TRUNCATED, CORRUPT, or TOO_LARGE for more
-    than `max_pixels`. The header tells the number of pixels before any is decoded.
+    Raises `ImageError` and nothing else: EMPTY, UNSUPPORTED_FORMAT, TRUNCATED, CORRUPT, TOO_LARGE for more
+    than `max_pixels`, or TOO_SLOW for a JPEG of too many scans. The header tells the number of pixels before
+    any is decoded.
     """
     preprocessing = Preprocessing(target) if isinstance(target, tuple) else target
     with _opening(data) as image_file:
-        read = _read(image_file, data, preprocessing, max_pixels)
+        read = _read(image_file, data, preprocessing, max_pixels, budget.holding if budget else _unbounded)
+        if is_strict:
+            check_undamaged(image_file, data)
     pixels_HWC = np.array(_in_mode(read.image, "RGB"))
     if preprocessing is None:
         box = whole(read.height, read.width)
@@ -157,11 +165,10 @@ def decode_stored(data: bytes, max_pixels: int = MAX_PIXELS) -> StoredImage:
             _check_size(*page_size(page), max_pixels)
             wide = read_page(page, data)
             return StoredImage(wide, is_lossy=False, is_white_zero=wide.is_white_zero)
-        image = image_file(io.BytesIO(data))
-        _check_size(*image.size, max_pixels)
+        image = _opened(image_file, data, max_pixels)
         if _is_cut_to_8_bits(image, data):
             return StoredImage(_turned_samples(read_png(data), image), is_lossy=False, is_white_zero=False)
-        orientation = _load(image, DECODING_VERSION)
+        orientation = _load(image, data, DECODING_VERSION)
         image.load()
         tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
         return StoredImage(
@@ -201,6 +208,10 @@ def _opening(data: bytes) -> Iterator[type[ImageFile]]:
         raise ImageError(code, message) from error
 
 
+def _unbounded(pixels: int) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 class _Read(NamedTuple):
     """An upright 8-bit grey or RGB image, resized but not padded."""
 
@@ -212,26 +223,68 @@ class _Read(NamedTuple):
 
 
 def _read(
-    image_file: type[ImageFile], data: bytes, preprocessing: Preprocessing | None, max_pixels: int
+    image_file: type[ImageFile],
+    data: bytes,
+    preprocessing: Preprocessing | None,
+    max_pixels: int,
+    holding: Callable[[int], AbstractContextManager[None]],
 ) -> _Read:
     version = preprocessing.decoding_version if preprocessing else DECODING_VERSION
     page = wide_page(data) if image_file is TiffImageFile and version > 1 else None
     if page is not None:
         width, height = page_size(page)
         _check_size(width, height, max_pixels)
-        plain, share = _from_wide(read_page(page, data), version)
-        return _Read(_resized(plain, height, width, preprocessing), height, width, share)
-    image = image_file(io.BytesIO(data))
-    _check_size(*image.size, max_pixels)
-    orientation = _load(image, version)
+        with holding(width * height):
+            plain, share = _from_wide(read_page(page, data), version)
+            return _Read(_resized(plain, height, width, preprocessing), height, width, share)
+    image = _opened(image_file, data, max_pixels)
+    if isinstance(image, JpegImageFile):
+        return _read_jpeg(image, data, preprocessing, holding)
+    with holding(image.width * image.height):
+        orientation = _load(image, data, version)
+        plain, range_used = _eight_bit(image, data, version)
+        return _placed(plain, image.size, orientation, preprocessing, None, range_used)
+
+
+def _read_jpeg(
+    image: JpegImageFile,
+    data: bytes,
+    preprocessing: Preprocessing | None,
+    holding: Callable[[int], AbstractContextManager[None]],
+) -> _Read:
+    scans = jpeg_scans(data)
+    if scans > MAX_SCANS:
+        raise ImageError(
+            ErrorCode.TOO_SLOW, f"a JPEG of {scans} scans; at most {MAX_SCANS} are decoded, so save it anew"
+        )
+    orientation, size = _orientation(image), image.size
     is_turned = orientation >= 5
-    width, height = reversed(image.size) if is_turned else image.size
     box: _StoredBox | None = None
-    if preprocessing and isinstance(image, JpegImageFile):
+    if preprocessing:
+        width, height = reversed(size) if is_turned else size
         box = _draft(image, *_as_stored(preprocessing.place(height, width), is_turned))
-    plain, range_used = _eight_bit(image, data, version)
-    # Resized as stored, then turned: the smaller raster is the cheaper one to turn.
-    plain = _resized(plain, height, width, preprocessing, is_turned, box)
+    with holding(image.width * image.height):
+        plain = _eight_bit(image, data, DECODING_VERSION)[0]
+        return _placed(plain, size, orientation, preprocessing, box, None)
+
+
+def _placed(
+    plain: Image.Image,
+    size: tuple[int, int],
+    orientation: int,
+    preprocessing: Preprocessing | None,
+    drafted: _StoredBox | None,
+    range_used: float | None,
+) -> _Read:
+    """The raster in the model's size, turned upright. As stored it is smaller to turn once it is resized.
+
+    Args:
+        size: width and height of the original, as stored.
+        drafted: the box in the raster, if the raster is smaller than the original.
+    """
+    is_turned = orientation >= 5
+    width, height = reversed(size) if is_turned else size
+    plain = _resized(plain, height, width, preprocessing, is_turned, drafted)
     if orientation in _UPRIGHT:
         plain = plain.transpose(_UPRIGHT[orientation])
     return _Read(plain, height, width, range_used)
@@ -258,6 +311,18 @@ def _resized(
     return plain.resize(size, _FILTERS[preprocessing.interpolation], drafted or box, _REDUCING_GAP)
 
 
+def _opened(image_file: type[ImageFile], data: bytes, max_pixels: int) -> ImageFile:
+    """The image with its header read."""
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        # Pillow refuses WebPs and TIFFs of more than twice this value, which is one of the process.
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    image = image_file(io.BytesIO(data))
+    _check_size(*image.size, max_pixels)
+    # Pillow gathers a row block by block, quadratic in the blocks: minutes for a WebP 16 million wide.
+    image.decodermaxblock = max(image.decodermaxblock, 8 * image.width)  # at most 8 bytes a pixel
+    return image
+
+
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageError(
@@ -265,10 +330,10 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def _load(image: ImageFile, version: int) -> int:
+def _load(image: ImageFile, data: bytes, version: int) -> int:
     """Loads all formats but JPEG, which may later be decoded smaller; returns the orientation to apply."""
-    # Pillow gathers a row block by block, quadratic in the blocks: minutes for a WebP 16 million wide.
-    image.decodermaxblock = max(image.decodermaxblock, 8 * image.width)  # at most 8 bytes a pixel
+    if isinstance(image, BmpImageFile):
+        _check_run_lengths(image, data)
     if isinstance(image, PngImageFile):
         _drop_wide_colour_key(image)
     if not isinstance(image, JpegImageFile):
@@ -348,6 +413,17 @@ def _drop_wide_colour_key(image: PngImageFile) -> None:
     """Drops the transparent colour of a 16-bit RGB PNG, which Pillow would compare with 8-bit pixels."""
     if image.tile and image.tile[0].args == "RGB;16B":
         image.info.pop("transparency", None)
+
+
+def _check_run_lengths(image: BmpImageFile, data: bytes) -> None:
+    """Refuses a BMP whose run-length codes, of two bytes and up to 255 pixels, cannot fill it.
+
+    Pillow would fill it in Python, pixel by pixel: 22 seconds for 54 KB.
+    """
+    run_lengths = BmpImageFile.COMPRESSIONS["RLE4"], BmpImageFile.COMPRESSIONS["RLE8"]
+    is_run_length = image.info.get("compression") in run_lengths
+    if is_run_length and image.width * image.height > 128 * len(data):
+        raise ImageError(ErrorCode.TRUNCATED, "its run lengths are fewer than its pixels")
 
 
 def _mend_palette(image: TiffImageFile) -> None:

@@ -1,6 +1,7 @@
 """Makes pictures of rows of `scores`: reads their images again and draws the anomaly maps over them."""
 
 import io
+import math
 import posixpath
 import re
 import warnings
@@ -122,7 +123,7 @@ def reduced(data: bytes, row: Mapping[str, Any], side: int | None = None) -> Ima
     sides = np.array([row["image_height"], row["image_width"]])
     small = sides * min(1.0, (side or sides.max()) / sides.max())
     height, width = np.maximum(1, small.round()).astype(int).tolist()
-    return Image.fromarray(decode(data, (height, width)).pixels_HWC)
+    return Image.fromarray(decode(data, (height, width), max_pixels=math.prod(sides.tolist())).pixels_HWC)
 
 
 def _stem(image_uri: str) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 import test_images
 import test_inputs
 
+from csflow.decode_limits import MAX_PIXELS
 from csflow.errors import ErrorCode
-from csflow.images import MAX_PIXELS
 from csflow.inputs.names import IMAGE_SUFFIXES
 
 CUT_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")

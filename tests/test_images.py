@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from csflow.decode_limits import MAX_PIXELS
 from csflow.errors import ErrorCode, ImageError
-from csflow.images import MAX_PIXELS, DecodedImage, decode
+from csflow.images import DecodedImage, decode
 from csflow.preprocessing import Box, Fit, Preprocessing, distortion
 
 LOSSLESS = ["PNG", "BMP", "TIFF", "WEBP"]

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from csflow.errors import Failed, WrongUse
-from csflow.images import DECODING_VERSION, DecodedImage, decode
-from csflow.preprocessing import Preprocessing
+from csflow.images import DecodedImage, decode
+from csflow.preprocessing import DECODING_VERSIONS, Preprocessing
 from csflow.scoring.rows import Judged
 
 KEY = "csflow"
@@ -44,13 +44,18 @@ class Artefact:
         if text is None:
             raise WrongUse(f"{file} was not written by csflow export")
         self.metadata: dict[str, Any] = json.loads(text)
-        for key, known in (("format_version", FORMAT_VERSION), ("decoding_version", DECODING_VERSION)):
-            if self.metadata[key] != known:
-                raise WrongUse(f"{file} has {key} {self.metadata[key]}, this runtime {known}; export it anew")
+        for key, known in (("format_version", (FORMAT_VERSION,)), ("decoding_version", DECODING_VERSIONS)):
+            if self.metadata[key] not in known:
+                raise WrongUse(
+                    f"{file} has {key} {self.metadata[key]}, this runtime {known[-1]}; export it anew"
+                )
         self.model_id = str(self.metadata["model_id"])
         height, width = self.metadata["image_size"]
         self.preprocessing = Preprocessing(
-            (height, width), self.metadata["fit"], self.metadata["interpolation"]
+            (height, width),
+            self.metadata["fit"],
+            self.metadata["interpolation"],
+            self.metadata["decoding_version"],
         )
 
     def check(self) -> None:

@@ -10,6 +10,7 @@ MODULES = (
     "__init__",
     "calibration",
     "damage",
+    "decode_limits",
     "edge/__init__",
     "edge/artefact",
     "edge/command",
@@ -21,6 +22,7 @@ MODULES = (
     "preprocessing",
     "scoring/__init__",
     "scoring/rows",
+    "wide_samples",
 )
 """The modules that the runtime imports; tests/test_rules.py holds this list to its imports."""
 START = "from csflow.edge.command import main\n\nmain()\n"

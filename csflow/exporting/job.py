@@ -16,7 +16,7 @@ from csflow.errors import ExitStatus, ImageError, WrongUse
 from csflow.exporting.bundle import write_runtime
 from csflow.exporting.config import ExportConfig
 from csflow.exporting.graph import OPSET, onnx_program
-from csflow.images import DECODING_VERSION, decode
+from csflow.images import decode
 from csflow.inputs.reading import ImageReader
 from csflow.library.sources import Source
 from csflow.model_directory import Model, load_model
@@ -67,7 +67,7 @@ def _metadata(config: ExportConfig, model: Model, self_test: bytes) -> dict[str,
         "format_version": FORMAT_VERSION,
         "csflow": __version__,
         "model_id": model.model_id,
-        "decoding_version": DECODING_VERSION,
+        "decoding_version": preprocessing.decoding_version,
         "image_size": list(preprocessing.image_size),
         "fit": preprocessing.fit,
         "interpolation": preprocessing.interpolation,

@@ -14,6 +14,7 @@ from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from queue import Empty, SimpleQueue
 
+from csflow.decode_limits import ThreadClock
 from csflow.inputs.loaded import LoadedImage
 
 MOST_HELPERS = 64
@@ -40,8 +41,13 @@ class Pending:
     def __init__(self, image_uri: str, image_version: str) -> None:
         self.image = (image_uri, image_version)
         self.loaded: Future[LoadedImage] = Future()
+        self.decode_clock: ThreadClock | None = None
+        """The clock of the thread that decodes it here, once one does."""
         self.away_since: float | None = None
         """The time since when a helper has it, from `time.monotonic`."""
+
+    def begin_decoding(self, clock: ThreadClock) -> None:
+        self.decode_clock = clock
 
     def finish(self, loaded: LoadedImage) -> None:
         """Sets the result, unless another attempt was faster."""

@@ -1,8 +1,10 @@
 """Reads and decodes one image."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from csflow.decode_limits import DEFAULT_LIMITS, DecodeLimits, PixelBudget, ThreadClock
 from csflow.errors import ErrorCode, ImageError
 from csflow.images import DecodedImage, decode
 from csflow.inputs.reading import ImageReader
@@ -38,15 +40,24 @@ def load_one(
     with_sha256: bool,
     image_uri: str,
     image_version: str,
+    limits: DecodeLimits = DEFAULT_LIMITS,
+    budget: PixelBudget | None = None,
+    decoding: Callable[[ThreadClock], object] = lambda clock: None,
 ) -> LoadedImage:
-    """Reads and decodes one image; an error is returned in the result."""
+    """Reads and decodes one image; an error is returned in the result.
+
+    Args:
+        budget: shared with other threads.
+        decoding: called when the image has been read, with a clock of what decoding takes.
+    """
     stages, sha256 = Stages(), None
     content: DecodedImage | ImageError
     try:
         with stages.measured("read"):
             data = reader.read(image_uri, image_version)
         with stages.measured("decode"):
-            content = decode(data, preprocessing)
+            decoding(ThreadClock())
+            content = decode(data, preprocessing, limits.max_pixels, limits.is_strict, budget)
         sha256 = hashlib.sha256(data).hexdigest() if with_sha256 else None
     except ImageError as error:
         content = error

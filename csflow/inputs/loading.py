@@ -10,11 +10,13 @@ from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
+from csflow.decode_limits import DEFAULT_LIMITS, DecodeLimits, PixelBudget
+from csflow.errors import ErrorCode, ImageError
 from csflow.inputs.helpers import REVIEW_S, Helpers, Images, Pending
 from csflow.inputs.loaded import LoadedImage, load_one
 from csflow.inputs.reading import ImageReader
 from csflow.preprocessing import Preprocessing
-from csflow.process import IdleClock
+from csflow.process import IdleClock, Stages
 
 T = TypeVar("T")
 
@@ -34,19 +36,23 @@ class ImageLoader:
         threads: int,
         with_sha256: bool = False,
         helpers: Helpers | None = None,
+        limits: DecodeLimits = DEFAULT_LIMITS,
     ) -> None:
         """Starts the threads when there is something to load.
 
         Args:
             with_sha256: whether to compute the digest of each image's bytes.
             helpers: load images in other processes while `threads` are too few.
+            limits: of each image; one that takes longer has the error TOO_SLOW.
         """
         self._reader = reader
         self._preprocessing = preprocessing
         self._with_sha256 = with_sha256
         self._threads = threads
         self._helpers = helpers
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="image-loader")
+        self._limits = limits
+        self._budget = PixelBudget()
+        self._pool = self._new_pool()
         self._queue: SimpleQueue[Pending] = SimpleQueue()
         self.idle = IdleClock()
         """For how long all those who take images have waited."""
@@ -98,10 +104,12 @@ class ImageLoader:
             self._pool.submit(self._load_next)
 
     def _is_late(self, pending: Pending) -> bool:
-        """Waits for an image; returns whether it is worth a look at what helpers do meanwhile."""
-        if not wait([pending.loaded], REVIEW_S if self._helpers else None).not_done:
+        """Waits for an image; returns whether it is worth a look at what goes on meanwhile."""
+        if not wait([pending.loaded], REVIEW_S).not_done:
             return False
-        if pending.away_since and time.monotonic() - pending.away_since > PATIENCE_S:
+        if pending.decode_clock and pending.decode_clock.seconds() > self._limits.seconds:
+            self._give_up(pending)
+        elif pending.away_since and time.monotonic() - pending.away_since > PATIENCE_S:
             self._load_here(pending)
         return True
 
@@ -118,7 +126,22 @@ class ImageLoader:
         self._pool.submit(self._finish, pending)
 
     def _finish(self, pending: Pending) -> None:
-        pending.finish(load_one(self._reader, self._preprocessing, self._with_sha256, *pending.image))
+        options = self._preprocessing, self._with_sha256, *pending.image, self._limits, self._budget
+        pending.finish(load_one(self._reader, *options, pending.begin_decoding))
+
+    def _give_up(self, pending: Pending) -> None:
+        """Goes on without an image that takes too long, and without its thread, which cannot be stopped.
+
+        The threads that are not stuck end when nothing is left to do for them; new ones go on with the queue.
+        """
+        error = ImageError(ErrorCode.TOO_SLOW, f"decoding took over {self._limits.seconds:g} CPU seconds")
+        pending.finish(LoadedImage(*pending.image, error, Stages()))
+        self._pool = self._new_pool()
+        for _ in range(self._queue.qsize()):
+            self._pool.submit(self._load_next)
+
+    def _new_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._threads, thread_name_prefix="image-loader")
 
 
 @dataclass(frozen=True)
@@ -128,10 +151,11 @@ class LoaderSettings:
     storage_options: Mapping[str, Any]
     preprocessing: Preprocessing
     with_sha256: bool = False
+    limits: DecodeLimits = DEFAULT_LIMITS
 
     def loader(self, threads: int, helpers: Helpers | None = None) -> ImageLoader:
         reader = ImageReader(self.storage_options)
-        return ImageLoader(reader, self.preprocessing, threads, self.with_sha256, helpers)
+        return ImageLoader(reader, self.preprocessing, threads, self.with_sha256, helpers, self.limits)
 
 
 class HelpingLoader:

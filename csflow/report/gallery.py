@@ -196,15 +196,16 @@ class PictureMaker:
         try:
             data = self._reader.read(row["image_uri"], row["image_version"])
             image = reduced(data, row, self._side)
-            close_up = self._cut_out(data, edges) if edges else None
+            close_up = self._cut_out(data, row, edges) if edges else None
         except Exception as error:  # a page with a gap is better than none
             return Pictures(problem=str(error) or type(error).__name__)
         return Pictures(image.width, image.height, _webp(image), self._layer(row, image), close_up, edges)
 
-    def _cut_out(self, data: bytes, edges: Sequence[int]) -> bytes:
+    def _cut_out(self, data: bytes, row: Mapping[str, Any], edges: Sequence[int]) -> bytes:
         top, left, bottom, right = edges
+        max_pixels = row["image_height"] * row["image_width"]
         with self._at_full_size:
-            pixels_HWC = decode(data).pixels_HWC[top:bottom, left:right].copy()
+            pixels_HWC = decode(data, max_pixels=max_pixels).pixels_HWC[top:bottom, left:right].copy()
         return _webp(Image.fromarray(pixels_HWC))
 
     def _layer(self, row: Mapping[str, Any], image: Image.Image) -> bytes | None:

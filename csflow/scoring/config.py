@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from csflow.config import FALSE_POSITIVE_RATE, Decode, ListingConfig, Locations, Moment, Patterns
+from csflow.decode_limits import DEFAULT_LIMITS, MAX_PIXELS, DecodeLimits
 from csflow.precision import Device, PrecisionSetting
 
 if TYPE_CHECKING:  # with pyarrow and fsspec --help would take a second
@@ -61,6 +62,11 @@ class ScoreConfig(ListingConfig):
     decode: Decode = "auto"
     """Where images are read and decoded. `beside`: by the actor alone. `cluster`: also by helpers, on CPUs
     that no actor has. `auto`: by helpers only while a GPU waits for images."""
+    max_pixels: int = Field(MAX_PIXELS, ge=1)
+    """Images of more pixels than this have the error `too_large`."""
+    strict: bool = False
+    """Images whose files are damaged inside have the errors `truncated` or `corrupt`, even if they can be
+    decoded: JPEGs that end early, PNGs with wrong checksums. Takes up to half as long again for JPEGs."""
     start_timeout: float = Field(1800.0, gt=0)
     """If the cluster has no node for a worker at the start, and no shard finishes within this many seconds,
     the run ends with exit status 3."""
@@ -82,5 +88,6 @@ class ScoringSettings:
     batch_size: int | None
     precision: PrecisionSetting = "auto"
     false_regions: float = FALSE_REGIONS
+    limits: DecodeLimits = DEFAULT_LIMITS
     is_isolated: bool = False
     """Read and decode each image in a child process, because these shards' workers died before."""

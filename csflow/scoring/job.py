@@ -19,6 +19,7 @@ from csflow.cluster import (
     with_timeout,
 )
 from csflow.console import Progress, say, warn
+from csflow.decode_limits import DecodeLimits
 from csflow.errors import ExitStatus
 from csflow.inputs.listing import list_images
 from csflow.inputs.selection import Selection
@@ -117,6 +118,7 @@ def _settings(config: ScoreConfig, model: Location, output: Output, run_id: str)
         false_regions=config.false_regions,
         batch_size=config.batch_size,
         precision=config.precision,
+        limits=DecodeLimits(config.max_pixels, is_strict=config.strict),
     )
 
 

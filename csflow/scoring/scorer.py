@@ -101,10 +101,10 @@ class ShardScorer:
         self._detector = InferenceDetector(detector, settings.precision, batch_size)
         self._loader: ImageLoader | IsolatedLoader
         if settings.is_isolated:
-            self._loader = IsolatedLoader(storage_options, preprocessing)
+            self._loader = IsolatedLoader(storage_options, preprocessing, settings.limits)
         else:
             threads = max(READ_THREADS, READ_THREADS_PER_CPU * resources.cpus)
-            loader = LoaderSettings(storage_options, preprocessing)
+            loader = LoaderSettings(storage_options, preprocessing, limits=settings.limits)
             self._loader = loader.loader(threads, helpers(loader, resources))
         self._model_lock = threading.Lock()
         self._process_cpu = ProcessCpu()

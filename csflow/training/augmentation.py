@@ -46,7 +46,10 @@ class AugmentedFeatures:
         """As in `FeatureSource`; raises ImageError if an image can no longer be read."""
         detector = load_backbone(self.architecture, self.cache).to(self.device)
         loader = ImageLoader(
-            ImageReader(self.cache.folder.storage_options), self.architecture.preprocessing, READ_THREADS
+            ImageReader(self.cache.folder.storage_options),
+            self.architecture.preprocessing,
+            READ_THREADS,
+            limits=self.cache.limits,
         )
         order = torch.cat([*shares, torch.empty(0, dtype=torch.int64)]).tolist()
         rows = self.images.take(pa.array(order, pa.int64()))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from csflow.console import warn
+from csflow.decode_limits import DEFAULT_LIMITS, DecodeLimits
 from csflow.errors import StorageFailed
 from csflow.model import Detector
 from csflow.storage import Location, read_parquet, to_parquet
@@ -81,14 +82,20 @@ class FeatureFile:
 
 
 class FeatureCache:
-    """The features of one backbone with one set of weights and one preprocessing."""
+    """The features of one backbone with one set of weights, one preprocessing and one set of limits."""
 
-    def __init__(self, folder: Location, feature_shapes: Sequence[tuple[int, int, int]]) -> None:
+    def __init__(
+        self,
+        folder: Location,
+        feature_shapes: Sequence[tuple[int, int, int]],
+        limits: DecodeLimits = DEFAULT_LIMITS,
+    ) -> None:
         self.folder = folder
+        self.limits = limits
         self.feature_shapes = tuple(feature_shapes)
 
     @classmethod
-    def of(cls, root: Location, detector: Detector) -> "FeatureCache":
+    def of(cls, root: Location, detector: Detector, limits: DecodeLimits = DEFAULT_LIMITS) -> "FeatureCache":
         """The cache below `root` of everything that decides this detector's features."""
         architecture = detector.architecture
         decides = {
@@ -97,10 +104,11 @@ class FeatureCache:
             "preprocessing": asdict(architecture.preprocessing),
             "scales": architecture.scales,
             "layout_version": LAYOUT_VERSION,
+            "limits": asdict(limits),  # which decide what cannot be read
         }
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
         digest.update(backbone_bytes(detector))
-        return cls(root / digest.hexdigest()[:16], detector.feature_shapes)
+        return cls(root / digest.hexdigest()[:16], detector.feature_shapes, limits)
 
     @property
     def sizes(self) -> list[int]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from csflow.config import Decode, ListingConfig, Locations, ModelName, Patterns, Seed, Side, Stages
+from csflow.decode_limits import MAX_PIXELS, DecodeLimits
 from csflow.errors import WrongUse
 from csflow.precision import Device, TrainingPrecision
 from csflow.preprocessing import Fit
@@ -93,6 +94,11 @@ class TrainConfig(ListingConfig):
     decode: Decode = "auto"
     """Where images are read and decoded. `beside`: by the worker alone. `cluster`: also by helpers, on CPUs
     that no worker has. `auto`: by helpers only while a GPU waits for images."""
+    max_pixels: int = Field(MAX_PIXELS, ge=1)
+    """Images of more pixels than this are left out as `too_large`."""
+    strict: bool = False
+    """Images whose files are damaged inside are left out, even if they can be decoded: JPEGs that end early,
+    PNGs with wrong checksums."""
     seed: Seed = 0
     """Seed (0 to 4294967295) of the initial weights, the permutations, the batches, and the choice of
     validation and held-out images."""
@@ -116,6 +122,10 @@ class TrainConfig(ListingConfig):
         """Takes settings that are not given from the recipe, whose name is checked with the other fields."""
         recipe = RECIPES.get(values.get("recipe", "default"))
         return (recipe.settings if recipe else {}) | values
+
+    @property
+    def limits(self) -> DecodeLimits:
+        return DecodeLimits(self.max_pixels, is_strict=self.strict)
 
     def architecture(self) -> "Architecture":
         """The detector's architecture. Raises WrongUse if the kernel sizes do not fit the blocks."""

@@ -86,7 +86,9 @@ class FeatureExtractor:
         batch_size = GPU_BATCH_SIZE if resources.gpus else CPU_BATCH_SIZE
         self._backbone = InferenceBackbone(detector, "float32", batch_size)
         self._cache = cache
-        settings = LoaderSettings(cache.folder.storage_options, architecture.preprocessing, with_sha256=True)
+        settings = LoaderSettings(
+            cache.folder.storage_options, architecture.preprocessing, with_sha256=True, limits=cache.limits
+        )
         self._loader = settings.loader(READ_THREADS, helpers(settings, resources))
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:

@@ -56,7 +56,7 @@ def train(config: TrainConfig) -> ExitStatus:
     _say_what_is_to_come(config, images, detector)
     labelled = LabelledImages.read(config, images)
     work_dir = Location(config.work_dir, config.storage_options) if config.work_dir else output / "_work"
-    cache = FeatureCache.of(work_dir / "features", detector)
+    cache = FeatureCache.of(work_dir / "features", detector, config.limits)
     if replaces_unasked:
         check_replacement(output, config, detector, images, cache, work_dir)
 
