@@ -145,14 +145,23 @@ def test_an_evaluation_in_which_nothing_could_be_flagged_says_why(tmp_path: Path
     write_scores(tmp_path / "out", {"/d/a.png": 1.0, "/d/b.png": 2.0})
     labels = write_labels(tmp_path / "labels.csv", {"/d/a.png": 0, "/d/b.png": 1})
     model = tmp_path / "model"
-    (model).mkdir()
+    model.mkdir()
     (model / "config.json").write_text('{"format_version": 4, "model_id": "m1"}')
-    pq.write_table(pa.table({"anomaly_score": [0.5] * 12}), model / "calibration.parquet")
+
+    def hold_out(images: int) -> None:
+        heldout = {
+            "image_uri": ["a"] * images,
+            "image_version": ["1"] * images,
+            "anomaly_score": [0.5] * images,
+        }
+        pq.write_table(pa.table(heldout), model / "calibration.parquet")
+
+    hold_out(12)
     write_record(tmp_path / "out", "1", model=ScoredWith(location=str(model), model_id="m1"))
     assert "smallest p-value is 0.077" in run(tmp_path, labels=labels)["why_none_is_flagged"]
     assert "no flags            12 images are held out" in capsys.readouterr().out
     # With 19 held-out images the run's rate of 0.05 can flag, and has found nothing.
-    pq.write_table(pa.table({"anomaly_score": [0.5] * 19}), model / "calibration.parquet")
+    hold_out(19)
     assert run(tmp_path, labels=labels)["why_none_is_flagged"] is None
 
 
