@@ -45,6 +45,8 @@ def extract(
     Args:
         images: `image_uri` and `image_version` of images that the cache lacks.
     """
+    if not images.num_rows:
+        return
     uris, versions = images["image_uri"].to_pylist(), images["image_version"].to_pylist()
     work = [
         {
@@ -54,8 +56,6 @@ def extract(
         }
         for shard in cut(uris, versions, _shard_size(len(uris), resources))
     ]
-    if not work:
-        return
     # Through the store and not as an argument, so that an actor can start anew on any node.
     (cache.folder / BACKBONE_FILE).write(backbone_bytes(detector))
     yield from map_shards(work, FeatureExtractor, (detector.architecture, cache, resources), resources)
