@@ -155,6 +155,8 @@ class Drift:
     @property
     def words(self) -> str:
         """The verdict as a sentence. It asks, since scores alone cannot tell what has changed."""
+        if self.verdict is None:
+            return f"{self.share_below_5_percent:.1%} of p-values below 0.05; that csflow gave no verdict"
         held_out = f"the {self.heldout:,} held-out images"
         match self.verdict:
             case "like":
@@ -170,8 +172,6 @@ class Drift:
                 return f"scores are above those of {held_out}: other light, focus or parts, or many defects?"
             case "lower":
                 return f"scores are below those of {held_out}: smoother pictures, or images of the training?"
-            case None:
-                return "not judged by the version of csflow that scored"
 
 
 def drift(

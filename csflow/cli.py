@@ -182,7 +182,8 @@ def completion(shell: str) -> str:
 
 
 def _parser() -> FlagParser:
-    verbs = "\n".join(f"  {verb:<10}{command.summary}" for verb, command in COMMANDS.items())
+    width = max(map(len, COMMANDS)) + 2
+    verbs = "\n".join(f"  {verb:<{width}}{command.summary}" for verb, command in COMMANDS.items())
     parser = FlagParser(
         prog="csflow",
         usage="csflow COMMAND [settings]",

@@ -168,7 +168,7 @@ def test_bash_completes_commands_settings_and_choices(csflow, tmp_path):
         return set(done.stdout.split())
 
     assert complete("csflow", "ev") == {"evaluate"}
-    assert complete("csflow", "score", "--ma") == {"--maps", "--max_error_rate"}
+    assert complete("csflow", "score", "--ma") == {"--maps", "--max_error_rate", "--max_pixels"}
     assert complete("csflow", "score", "--maps", "") == {"native", "none"}
 
 
