@@ -692,8 +692,8 @@ def float64_tiff(values_HW: NDArray[np.float64]) -> bytes:
         (b"no image", r"mask .*b\.png cannot be read \(unsupported_format"),
         (
             float64_tiff(np.ones((8, 8))),
-            r"mask .*b\.png cannot be read \(unsupported_format: a TIFF .* floats of 64 bits; save it with "
-            r"integers of 8 or 16 bits, or floats of 32\)",
+            r"mask .*b\.png cannot be read \(unsupported_format: a TIFF .* floats of 64 bits; save it as "
+            r"grey, RGB or CMYK with integers of 8 or 16 bits, or floats of 32\)",
         ),
         (None, r"mask .*b\.png cannot be read \(not_found"),
     ],

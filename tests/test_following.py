@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from csflow.errors import Failed
 from csflow.output.layout import Output
 from csflow.scoring import job
 from csflow.scoring.config import ScoreConfig, ScoringSettings
+from csflow.scoring.heartbeat import Heartbeat
 from csflow.scoring.plan_log import PlannedShard
 from csflow.scoring.stopping import FAILED_SHARDS_IN_A_ROW
 from csflow.scoring.tally import Tally
@@ -47,8 +49,9 @@ def follow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Captu
         flags = [flag for name, value in arguments.items() for flag in (f"--{name}", str(value))]
         scoring = ScoringSettings(location, Output(location, "0" * 16), "run", True, 0.01, None)
         tally = Tally()
+        heartbeat = Heartbeat(location, "run", datetime.now(UTC))
         resources = WorkerResources(workers=1, cpus=1, gpus=0)
-        job._score_shards(planned, scoring, resources, parse(ScoreConfig, None, flags), tally)
+        job._score_shards(planned, scoring, resources, parse(ScoreConfig, None, flags), tally, heartbeat)
         return tally, capsys.readouterr().out, given
 
     return run
