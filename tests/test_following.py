@@ -21,7 +21,11 @@ from csflow.scoring.stopping import FAILED_SHARDS_IN_A_ROW
 from csflow.scoring.tally import Tally
 from csflow.storage import Location
 
-BAD: dict[str, Any] = {"failure": "OSError: No space left on device", "is_published": False}
+BAD: dict[str, Any] = {
+    "failure": "OSError: No space left on device",
+    "is_published": False,
+    "began_at": None,
+}
 CORRUPT: dict[str, Any] = SHARD_ROW | {"scored": 4, "error_codes": [("corrupt", 6)]}
 Follow = Callable[..., tuple[Tally, str, list[int]]]
 

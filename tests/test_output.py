@@ -171,11 +171,10 @@ def test_scores_of_one_model_are_opened_with_its_errors_and_its_runs_alone(
     assert opened.errors is not None
     assert opened.errors.to_table()["image_uri"].to_pylist() == ["failed a.png"]
     assert [record.run_id for record in last_records(opened)] == ["5", "2"]
-    with pytest.raises(
-        WrongUse, match=f"{tmp_path} holds scores of several models; choose .*: {MODEL}, {OTHER}"
-    ):
+    named = rf"{MODEL} \(/models/cells\), {OTHER} \(/models/cells\)"
+    with pytest.raises(WrongUse, match=f"{tmp_path} holds scores of several models; choose .*: {named}"):
         open_scores(output.location)
-    with pytest.raises(WrongUse, match=f"{tmp_path} has no scores of model m3; choose .*: {MODEL}, {OTHER}"):
+    with pytest.raises(WrongUse, match=f"{tmp_path} has no scores of model m3; choose .*: {named}"):
         open_scores(output.location, "m3")
 
 
