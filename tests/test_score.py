@@ -220,6 +220,8 @@ def test_files_have_exactly_the_schema_of_the_contract(scored):
         ("map_threshold", "double"),
         ("region_threshold", "double"),
         ("regions", f"list<element: struct<{REGION_FIELDS}>>"),
+        ("image_modified_at", "timestamp[us, tz=UTC]"),
+        ("model_name", "string"),
     ]
     assert [(f.name, str(f.type)) for f in ERRORS] == [
         ("image_uri", "string"),
@@ -229,6 +231,8 @@ def test_files_have_exactly_the_schema_of_the_contract(scored):
         ("is_transient", "bool"),
         ("run_id", "string"),
         ("failed_at", "timestamp[us, tz=UTC]"),
+        ("image_modified_at", "timestamp[us, tz=UTC]"),
+        ("model_name", "string"),
     ]
 
 

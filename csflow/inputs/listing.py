@@ -67,7 +67,8 @@ def list_images(
         pool = stack.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="listing"))
         listing = _Listing(store, pool, inputs, selection, unlisted or Unlisted())
         stack.callback(listing.close)
-        found = [(uri, listing.find(uri)) for uri in inputs]
+        looked_up = [(uri, listing.find(uri)) for uri in inputs]
+        found = [(uri, images) for uri, images in looked_up if images is not None]
         yield from _batches(image for uri, images in found for image in listing.selected(uri, images))
 
 
@@ -132,15 +133,15 @@ class _Listing:
     def close(self) -> None:
         self._parquet.close()
 
-    def find(self, uri: str) -> Iterator[StoredObject]:
-        """Looks an input up at once, and lists its images lazily."""
+    def find(self, uri: str) -> Iterator[StoredObject] | None:
+        """Looks an input up at once, and lists its images lazily; None if it cannot be listed."""
         uri = as_text(uri)
         try:
             with _explaining(uri):
                 return self._find(manifests.canonical_uri(uri))
         except (Unlistable, ConnectionError) as error:
             self._fail(uri, error)
-            return iter(())
+            return None
 
     def selected(self, uri: str, images: Iterator[StoredObject]) -> Iterator[StoredObject]:
         """The images of an input whose names are selected.
