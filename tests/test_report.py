@@ -418,7 +418,9 @@ def write_model(tmp_path: Path, heldout_scores: list[float], model_id: str = "m1
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"format_version": 4, "model_id": model_id}))
-    pq.write_table(pa.table({"anomaly_score": heldout_scores}), model / "calibration.parquet")
+    images = [f"/held/out/{number}.png" for number in range(len(heldout_scores))]
+    calibration = {"image_uri": images, "image_version": images, "anomaly_score": heldout_scores}
+    pq.write_table(pa.table(calibration), model / "calibration.parquet")
     return model
 
 

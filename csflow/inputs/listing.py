@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from csflow.errors import ErrorCode, ImageError, WrongUse
 from csflow.inputs import archives, containers, folders, inventories, manifests, rows
@@ -324,4 +325,4 @@ def _timestamps(seconds: Sequence[float]) -> pa.Array:
     microseconds = 1e6 * np.array(seconds)
     is_known = np.abs(microseconds) < 2.5e17  # within 8,000 years, which Python's datetime and SQL can hold
     whole = np.where(is_known, microseconds, 0).round().astype(np.int64)
-    return pa.array(whole, mask=~is_known).cast(LISTING.field("image_modified_at").type)
+    return pc.cast(pa.array(whole, mask=~is_known), LISTING.field("image_modified_at").type)
