@@ -146,9 +146,9 @@ def run(verb: str, doc: str | None, argv: Sequence[str] | None = None, prog: str
     """
     command = COMMANDS[verb]
     words = list(sys.argv[1:] if argv is None else argv)
-    if command.is_job:
-        greet(verb, words)
     try:
+        if command.is_job:
+            greet(verb, words)
         from csflow.exit import run_job
 
         # What does the work is imported when the settings are known to be right: --help comes at once.

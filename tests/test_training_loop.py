@@ -44,7 +44,7 @@ from csflow.training.cache import (
     find_images,
 )
 from csflow.training.checkpoint import restore, written_checkpoint
-from csflow.training.closing import calibration_columns, closing_tensors
+from csflow.training.closing import CALIBRATED, calibration_columns, closing_tensors
 from csflow.training.config import TrainConfig
 from csflow.training.features import FeatureExtractor
 from csflow.training.gaussians import fit_gaussians, gaussian_losses, read_gaussians, write_gaussians
@@ -475,7 +475,7 @@ def test_p_values_of_unseen_normals_are_uniform_and_flag_as_many_as_wanted(cache
     trainer.whiten_latents(trainer.training)
     calibration, statistic = closing(trainer, cache, evaluated(trainer, cache, data.part("heldout")))
     unseen = calibration_columns(statistic(evaluated(trainer, cache, rows.slice(320)).energies))
-    assert len(calibration) == (4 if settings is WHITENED else 1)
+    assert len(calibration) == (len(CALIBRATED) if settings is WHITENED else 1)
     for name, heldout in calibration.items():
         # All p-values share one draw of held-out images: they are uniform if both samples have one
         # distribution.
