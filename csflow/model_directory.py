@@ -285,7 +285,7 @@ def heldout_scores(location: Location) -> NDArray[np.float64]:
 def find_heldout_scores(location: Location, model_id: str) -> NDArray[np.float64] | None:
     """The held-out scores of this model; None if the directory cannot be read or holds another model."""
     try:
-        return heldout_scores(location) if read_config(location)["model_id"] == model_id else None
+        return heldout_scores(location) if read_config(location).get("model_id") == model_id else None
     except WrongUse:
         return None
 

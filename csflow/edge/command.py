@@ -28,7 +28,7 @@ from csflow.output.layout import errors_path, scores_path
 from csflow.output.schemas import ERRORS, KEY_COLUMNS, SCORES
 from csflow.scoring.rows import ScorableImage, score_rows
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 POLL_S = 0.2
 """Seconds between two looks at a watched folder. A file is read once two looks find it the same."""
 
