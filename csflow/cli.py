@@ -146,19 +146,45 @@ def run(verb: str, doc: str | None, argv: Sequence[str] | None = None, prog: str
     """
     command = COMMANDS[verb]
     words = list(sys.argv[1:] if argv is None else argv)
+    interrupts = _Interrupts()
+
+    def work(config: Any) -> ExitStatus:
+        # Imported when the settings are known to be right: --help comes at once.
+        main = load(command.main)
+        interrupts.raise_again()
+        status: ExitStatus = main(config)
+        return status
+
     try:
         if command.is_job:
             greet(verb, words)
         from csflow.exit import run_job
 
-        # What does the work is imported when the settings are known to be right: --help comes at once.
-        run_job(load(command.config), lambda config: load(command.main)(config), doc, words, prog)
+        run_job(load(command.config), work, doc, words, prog)
     except KeyboardInterrupt:
         # A second Ctrl-C ends the process at once, even if Ray does not let go.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         after_echo = "\n" if sys.stderr.isatty() else ""  # the terminal has just written ^C
         print(f"{after_echo}stopped{command.after_stop}", file=sys.stderr)
         sys.exit(int(ExitStatus.STOPPED))
+
+
+class _Interrupts:
+    """Remembers Ctrl-C, since modules that are being imported may swallow the exception."""
+
+    def __init__(self) -> None:
+        self._came = False
+        # Else it is to be ignored, as in the background of a script.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._note)
+
+    def raise_again(self) -> None:
+        if self._came:
+            raise KeyboardInterrupt
+
+    def _note(self, *_: object) -> None:
+        self._came = True
+        raise KeyboardInterrupt
 
 
 def load(place: str) -> Any:

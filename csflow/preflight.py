@@ -1,12 +1,14 @@
 """Says before any cluster work what a job is about to do, from its listing, its model and a few images."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
 
 from csflow.errors import ImageError
 from csflow.images import measure
+from csflow.inputs.child_process import Child, ChildDied
 from csflow.inputs.reading import ImageReader
 from csflow.preprocessing import Preprocessing
 
@@ -52,16 +54,24 @@ def spread(images: pa.Table) -> pa.Table:
 
 
 def _sizes(sample: pa.Table, storage_options: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Height and width of the images, up to the first that cannot be read."""
+    """Height and width of the images, up to the first that cannot be read; none if one kills its process."""
+    child = Child(storage_options)
+    try:
+        return child.call(_measured, sample.select(["image_uri", "image_version"]).to_pylist())
+    except ChildDied:
+        return []
+    finally:
+        child.close()
+
+
+def _measured(
+    storage_options: Mapping[str, Any], images: Sequence[Mapping[str, str]]
+) -> list[tuple[int, int]]:
     reader = ImageReader(storage_options, READ_DEADLINE_S, LARGEST_FILE)
     sizes = []
-    try:
-        for uri, version in zip(
-            *sample.select(["image_uri", "image_version"]).to_pydict().values(), strict=True
-        ):
-            sizes.append(measure(reader.read(uri, version)))
-    except ImageError:
-        pass  # the job itself reads it again, and says what is wrong
+    with suppress(ImageError):  # the job itself reads the image again, and says what is wrong
+        for image in images:
+            sizes.append(measure(reader.read(image["image_uri"], image["image_version"])))
     return sizes
 
 

@@ -181,13 +181,15 @@ def test_s3_prefix_lists_every_kind_and_reads_it_back(bucket: faulty_s3.FaultyS3
 
 
 def test_other_stores_are_listed_and_read(tmp_path: Path) -> None:
-    store = fsspec.filesystem("memory")
+    store, archive = fsspec.filesystem("memory"), "memory:///archive"
+    # Parquet files are opened in a child process, and this store is in the memory of this one.
     for name, data in archive_tree().items():
-        store.pipe_file(f"/archive/{name}", data)
+        if not name.endswith(".parquet"):
+            store.pipe_file(f"/archive/{name}", data)
     try:
-        found = listing("memory:///archive")
-        assert contents(found) == expected_images("memory:///archive")
-        assert failure("memory:///archive/gone.png", "1").code == ErrorCode.NOT_FOUND
+        expected = {u: data for u, data in expected_images(archive).items() if ".parquet" not in u}
+        assert contents(listing(archive)) == expected
+        assert failure(f"{archive}/gone.png", "1").code == ErrorCode.NOT_FOUND
     finally:
         store.rm("/archive", recursive=True)
 
