@@ -14,7 +14,11 @@ from processes import processes_with
 
 CTRL_C = b"\x03"
 # Not as `preexec_fn`: with it Python forks, which can cut the connections of gRPC's threads in this process.
-IN_TERMINAL = "import os, sys; os.login_tty(int(sys.argv[1])); os.execvp(sys.argv[2], sys.argv[2:])"
+IN_TERMINAL = (
+    # A shell starts jobs in the foreground so, even if these tests run in the background, without Ctrl-C.
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.login_tty(int(sys.argv[1])); os.execvp(sys.argv[2], sys.argv[2:])"
+)
 
 
 class Terminal:
