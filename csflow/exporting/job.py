@@ -18,7 +18,7 @@ from csflow.exporting.config import ExportConfig
 from csflow.exporting.graph import OPSET, onnx_program
 from csflow.images import decode
 from csflow.inputs.reading import ImageReader
-from csflow.library.sources import Source
+from csflow.library.sources import Source, open_store
 from csflow.model_directory import Model, load_model
 from csflow.storage import Location
 
@@ -89,7 +89,7 @@ def _self_test_image(config: ExportConfig, model: Model) -> bytes:
     """The bytes of an image that can be decoded. Raises WrongUse if there is none."""
     if config.self_test is not None:
         try:
-            data = Source(config.self_test, config.storage_options).read()
+            data = Source(config.self_test, open_store(config.storage_options)).read()
             decode(data)
         except ImageError as error:
             raise WrongUse(f"--self_test {config.self_test}: {error}") from None

@@ -6,7 +6,6 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from typing import Any, Literal, TypeAlias, cast, overload
 
 import numpy as np
@@ -15,8 +14,9 @@ from PIL import Image
 
 from csflow.errors import ImageError, WrongUse
 from csflow.images import DecodedImage, decode
+from csflow.inputs.loading import batches
 from csflow.library.result import Result
-from csflow.library.sources import ImageLike, Source
+from csflow.library.sources import ImageLike, Source, open_store
 from csflow.model import InferenceDetector, default_batch_size
 from csflow.model_directory import load_model
 from csflow.precision import Device, PrecisionSetting, resolved
@@ -70,7 +70,7 @@ class Model:
         self._calibration = directory.calibration
         self.map_threshold = directory.calibration.map_threshold(false_positive_rate)
         """Value that map cells of normal images exceed no more often than the false-positive rate."""
-        self._storage_options = location.storage_options
+        self._store = open_store(location.storage_options)
         self._device = _device(device)
         self._detector = directory.detector.to(self._device)
         try:
@@ -130,9 +130,9 @@ class Model:
         if errors not in ("raise", "return"):
             raise WrongUse(f"errors is 'raise' or 'return', not {errors!r}")
         if _is_one(images):
-            source = Source(cast(ImageLike, images), self._storage_options)
+            source = Source(cast(ImageLike, images), self._store)
             return _or_raise(next(self._results([[self._load(source)]])))
-        sources = [Source(image, self._storage_options) for image in cast(Iterable[ImageLike], images)]
+        sources = [Source(image, self._store) for image in cast(Iterable[ImageLike], images)]
         return self._score_many(sources, errors, _is_watched() if progress is None else progress)
 
     def _score_many(self, sources: Sequence[Source], errors: str, shows_bar: bool) -> list[Any]:
@@ -141,8 +141,10 @@ class Model:
         size = default_batch_size(self.preprocessing.image_size, self._device)
         results = []
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            batches = _batches(_in_order(pool, self._load, sources, READ_AHEAD * size), size)
-            bar = tqdm(self._results(batches), total=len(sources), unit="image", disable=not shows_bar)
+            loaded = _in_order(pool, self._load, sources, READ_AHEAD * size)
+            bar = tqdm(
+                self._results(batches(loaded, size)), total=len(sources), unit="image", disable=not shows_bar
+            )
             try:
                 for result in bar:
                     results.append(result if errors == "return" else _or_raise(result))
@@ -157,9 +159,9 @@ class Model:
         except ImageError as error:
             return source, ImageError(error.code, f"{source.name}: {error.message}")
 
-    def _results(self, batches: Iterable[Sequence[Loaded]]) -> Iterator[Result | ImageError]:
+    def _results(self, groups: Iterable[Sequence[Loaded]]) -> Iterator[Result | ImageError]:
         """Results and errors in the order of the images."""
-        for batch in batches:
+        for batch in groups:
             good = [(source, content) for source, content in batch if isinstance(content, DecodedImage)]
             scored = iter(self._scored(good) if good else [])
             for _, content in batch:
@@ -250,8 +252,3 @@ def _in_order(
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-def _batches(items: Iterator[Loaded], size: int) -> Iterator[list[Loaded]]:
-    while batch := list(islice(items, size)):
-        yield batch

@@ -27,12 +27,18 @@ PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
 ImageLike: TypeAlias = str | os.PathLike[str] | bytes | bytearray | NDArray[Any] | Image.Image
 
 
+def open_store(storage_options: Mapping[str, Any]) -> ObjectStore:
+    """A store for sources, which may share it."""
+    return ObjectStore(storage_options, READ_DEADLINE_S)
+
+
 @dataclass(frozen=True)
 class Source:
     """An image that was given to `Model.score`."""
 
     given: ImageLike
-    storage_options: Mapping[str, Any]
+    store: ObjectStore
+    """Shared, since its connections are worth keeping."""
 
     @property
     def image_uri(self) -> str | None:
@@ -66,9 +72,8 @@ class Source:
                 f"{uri} is a folder; give its images, such as sorted(Path({uri!r}).glob('*.png')), "
                 "or score it all with csflow.score"
             )
-        store = ObjectStore(self.storage_options, READ_DEADLINE_S)
-        stored = store.stat(uri)
-        return store.fetch(uri, stored.version, limit=MAX_BYTES)
+        stored = self.store.stat(uri)
+        return self.store.fetch(uri, stored.version, limit=MAX_BYTES)
 
 
 def _from_array(pixels: NDArray[Any]) -> Image.Image:
