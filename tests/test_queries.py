@@ -281,16 +281,21 @@ def test_an_image_scored_after_it_failed_is_not_open(duckdb_answers):
     assert errors.attempts.max() == 2
 
 
+def in_duckdb_and_polars() -> tuple[duckdb.DuckDBPyConnection, dict[str, Any]]:
+    """The set-up of the page, run over the output below the working folder; names are those of Python."""
+    connection, names = duckdb.connect(), {}
+    for statement in statements(set_up("sql", "duckdb", "setup")[0]):
+        connection.execute(statement)
+    run_python(set_up("python", None, "setup")[0], names)
+    return connection, names
+
+
 def test_an_output_without_errors_or_a_second_model_answers_all_other_questions(folder, tmp_path):
     """As after the demo: one night, one model, no error."""
     write_output(tmp_path / "demo" / "scores", range(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        connection = duckdb.connect()
-        for statement in statements(set_up("sql", "duckdb", "setup")[0]):
-            connection.execute(statement)
-        names: dict[str, Any] = {}
-        run_python(set_up("python", None, "setup")[0], names)
+        connection, names = in_duckdb_and_polars()
         for heading in set(QUESTIONS) - ABOUT_ERRORS:
             answer = connection.execute(statements(questions("sql")[heading])[0]).df()
             in_polars = run_python(questions("python")[heading], names)
@@ -314,11 +319,7 @@ def test_of_two_products_in_one_output_none_is_lost(tmp_path, monkeypatch):
         named = [row | {"model_name": name} for row in rows if row]
         write_rows(output, "scores", model_id, night, named)
     monkeypatch.chdir(tmp_path)
-    connection = duckdb.connect()
-    for statement in statements(set_up("sql", "duckdb", "setup")[0]):
-        connection.execute(statement)
-    names: dict[str, Any] = {}
-    run_python(set_up("python", None, "setup")[0], names)
+    connection, names = in_duckdb_and_polars()
     for view, models in (
         ("latest_model", ["board", "nameless", "new gear"]),
         ("previous_model", ["old gear"]),
