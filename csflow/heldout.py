@@ -46,9 +46,7 @@ def heldout_calibration(
         WrongUse: there are no images, or none that can be read.
     """
     unlisted = Unlisted()
-    selection = Selection(
-        image_column=config.image_column, skip_folders=config.skip_folders, allow_schemes=config.allow_schemes
-    )
+    selection = Selection.of(config)
     listed = list_images(inputs, config.storage_options, selection, unlisted)
     images = pa.Table.from_batches(listed, LISTING)
     for line in unlisted.lines():

@@ -276,6 +276,12 @@ def holds_model(location: Location) -> bool:
     return (location / "config.json").exists()
 
 
+def check_free(output: Location, may_replace: bool) -> None:
+    """Raises WrongUse if `--output` holds a model that may not be replaced."""
+    if not may_replace and holds_model(output):
+        raise WrongUse(f"--output {output} already holds a model; choose another, or pass --overwrite")
+
+
 def heldout_scores(location: Location) -> NDArray[np.float64]:
     """The anomaly scores of a model's held-out images, read without the weights; raises as `read_model`."""
     with _proving(location):

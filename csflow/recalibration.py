@@ -5,10 +5,10 @@ import numpy as np
 import csflow
 from csflow.calibration import p_values
 from csflow.config import ListingConfig, Locations
-from csflow.errors import ExitStatus, WrongUse
+from csflow.errors import ExitStatus
 from csflow.heldout import heldout_calibration
 from csflow.model import Architecture
-from csflow.model_directory import Calibration, holds_model, load_model, read_config, save_model
+from csflow.model_directory import Calibration, check_free, load_model, read_config, save_model
 from csflow.storage import Location
 from csflow.training.card import calibration_rows, histogram_svg
 
@@ -47,8 +47,7 @@ class RecalibrateConfig(ListingConfig):
 def recalibrate(config: RecalibrateConfig) -> ExitStatus:
     """Scores the images and saves. Raises WrongUse if a setting is wrong or no image can be read."""
     source, output = (Location(url, config.storage_options) for url in (config.model, config.output))
-    if holds_model(output) and not config.overwrite:
-        raise WrongUse(f"--output {output} already holds a model; choose another, or pass --overwrite")
+    check_free(output, config.overwrite)
     output.check_writable()
     old = load_model(source)
     result = heldout_calibration(old.detector, config.input, config, "--input")

@@ -9,7 +9,6 @@ image that has a row is not scored again, so after a crash the same command cont
 import argparse
 import json
 import os
-import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,9 +23,9 @@ import pyarrow.parquet as pq
 from csflow.edge.artefact import Artefact
 from csflow.errors import ErrorCode, ExitStatus, Failed, ImageError, WrongUse
 from csflow.images import decode
-from csflow.output.layout import errors_path, scores_path
+from csflow.output.layout import errors_path, new_run_id, scores_path
 from csflow.output.schemas import ERRORS, KEY_COLUMNS, SCORES
-from csflow.scoring.rows import ScorableImage, score_rows
+from csflow.scoring.rows import ScorableImage, error_row, score_rows
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 POLL_S = 0.2
@@ -45,7 +44,7 @@ class Recorder:
 
     def __init__(self, output: Path, model_id: str) -> None:
         self._output, self._model_id = output, model_id
-        self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}-{secrets.token_hex(4)}"
+        self.run_id = new_run_id(datetime.now(UTC))
         self._scores: list[pa.RecordBatch] = []
         self._errors: list[dict[str, Any]] = []
         self._files = 0
@@ -66,16 +65,7 @@ class Recorder:
         self._scores.append(row)
 
     def add_error(self, image: Version, error: ImageError) -> None:
-        self._errors.append(
-            {
-                **image._asdict(),
-                "error_code": str(error.code),
-                "error_message": error.message,
-                "is_transient": error.is_transient,
-                "run_id": self.run_id,
-                "failed_at": datetime.now(UTC),
-            }
-        )
+        self._errors.append(error_row(*image, error, self.run_id))
 
     def write(self) -> None:
         """Writes what was added since the last call."""

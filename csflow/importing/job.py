@@ -18,7 +18,7 @@ from csflow.errors import ExitStatus, WrongUse
 from csflow.heldout import heldout_calibration
 from csflow.importing.checkpoints import SCALES, ForeignModel, ForeignModelError, load_extractor, read_foreign
 from csflow.model import PAPER_STAGE, Architecture, BackboneError, Detector, load_weights
-from csflow.model_directory import holds_model, save_model
+from csflow.model_directory import check_free, save_model
 from csflow.storage import Location
 from csflow.weights import find_weights
 
@@ -86,8 +86,7 @@ class ImportConfig(ListingConfig):
 def import_model(config: ImportConfig) -> ExitStatus:
     """Converts, calibrates and saves. Raises WrongUse if a setting or the checkpoint is wrong."""
     output = Location(config.output, config.storage_options)
-    if holds_model(output) and not config.overwrite:
-        raise WrongUse(f"--output {output} already holds a model; choose another, or pass --overwrite")
+    check_free(output, config.overwrite)
     output.check_writable()
     location = Location(config.checkpoint, config.storage_options)
     data = _read(location)

@@ -5,9 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
 
 from csflow.inputs.names import SKIPPED_FOLDERS
 from csflow.inputs.objects import StoredObject
+
+if TYPE_CHECKING:
+    from csflow.config import ListingConfig
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,16 @@ class Selection:
     """Patterns of the names of folders that are not looked into."""
     allow_schemes: Sequence[str] = ()
     """Schemes that manifests may name beside those of the inputs."""
+
+    @classmethod
+    def of(cls, config: "ListingConfig", **more: Any) -> "Selection":
+        """The selection of a job's settings, with more of its fields if the job has settings for them."""
+        return cls(
+            image_column=config.image_column,
+            skip_folders=config.skip_folders,
+            allow_schemes=config.allow_schemes,
+            **more,
+        )
 
     def takes_name(self, image_uri: str) -> bool:
         def matches(patterns: Sequence[str]) -> bool:

@@ -62,14 +62,7 @@ def run(config: ScoreConfig) -> RunRecord:
     heartbeat = Heartbeat(output.location, run_id, clock.started_at)
     clock.lap("start")
     heartbeat.begin("list")
-    selection = Selection(
-        config.include,
-        config.exclude,
-        config.since,
-        config.image_column,
-        config.skip_folders,
-        config.allow_schemes,
-    )
+    selection = Selection.of(config, include=config.include, exclude=config.exclude, since=config.since)
     unlisted = Unlisted(selection.leaves_out)
     found = list_images(config.input, config.storage_options, selection, unlisted)
     listing = Listing.freeze(output.listing_folder(run_id), heartbeat.over(found), config.limit)

@@ -1,4 +1,4 @@
-"""Rows of `scores`, for whatever scores images: the job, the library and the edge runtime.
+"""Rows of `scores` and `errors`, for whatever scores images: the job, the library and the edge runtime.
 
 Dimension letters: B batch, H height, W width, S levels of the pyramid.
 """
@@ -12,6 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from csflow.calibration import p_values
+from csflow.errors import ImageError
 from csflow.images import DecodedImage
 from csflow.output.schemas import FLOATS, REGION, REGIONS, SCORES
 from csflow.preprocessing import whole
@@ -132,6 +133,28 @@ def score_rows(
         regions = find_regions(anomaly_map_BHW, region_rule.threshold, height_B, width_B, box_B4)
         columns["regions"] = _region_lists(regions, len(images), region_rule)
     return pa.RecordBatch.from_pydict(columns, schema=SCORES)
+
+
+def error_row(
+    image_uri: str,
+    image_version: str,
+    error: ImageError,
+    run_id: str,
+    modified_at: datetime | None = None,
+    model_name: str | None = None,
+) -> dict[str, Any]:
+    """A row in the `ERRORS` schema."""
+    return {
+        "image_uri": image_uri,
+        "image_version": image_version,
+        "error_code": str(error.code),
+        "error_message": error.message,
+        "is_transient": error.is_transient,
+        "run_id": run_id,
+        "failed_at": datetime.now(UTC),
+        "image_modified_at": modified_at,
+        "model_name": model_name,
+    }
 
 
 def _or_nulls(value_B: NDArray[np.float64] | None, images: int) -> NDArray[np.float64] | list[None]:

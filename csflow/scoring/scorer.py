@@ -27,7 +27,7 @@ from csflow.process import ProcessCpu, Stages, peak_memory_bytes
 from csflow.redaction import redact
 from csflow.scoring.config import ScoringSettings
 from csflow.scoring.plan_log import PlannedShard
-from csflow.scoring.rows import RegionRule, ScorableImage, judge, require_scores, score_rows
+from csflow.scoring.rows import RegionRule, ScorableImage, error_row, judge, require_scores, score_rows
 from csflow.storage import Location, to_parquet
 
 READ_THREADS, READ_THREADS_PER_CPU = 8, 2
@@ -169,7 +169,15 @@ class ShardScorer:
             notes.helped += image.is_helped
             modified_at = notes.modified_at[image.image_uri]
             if isinstance(image.content, ImageError):
-                notes.errors.append(self._error_row(image, image.content, modified_at))
+                row = error_row(
+                    image.image_uri,
+                    image.image_version,
+                    image.content,
+                    self._settings.run_id,
+                    modified_at=modified_at,
+                    model_name=self._model_name,
+                )
+                notes.errors.append(row)
             else:
                 if image.content.range_used is not None:
                     notes.ranges_used.append(image.content.range_used)
@@ -216,21 +224,6 @@ class ShardScorer:
             region_rule=self._region_rule,
             model_name=self._model_name,
         )
-
-    def _error_row(
-        self, image: LoadedImage, error: ImageError, modified_at: datetime | None
-    ) -> dict[str, Any]:
-        return {
-            "image_uri": image.image_uri,
-            "image_version": image.image_version,
-            "error_code": str(error.code),
-            "error_message": error.message,
-            "is_transient": error.is_transient,
-            "run_id": self._settings.run_id,
-            "failed_at": datetime.now(UTC),
-            "image_modified_at": modified_at,
-            "model_name": self._model_name,
-        }
 
     def _publish(
         self, shard: PlannedShard, target: Location, scores: pa.Table, errors: list[dict[str, Any]]

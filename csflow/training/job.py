@@ -19,7 +19,7 @@ from csflow.inputs.range_use import RangeUse
 from csflow.inputs.selection import Selection
 from csflow.inputs.unlisted import Unlisted, in_words
 from csflow.model import BackboneError, Detector, load_weights
-from csflow.model_directory import Calibration, holds_model, save_model, worker_bytes
+from csflow.model_directory import Calibration, check_free, holds_model, save_model, worker_bytes
 from csflow.preflight import describe_images, spread
 from csflow.storage import Location
 from csflow.training.advice import advice, calibration_warning, stretch_warning
@@ -43,9 +43,8 @@ LINES_SHOWN = 10
 def train(config: TrainConfig) -> ExitStatus:
     """Runs the job. Raises WrongUse before any cluster work starts if a setting or input is wrong."""
     output = Location(config.output, config.storage_options)
-    replaces_unasked = holds_model(output) and not config.overwrite
-    if replaces_unasked and not config.resume:
-        raise WrongUse(f"--output {output} already holds a model; choose another, or pass --overwrite")
+    check_free(output, config.overwrite or config.resume)
+    replaces_unasked = config.resume and not config.overwrite and holds_model(output)
     if config.min_workers is not None and config.min_workers > config.workers:
         raise WrongUse(f"--min_workers {config.min_workers} is more than --workers {config.workers}")
     check_shares(config.validation, config.holdout)
@@ -122,9 +121,7 @@ def _list_images(config: TrainConfig) -> pa.Table:
     """
     exclusion = read_exclusion(config.exclude, config.storage_options)
     unlisted = Unlisted(exclusion.leaves_out)
-    selection = Selection(
-        image_column=config.image_column, skip_folders=config.skip_folders, allow_schemes=config.allow_schemes
-    )
+    selection = Selection.of(config)
     listed = list_table(config.input, config.storage_options, selection, unlisted)
     for line in unlisted.lines():
         warn(line)
