@@ -71,6 +71,22 @@ COMMANDS = {
             "masks --scores out --output masks --format png --run_id latest",
         ),
     ),
+    "compact": Command(
+        "Merge the many small files of scores into few large ones, in another folder",
+        "csflow.compaction:CompactConfig",
+        "csflow.compaction:compact",
+        ("compact --scores s3://plant/scores --output s3://plant/scores-compacted",),
+        after_stop="; the same command continues",
+    ),
+    "prune": Command(
+        "Delete what an output no longer needs: records of old runs, leftovers of plans, a model's scores",
+        "csflow.pruning:PruneConfig",
+        "csflow.pruning:prune",
+        (
+            "prune --scores s3://plant/scores --runs_before 2026-01-01",
+            "prune --scores s3://plant/scores --drop_model 8c1f09e2a7b3d456 --dry_run",
+        ),
+    ),
     "recalibrate": Command(
         "Give a model new p-values and thresholds from recent images of good parts",
         "csflow.recalibration:RecalibrateConfig",

@@ -152,18 +152,20 @@ class Location:
 
     def find(self, suffix: str) -> list["Location"]:
         """All files below this folder with this ending, sorted; none if the folder does not exist."""
-        return [file for file, _ in self.find_versions(suffix)]
+        return [file.location for file in self.find_details(suffix)]
 
-    def find_versions(self, suffix: str) -> list[tuple["Location", str | None]]:
-        """All files below this folder with this ending, sorted, each with its version.
-
-        A file that is replaced by another content gets another version. None if the store's listing has none.
-        """
+    def find_details(self, suffix: str) -> list["FoundFile"]:
+        """All files below this folder with this ending, sorted, with what the listing says of each."""
         fs, root = filesystem(self.url, self.storage_options)
         with _naming(self.url, "listed"):
             found = _find_local(root) if isinstance(fs, LocalFileSystem) else fs.find(root, detail=True)
             paths = sorted(path for path in found if path.endswith(suffix) and not _is_temporary(path))
-            return [(self / path[len(root.rstrip("/")) + 1 :], _version(found[path])) for path in paths]
+            return [
+                FoundFile(
+                    self / path[len(root.rstrip("/")) + 1 :], _version(found[path]), int(found[path]["size"])
+                )
+                for path in paths
+            ]
 
     def sizes(self, suffix: str) -> dict[str, int]:
         """Sizes in bytes of all files in this very folder with this ending, by name."""
@@ -190,6 +192,17 @@ class Location:
                 f"{self.url} is in a store without conditional writes (If-None-Match), by which every image "
                 "is kept to one row; choose another store"
             )
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """A file, and what a listing says of its content."""
+
+    location: Location
+    version: str | None
+    """Differs for another content; None if the store's listing has none."""
+    size: int
+    """In bytes."""
 
 
 def to_parquet(table: pa.Table) -> bytes:

@@ -19,16 +19,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from csflow.compaction import CompactConfig, compact
 from csflow.errors import WrongUse
 from csflow.inputs.listing import LISTING
-from csflow.output.layout import Output
+from csflow.output.layout import Output, output_files
 from csflow.output.schemas import ERRORS, SCORES
+from csflow.pruning import PruneConfig, prune
 from csflow.scoring import frozen_listing, key_sets, outcomes, plan_log
 from csflow.scoring.frozen_listing import Listing
 from csflow.scoring.outcomes import OutcomeReader
 from csflow.scoring.plan import Account, account, make_plan
 from csflow.scoring.plan_log import SHARDS_PER_PART, Plan, PlanLog, PlannedShard
-from csflow.storage import Location, to_parquet
+from csflow.storage import Location, read_parquet, to_parquet
 
 BUFFER_ROWS = 7
 NIGHTS, IMAGES = 6, 36
@@ -136,6 +138,29 @@ class World:
         for reader in (self.reader, OutcomeReader(self.output)):
             assert account(self.freeze(images), reader) == expected
 
+    def prune_and_compact(self, today: datetime) -> None:
+        """Later nights show that they need nothing of what was pruned."""
+        shards = {file.shard: file for file in self.output.files("scores")}
+        if not shards:
+            return
+        root = self.output.location
+        prune(PruneConfig(scores=root.url))
+        target = root / "large"
+        before = today.date() + timedelta(days=1)
+        compact(CompactConfig(scores=root.url, output=target.url, before=before))
+        rows: Counter[str] = Counter()
+        for file in output_files(target, "scores"):
+            rows[file.date.isoformat()] += len(read_parquet(file.location))
+        open_days = {self.shards[name][0].date for name in self.unfinished}
+        expected = Counter(
+            {
+                date: sum(len(read_parquet(file.location)) for file in shards.values() if file.date == date)
+                for date in {file.date for file in shards.values()} - open_days
+            }
+        )
+        # A day that a new plan opened again is as it was when it was last compacted.
+        assert {date: n for date, n in rows.items() if date not in open_days} == expected
+
 
 def batches_of(images: list[Image]) -> Iterable[pa.RecordBatch]:
     """A listing in batches of 1, 2, 3, … images."""
@@ -208,6 +233,8 @@ def test_nights_of_any_kind_plan_every_image_version_once_and_forget_none(
         for name in ended:
             world.finish(name, chance, failures=0.2)
         world.account(images)
+        if chance.random() < 0.5:
+            world.prune_and_compact(calendar.today)
 
     monkeypatch.setattr(PlanLog, "append", append)
     everything = [(uri, f"version {version}") for uri, version in versions.items()]

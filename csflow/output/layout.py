@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # the edge runtime has no object stores
 
 SCORES_FILES = "scores/model_id=<id>/date=<date>/*.parquet"
 """The layout of scores files, as error messages show it."""
+COMPACTED = "_compacted"
+"""A file in folders of compacted scores, to which no job must score. It says which output they are from."""
 _RUN_TIME = "%Y%m%dT%H%M%S%fZ"
 _PARTITION = re.compile(r"/model_id=([^/]+)/date=(\d{4}-\d{2}-\d{2})/[^/]+$")
 
@@ -52,20 +54,20 @@ class Output:
         digest = hashlib.sha256(outcome.encode()).hexdigest()[:8]
         return self.location / errors_path(self.model_id, date, shard, digest)
 
-    def files(self, kind: Kind, dates: Set[str], in_one_go: bool = False) -> list[ShardFile]:
-        """All files of these dates.
+    def files(self, kind: Kind, dates: Set[str] | None = None, in_one_go: bool = True) -> list[ShardFile]:
+        """The files of these dates, or of all.
 
         Args:
             in_one_go: whether to list the files of all dates, which takes fewer requests if most are wanted.
         """
         folder = self.folder(kind)
-        folders = [folder] if in_one_go else [folder / f"date={date}" for date in sorted(dates)]
-        found = [pair for folder in folders for pair in folder.find_versions(".parquet")]
-        return [
-            ShardFile(file, _shard(file, kind), version)
-            for file, version in found
-            if file.parent.name.removeprefix("date=") in dates
+        folders = [folder] if in_one_go else [folder / f"date={date}" for date in sorted(dates or ())]
+        found = [
+            ShardFile(file.location, file.version, file.size, _shard(file.location, kind))
+            for folder in folders
+            for file in folder.find_details(".parquet")
         ]
+        return [file for file in found if dates is None or file.date in dates]
 
     def listing_folder(self, run_id: str) -> Location:
         """The folder of a run's frozen listing."""
@@ -93,9 +95,16 @@ class ShardFile:
     """A file of `scores` or `errors` with the rows of one shard."""
 
     location: Location
-    shard: str
     version: str | None
     """Differs for another content; None if the store does not tell."""
+    size: int
+    """In bytes."""
+    shard: str
+
+    @property
+    def date(self) -> str:
+        """The day of the shard's plan, by the file's folder."""
+        return self.location.parent.name.removeprefix("date=")
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from csflow.cluster import (
 )
 from csflow.console import Progress, say, warn
 from csflow.decode_limits import DecodeLimits
-from csflow.errors import ExitStatus
+from csflow.errors import ExitStatus, WrongUse
 from csflow.inputs.listing import list_images
 from csflow.inputs.selection import Selection
 from csflow.inputs.unlisted import Unlisted
 from csflow.model_directory import Calibration, ModelFiles, read_model
-from csflow.output.layout import Output, new_run_id
+from csflow.output.layout import COMPACTED, Output, new_run_id
 from csflow.output.runs import RunRecord
 from csflow.preflight import describe_images, spread
 from csflow.promotion import resolve
@@ -58,6 +58,10 @@ def run(config: ScoreConfig) -> RunRecord:
     directory = resolve(Location(config.model, config.storage_options))
     model = read_model(directory)
     output = Output(Location(config.output, config.storage_options), model.model_id)
+    if (output.location / COMPACTED).exists():
+        raise WrongUse(
+            f"--output {output.location} holds compacted scores; choose the output that they are from"
+        )
     output.location.check_writable(exclusively=True)
     heartbeat = Heartbeat(output.location, run_id, clock.started_at)
     clock.lap("start")

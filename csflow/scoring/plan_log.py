@@ -94,7 +94,11 @@ class Plan:
             file = output.plan_part(self.folder, part)
             for number in some:
                 row_group = number % SHARDS_PER_PART
-                yield PlannedShard(f"{self.folder}-{number:06d}", self.date, file, row_group)
+                yield PlannedShard(self.shard_name(number), self.date, file, row_group)
+
+    def shard_name(self, number: int) -> str:
+        """The name of the shard with this number."""
+        return f"{self.folder}-{number:06d}"
 
 
 class PlanLog:

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from csflow.config import JobConfig
 from csflow.errors import ExitStatus, WrongUse
-from csflow.output.layout import Kind, OutputFile
+from csflow.output.layout import COMPACTED, Kind, OutputFile
 from csflow.output.schemas import ERRORS, SCORES
 from csflow.storage import Location
 from csflow.tables.files import final_files
@@ -40,6 +40,10 @@ def register(config: RegisterConfig) -> ExitStatus:
     if (config.format == "iceberg") != (config.catalog is not None):
         raise WrongUse("--catalog is needed for Iceberg, and for Iceberg only")
     output = Location(config.scores, config.storage_options)
+    if (output / COMPACTED).exists():
+        raise WrongUse(
+            f"{output} holds compacted scores, of which files may be replaced; register their origin"
+        )
     files = final_files(output)
     if not files["scores"]:
         raise WrongUse(f"{output} holds no scores; --scores takes the --output of a scoring job")
