@@ -19,11 +19,9 @@ from csflow.console import Progress, warn
 from csflow.errors import ExitStatus, WrongUse
 from csflow.output.layout import COMPACTED, Kind, Output, ShardFile, output_files
 from csflow.output.reading import dataset
-from csflow.output.schemas import ERRORS, SCORES
+from csflow.output.schemas import SCHEMAS
 from csflow.scoring.plan_log import PlanLog
 from csflow.storage import Location, to_parquet
-
-SCHEMAS: Mapping[Kind, pa.Schema] = {"scores": SCORES, "errors": ERRORS}
 
 
 class CompactConfig(JobConfig):
@@ -136,7 +134,7 @@ def _days(output: Output, before: str) -> Iterator[_Day]:
 
 def _compact_day(day: _Day, target: Location, size: int, counts: _Counts) -> None:
     for kind, files in day.files.items():
-        folder = Output(target, day.output.model_id).folder(kind) / f"date={day.date}"
+        folder = Output(target, day.output.model_id).day_folder(kind, day.date)
         groups = {_name(number, group): group for number, group in enumerate(_groups(files, size))}
         present = {file.name for file in folder.find(".parquet")}
         # Removed first: a reader may miss rows for a moment, but never sees a row twice.

@@ -45,6 +45,9 @@ class Output:
     def folder(self, kind: Literal["scores", "errors", "_plans"]) -> Location:
         return self.location / kind / f"model_id={self.model_id}"
 
+    def day_folder(self, kind: Kind, day: str) -> Location:
+        return self.folder(kind) / f"date={day}"
+
     def scores_file(self, shard: str, date: str) -> Location:
         return self.location / scores_path(self.model_id, date, shard)
 
@@ -60,8 +63,8 @@ class Output:
         Args:
             in_one_go: whether to list the files of all dates, which takes fewer requests if most are wanted.
         """
-        folder = self.folder(kind)
-        folders = [folder] if in_one_go else [folder / f"date={date}" for date in sorted(dates or ())]
+        days = sorted(dates or ())
+        folders = [self.folder(kind)] if in_one_go else [self.day_folder(kind, day) for day in days]
         found = [
             ShardFile(file.location, file.version, file.size, _shard(file.location, kind))
             for folder in folders

@@ -2,6 +2,8 @@
 
 import pyarrow as pa
 
+from csflow.output.layout import Kind
+
 KEY_COLUMNS = ["image_uri", "image_version"]
 # Parquet's own name for the items of a list, so that a file's schema reads back as this one.
 FLOATS = pa.list_(pa.field("element", pa.float32()))
@@ -57,3 +59,5 @@ ERRORS = pa.schema(
         pa.field("model_name", pa.string()),
     ]
 )
+
+SCHEMAS: dict[Kind, pa.Schema] = {"scores": SCORES, "errors": ERRORS}

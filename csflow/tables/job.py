@@ -8,11 +8,9 @@ import pyarrow as pa
 from csflow.config import JobConfig
 from csflow.errors import ExitStatus, WrongUse
 from csflow.output.layout import COMPACTED, Kind, OutputFile
-from csflow.output.schemas import ERRORS, SCORES
+from csflow.output.schemas import SCHEMAS
 from csflow.storage import Location
 from csflow.tables.files import final_files
-
-SCHEMAS: dict[Kind, pa.Schema] = {"scores": SCORES, "errors": ERRORS}
 
 
 class RegisterConfig(JobConfig):
