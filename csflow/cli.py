@@ -5,6 +5,7 @@ A verb's modules take seconds to import, so `run` first prints that the verb sta
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -163,6 +164,8 @@ def run(verb: str, doc: str | None, argv: Sequence[str] | None = None, prog: str
     command = COMMANDS[verb]
     words = list(sys.argv[1:] if argv is None else argv)
     interrupts = _Interrupts()
+    # After a stall a thread still waits for results. When the process ends it would start Ray a second time.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
     def work(config: Any) -> ExitStatus:
         # Imported when the settings are known to be right: --help comes at once.

@@ -41,6 +41,25 @@ def csflow(capsys: pytest.CaptureFixture[str]):
     return run
 
 
+def test_a_thread_that_a_job_leaves_behind_does_not_start_ray_when_the_process_ends(tmp_path):
+    code = """
+import atexit, sys
+@atexit.register
+def late():
+    import ray
+    try:
+        ray.put(0)
+    except Exception as error:
+        print("refused:", type(error).__name__)
+from csflow.cli import main
+main(["inspect", sys.argv[1]])
+"""
+    command = [sys.executable, "-c", code, str(write_output(tmp_path / "out", range(1)))]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1].startswith("refused:")
+
+
 def test_the_console_script_is_the_command():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert cli.load(project["scripts"]["csflow"]) is cli.main
