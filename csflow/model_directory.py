@@ -22,7 +22,7 @@ from csflow.preprocessing import DECODING_VERSION, DECODING_VERSIONS, Preprocess
 from csflow.storage import Location, to_parquet
 
 if TYPE_CHECKING:  # the driver of a scoring run needs no torch, which takes seconds and 500 MB
-    from csflow.model import Detector
+    from csflow.model import Detector, Head
 
 FORMAT_VERSION = 4
 READABLE_VERSIONS = (1, 2, 3, 4)
@@ -30,6 +30,8 @@ READABLE_VERSIONS = (1, 2, 3, 4)
 version 4 one average of energies and no windows."""
 ROUNDING = "rounding."
 """Prefix of the names of `rounding_shifts` among the detector's tensors."""
+BACKBONE = "backbone."
+"""Prefix of the names of the backbone's own."""
 CARD_FILES = ("README.md", "curves.svg", "calibration.svg", "outliers.csv")
 PICTURES = "outliers"
 """Folder of the card's pictures."""
@@ -123,6 +125,7 @@ def _padded(lists: pa.ChunkedArray) -> NDArray[np.float64] | None:
 class ModelFiles:
     """The content of a model directory, proved whole."""
 
+    location: Location
     model_id: str
     name: str | None
     """What its users call the model, or the product that it is for. It does not change the model id."""
@@ -146,6 +149,39 @@ class ModelFiles:
     def worker_bytes(self) -> int:
         """Memory that a process needs for this detector."""
         return worker_bytes(self.state)
+
+    def detector(self) -> "Detector":
+        """Builds the detector. Raises WrongUse if the files do not make one."""
+        import torch
+
+        from csflow.model import Architecture, Detector
+
+        with _proving(self.location):
+            # Without memory and random numbers for weights that are about to be replaced.
+            with torch.device("meta"):
+                detector = Detector(Architecture.from_json(self.architecture), self.feature_shapes)
+            state = {name: torch.from_numpy(value) for name, value in self.state.items()}
+            shifts = [name for name in state if name.startswith(ROUNDING)]
+            detector.rounding_shifts = {name.removeprefix(ROUNDING): state.pop(name) for name in shifts}
+            detector.load_state_dict(state, assign=True)
+        return detector.eval().requires_grad_(False)
+
+    def head(self) -> "Head":
+        """Builds the detector without its backbone, for which no timm is needed. Raises as `detector`."""
+        import torch
+
+        from csflow.model import Architecture, Head
+
+        with _proving(self.location):
+            with torch.device("meta"):
+                head = Head(Architecture.from_json(self.architecture), self.feature_shapes)
+            state = {
+                name: torch.from_numpy(value)
+                for name, value in self.state.items()
+                if not name.startswith((BACKBONE, ROUNDING))
+            }
+            head.load_state_dict(state, assign=True)
+        return head.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -244,27 +280,13 @@ def read_model(location: Location | str) -> ModelFiles:
             f"{DECODING_VERSION}; use the csflow that trained it or train anew"
         )
     name = config.get("model_name")  # older models have none
-    return ModelFiles(config["model_id"], name, architecture, feature_shapes, state, calibration)
+    return ModelFiles(location, config["model_id"], name, architecture, feature_shapes, state, calibration)
 
 
 def load_model(location: Location | str) -> Model:
     """Reads a model directory and builds its detector; takes and raises what `read_model` does."""
-    import torch
-
-    from csflow.model import Architecture, Detector
-
-    location = location if isinstance(location, Location) else Location(location)
     files = read_model(location)
-    with _proving(location):
-        # Without memory and random numbers for weights that are about to be replaced.
-        with torch.device("meta"):
-            detector = Detector(Architecture.from_json(files.architecture), files.feature_shapes)
-        state = {name: torch.from_numpy(value) for name, value in files.state.items()}
-        detector.rounding_shifts = {
-            name.removeprefix(ROUNDING): state.pop(name) for name in list(state) if name.startswith(ROUNDING)
-        }
-        detector.load_state_dict(state, assign=True)
-    return Model(files.model_id, files.name, detector.eval().requires_grad_(False), files.calibration)
+    return Model(files.model_id, files.name, files.detector(), files.calibration)
 
 
 def worker_bytes(state: Mapping[str, Any]) -> int:

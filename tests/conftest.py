@@ -16,6 +16,9 @@ from typing import Any
 
 # Ray reads these when it is imported. A token is what protects a cluster by default.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+# Whoever runs the tests keeps none of their compiled models.
+CACHE = tempfile.TemporaryDirectory(prefix="csflow-cache-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 import boto3
 import emulators

@@ -28,7 +28,7 @@ from csflow.model import (
 from csflow.model.backbone import IntermediateMaps
 from csflow.model.fallbacks import Fallbacks
 from csflow.model.gpu import GpuDetector, GpuFeatures, Recorded
-from csflow.model.openvino_backbone import _converted, _request, _split
+from csflow.model.openvino_backbone import _compiled, _converted, _split
 from csflow.model.rounding import rounding_shifts, without_shifts
 from csflow.model_directory import load_model
 from csflow.storage import Location
@@ -311,7 +311,7 @@ def test_a_gpu_without_room_for_a_batch_takes_smaller_ones(monkeypatch):
             if len(x) > 3:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(inference, "Recorded", SmallGpu)
+    monkeypatch.setattr("csflow.model.gpu.Recorded", SmallGpu)
     detector = random_detector("resnet10t", (64, 64), 1, (3,))
     batches, fallbacks = inference._Batches(detector, 8), Fallbacks()
     inference._recorded(detector, batches, fallbacks)
@@ -378,7 +378,8 @@ def test_a_bias_keeps_its_float32_value_in_bfloat16():
     layers[0].bias.uniform_(4, 8)  # bfloat16 has steps of 1/32 here
     layers[2].weight.copy_(torch.eye(64)[:, :, None, None])
     x_BCHW = torch.randn(4, 8, 32, 32).bfloat16().float()
-    request = _request(_converted(layers, x_BCHW[:1]), x_BCHW.shape, torch.bfloat16)
+    compiled = _compiled(_converted(layers, x_BCHW[:1]), x_BCHW.shape, torch.bfloat16)
+    request = compiled.create_infer_request()
     (actual,) = request.infer([x_BCHW.numpy()]).to_tuple()
     # Activations are rounded up and down; what is left on average is the error of the biases.
     error_C = (torch.from_numpy(actual) - layers(x_BCHW)).mean((0, 2, 3))

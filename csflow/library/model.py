@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 
 from csflow.errors import ImageError, WrongUse
+from csflow.forms import Forms
 from csflow.images import DecodedImage, decode
 from csflow.inputs.loading import batches
 from csflow.library.result import Result
 from csflow.library.sources import ImageLike, Source, open_store
 from csflow.model import InferenceDetector, default_batch_size
-from csflow.model_directory import load_model
-from csflow.precision import Device, PrecisionSetting, resolved
+from csflow.model_directory import read_model
+from csflow.precision import Device, PrecisionSetting
 from csflow.scoring.rows import Judged, judge, peak, require_scores
 from csflow.storage import Location
 
@@ -61,24 +62,22 @@ class Model:
     ) -> None:
         if not 0 < false_positive_rate < 1:
             raise WrongUse(f"false_positive_rate {false_positive_rate} must be between 0 and 1")
-        directory = load_model(location)
+        directory = read_model(location)
         self.address = str(location)
         self.model_id = directory.model_id
         self.false_positive_rate = false_positive_rate
-        self.preprocessing = directory.detector.architecture.preprocessing
+        self.preprocessing = directory.preprocessing
         """Size, fit and filter with which images become the model's pixels."""
         self._calibration = directory.calibration
         self.map_threshold = directory.calibration.map_threshold(false_positive_rate)
         """Value that map cells of normal images exceed no more often than the false-positive rate."""
         self._store = open_store(location.storage_options)
         self._device = _device(device)
-        self._detector = directory.detector.to(self._device)
         try:
-            wanted = self._detector.architecture.precision if precision == "auto" else precision
-            self._precision = resolved(wanted, self._device)
+            self._forms = Forms(directory, precision, self._device)
         except ValueError as error:
             raise WrongUse(f"precision {precision}: {error}") from None
-        self._forms: dict[int, InferenceDetector] = {}
+        self._compiled: dict[int, InferenceDetector] = {}
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -179,9 +178,9 @@ class Model:
     def _form(self, batch_size: int | None) -> InferenceDetector:
         """The form for single images or for batches, compiled when it is first wanted."""
         size = batch_size or default_batch_size(self.preprocessing.image_size, self._device)
-        if size not in self._forms:
-            self._forms[size] = InferenceDetector(self._detector, self._precision, size)
-        return self._forms[size]
+        if size not in self._compiled:
+            self._compiled[size] = self._forms.form(size)
+        return self._compiled[size]
 
     def _result(self, judged: Judged, number: int, source: Source, decoded: DecodedImage) -> Result:
         one = slice(number, number + 1)

@@ -1,7 +1,8 @@
 """The CS-Flow model: torch, timm, OpenVINO and Triton only; no Ray, no files, no object store."""
 
 from csflow.model.backbone import PAPER_STAGE, Backbone, BackboneError, download_weights, load_weights
-from csflow.model.detector import Architecture, Detector, energies, new_flow
+from csflow.model.cpu_backbone import SavedBackbone
+from csflow.model.detector import Architecture, Detector, Head, energies, new_flow
 from csflow.model.flow import CrossScaleFlow, FlowOutput, negative_log_likelihood
 from csflow.model.inference import Form, InferenceBackbone, InferenceDetector, default_batch_size
 from csflow.model.statistic import PlainStatistic, Scores, StandardisedStatistic, fitted_statistic
@@ -17,10 +18,12 @@ __all__ = [
     "FlowOutput",
     "Form",
     "Gaussians",
+    "Head",
     "InferenceBackbone",
     "InferenceDetector",
     "Moments",
     "PlainStatistic",
+    "SavedBackbone",
     "Scores",
     "StandardisedStatistic",
     "Whitening",

@@ -5,9 +5,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
-import timm
 import torch
-from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
 from csflow.preprocessing import Interpolation
@@ -60,6 +58,8 @@ class Backbone(nn.Module):
             BackboneError: timm knows no such network, or the network gives no maps of these stages.
         """
         super().__init__()
+        from timm.data.config import resolve_data_config
+
         network = _create(name)
         self.name = name
         published = resolve_data_config(pretrained_cfg=network.pretrained_cfg)
@@ -318,6 +318,9 @@ def load_weights(backbone: Backbone, weights: Mapping[str, Tensor]) -> None:
 
 
 def _create(name: str, pretrained: bool = False) -> nn.Module:
+    # Only where a network is built: torchvision and PyTorch's compiler come along, which takes two seconds.
+    import timm
+
     try:
         # Else timm would go to the network or a disk for names such as `hf-hub:…`, with the machine's token.
         if not timm.is_model(name):
@@ -331,6 +334,7 @@ def _create(name: str, pretrained: bool = False) -> nn.Module:
 
 def _nearest(name: str, count: int = 5) -> list[str]:
     """The names of timm models that have all letters of this one in their order, else those most like it."""
+    import timm
 
     def has_all_letters(other: str) -> bool:
         letters = iter(other)
@@ -343,6 +347,8 @@ def _nearest(name: str, count: int = 5) -> list[str]:
 
 def _create_flexible(name: str) -> nn.Module:
     """Builds the network for images of any size, if it allows that."""
+    import timm
+
     # Never without memory: buffers that are no part of the state would stay without their numbers.
     with torch.device("cpu"):
         try:

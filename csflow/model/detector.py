@@ -86,7 +86,40 @@ class Architecture:
         return cls(**(OLD_DEFAULTS | values | sizes))
 
 
-class Detector(nn.Module):
+class Head(nn.Module):
+    """A detector without its backbone: flow and score, and the mean and std of pixels."""
+
+    def __init__(self, architecture: Architecture, feature_shapes: Sequence[Sequence[int]]) -> None:
+        """Builds the head with random weights.
+
+        Args:
+            feature_shapes: per level (channels, height, width) of the features.
+
+        Raises:
+            ValueError: a flow setting is out of range.
+        """
+        super().__init__()
+        self.architecture = architecture
+        self.feature_shapes = [(channels, height, width) for channels, height, width in feature_shapes]
+        """Per level (channels, height, width) of the features."""
+        self.flow = new_flow(architecture, [channels for channels, _, _ in self.feature_shapes])
+        self.gaussians = Gaussians(self.feature_shapes) if architecture.whitening else None
+        self.statistic: PlainStatistic | StandardisedStatistic = (
+            StandardisedStatistic if architecture.whitening else PlainStatistic
+        )(self.feature_shapes)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.zeros(3))
+
+    @torch.no_grad()
+    def score_features(self, y: Sequence[Tensor]) -> Scores:
+        """Scores of images, given their features."""
+        scores: Scores = self.statistic(
+            energies(self.gaussians, self.flow, y, self.architecture.latent_window)
+        )
+        return scores
+
+
+class Detector(Head):
     """Backbone, flow and score, with the preprocessing inside, so that training and scoring share it."""
 
     def __init__(
@@ -102,23 +135,15 @@ class Detector(nn.Module):
             BackboneError: see `Backbone`.
             ValueError: the image size does not fit the backbone, or a flow setting is out of range.
         """
-        super().__init__()
         is_proven = feature_shapes is not None
-        self.backbone = Backbone(architecture.backbone, architecture.cut_after, is_proven)
-        self.architecture = architecture
-        strides = dict(zip(self.backbone.stages, self.backbone.strides, strict=True))
-        self.pyramid = Pyramid.of(strides, architecture.scales, self.backbone.known_stages)
-        _check_size(architecture, self.backbone, self.pyramid, is_proven)
-        self.feature_shapes = _feature_shapes(architecture, self.backbone, self.pyramid)
-        """Per level (channels, height, width) of the features."""
-        self.flow = new_flow(architecture, [channels for channels, _, _ in self.feature_shapes])
-        self.gaussians = Gaussians(self.feature_shapes) if architecture.whitening else None
-        self.statistic: PlainStatistic | StandardisedStatistic = (
-            StandardisedStatistic if architecture.whitening else PlainStatistic
-        )(self.feature_shapes)
+        backbone = Backbone(architecture.backbone, architecture.cut_after, is_proven)
+        strides = dict(zip(backbone.stages, backbone.strides, strict=True))
+        pyramid = Pyramid.of(strides, architecture.scales, backbone.known_stages)
+        _check_size(architecture, backbone, pyramid, is_proven)
+        super().__init__(architecture, _feature_shapes(architecture, backbone, pyramid))
+        self.backbone, self.pyramid = backbone, pyramid
         for name in ("mean", "std"):
-            value_C = torch.tensor(getattr(self.backbone, name), dtype=torch.float32)
-            self.register_buffer(name, value_C)
+            self.get_buffer(name).copy_(torch.tensor(getattr(backbone, name)))
         self.rounding_shifts: dict[str, Tensor] = {}
         """Shifts of the backbone's convolutions in bfloat16; empty before `measure_rounding`."""
 
@@ -157,14 +182,6 @@ class Detector(nn.Module):
         pixel_BHWC = image_BHWC.float() / 255
         pixel_BHWC = (pixel_BHWC - self.get_buffer("mean")) / self.get_buffer("std")
         return pixel_BHWC.permute(0, 3, 1, 2)
-
-    @torch.no_grad()
-    def score_features(self, y: Sequence[Tensor]) -> Scores:
-        """Scores of images, given their features."""
-        scores: Scores = self.statistic(
-            energies(self.gaussians, self.flow, y, self.architecture.latent_window)
-        )
-        return scores
 
     def forward(self, image_BHWC: Tensor) -> Scores:
         """Scores of uint8 RGB images of `image_size`."""

@@ -3,17 +3,20 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from csflow.model.cpu_backbone import CpuBackbone
-from csflow.model.detector import Detector, check_pixels
+from csflow.model.cpu_backbone import CpuBackbone, SavedBackbone
+from csflow.model.detector import Detector, Head, check_pixels
 from csflow.model.fallbacks import Fallbacks
-from csflow.model.gpu import GpuDetector, GpuFeatures, Recorded
 from csflow.model.interleaved_flow import InterleavedFlow
 from csflow.model.statistic import Scores
 from csflow.precision import Precision, PrecisionSetting, resolved
+
+if TYPE_CHECKING:  # a CPU needs none of it, nor timm, which comes with it
+    from csflow.model.gpu import Recorded
 
 CPU_BATCH_SIZE = 8
 """Default number of images per pass on a CPU. More is slower: early activations leave the cache."""
@@ -53,9 +56,11 @@ class InferenceBackbone:
         self._batches, fallbacks = _Batches(detector, batch_size), Fallbacks()
         self._pass: Callable[[Tensor], Sequence[Tensor]]
         if self._batches.device.type == "cpu":
-            backbone = CpuBackbone(detector, precision, batch_size, fallbacks)
+            backbone = CpuBackbone.of(detector, precision, batch_size, fallbacks)
             self._pass = _padded(backbone, batch_size)
         else:
+            from csflow.model.gpu import GpuFeatures
+
             form = GpuFeatures(detector, getattr(torch, precision), fallbacks)
             self._pass = _recorded(form, self._batches, fallbacks)
 
@@ -74,13 +79,21 @@ class InferenceBackbone:
 class InferenceDetector:
     """A trained detector without what only training needs. The detector itself is not changed."""
 
-    def __init__(self, detector: Detector, precision: PrecisionSetting, batch_size: int) -> None:
+    def __init__(
+        self,
+        detector: Head,
+        precision: PrecisionSetting,
+        batch_size: int,
+        saved: SavedBackbone | None = None,
+    ) -> None:
         """Compiles the detector for batches of one size; a smaller batch takes as long.
 
         Args:
+            detector: a `Detector`, or with `saved` its head alone.
             precision: `auto` is what the model asks for; else float16 on GPUs, and on CPUs `mixed` if they
                 multiply matrices in bfloat16, else `float32`.
             batch_size: as for `InferenceBackbone`.
+            saved: what `saved` gave for this detector and these settings on a CPU of this kind.
 
         Raises:
             ValueError: the device does not compute in this precision.
@@ -89,18 +102,23 @@ class InferenceDetector:
         self.image_shape = self._batches.image_shape
         device = self._batches.device
         chosen = resolved(detector.architecture.precision if precision == "auto" else precision, device)
+        self._backbone: CpuBackbone | None = None
         self.features: Callable[[Tensor], Sequence[Tensor]]
         self._score: Callable[[Sequence[Tensor]], Scores]
         self._pass: Callable[[Tensor], Sequence[Tensor]]
         if device.type == "cpu":
-            self.features = CpuBackbone(detector, chosen, batch_size, fallbacks)
+            self._backbone = _cpu_backbone(detector, chosen, batch_size, saved, fallbacks)
+            self.features, statistic = self._backbone, detector.statistic
             sizes = [(batch_size, height, width) for _, height, width in detector.feature_shapes]
             dtype = torch.float32 if chosen == "float32" else torch.bfloat16
             window = detector.architecture.latent_window
             flow = InterleavedFlow(detector.gaussians, detector.flow, window, dtype, sizes)
-            self._score = lambda y: detector.statistic(flow(y))
+            self._score = lambda y: statistic(flow(y))
             self._pass = _padded(lambda image_BHWC: self._score(self.features(image_BHWC)), batch_size)
         else:
+            from csflow.model.gpu import GpuDetector
+
+            assert isinstance(detector, Detector)
             form = GpuDetector(detector, getattr(torch, chosen), fallbacks)
             self.features, self._score = form.features, form.score_features
             self._pass = _recorded(form, self._batches, fallbacks)
@@ -135,16 +153,29 @@ class InferenceDetector:
 
         return result
 
+    def saved(self) -> SavedBackbone | None:
+        """What spares another process the compilation of the backbone; None if nothing can."""
+        return self._backbone.saved() if self._backbone else None
+
     @torch.inference_mode()
     def score_features(self, y: Sequence[Tensor]) -> Scores:
         """Scores of images, given their features."""
         return self._score(y)
 
 
+def _cpu_backbone(
+    detector: Head, precision: Precision, batch_size: int, saved: SavedBackbone | None, fallbacks: Fallbacks
+) -> CpuBackbone:
+    if saved:
+        return CpuBackbone.restored(detector, saved)
+    assert isinstance(detector, Detector)
+    return CpuBackbone.of(detector, precision, batch_size, fallbacks)
+
+
 class _Batches:
     """The batches that a form takes."""
 
-    def __init__(self, detector: Detector, size: int) -> None:
+    def __init__(self, detector: Head, size: int) -> None:
         self.device = detector.get_buffer("mean").device
         self.image_shape = (*detector.architecture.image_size, 3)
         self.size = size
@@ -156,8 +187,10 @@ class _Batches:
 
 
 @torch.inference_mode()
-def _recorded(form: nn.Module, batches: _Batches, fallbacks: Fallbacks) -> Recorded:
+def _recorded(form: nn.Module, batches: _Batches, fallbacks: Fallbacks) -> "Recorded":
     """The form, recorded for batches as large as the GPU has room for; tells `batches` how large."""
+    from csflow.model.gpu import Recorded
+
     while True:
         shape = (batches.size, *batches.image_shape)
         try:

@@ -13,15 +13,12 @@ Dimension letters: B batch, C channels, H height, W width.
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import openvino
 import torch
 from openvino import opset15
-from openvino.frontend import FrontEndManager
-from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
 from csflow.model.backbone import Backbone, IntermediateMaps, stage_maps
@@ -41,6 +38,62 @@ BEYOND = 1e30
 
 Pass = Callable[[Tensor], list[Tensor]]
 """Turns normalised float32 pixels (B, H, W, 3) into each stage's map (B, C, H / stride, W / stride)."""
+
+
+class OpenvinoPass:
+    """A `Pass` for one number and size of images: a network, or one for large maps and one for small maps."""
+
+    def __init__(
+        self,
+        networks: Sequence[openvino.CompiledModel],
+        dtypes: Sequence[torch.dtype],
+        shapes: Sequence[Sequence[int]],
+        at_once: int,
+        stages_in_first: int,
+    ) -> None:
+        """
+        Args:
+            dtypes: of the networks' products.
+            shapes: of the first network's maps, of all images.
+            at_once: number of images that the first network takes.
+            stages_in_first: number of its maps that belong to stages.
+        """
+        self._networks, self._dtypes = networks, dtypes
+        self._shapes, self._at_once, self._stages_in_first = shapes, at_once, stages_in_first
+        self._first, *self._rest = (network.create_infer_request() for network in networks)
+
+    def __call__(self, pixel_BHWC: Tensor) -> list[Tensor]:
+        maps = [np.empty(shape, np.float32) for shape in self._shapes]
+        for start in range(0, len(pixel_BHWC), self._at_once):
+            some = slice(start, start + self._at_once)
+            outputs = self._first.infer([pixel_BHWC[some].numpy()], share_inputs=True, share_outputs=True)
+            for map_BCHW, of_some_BCHW in zip(maps, outputs.to_tuple(), strict=True):
+                map_BCHW[some] = of_some_BCHW
+        behind: list[np.ndarray] = []
+        for request in self._rest:
+            behind += request.infer([maps[-1]], share_inputs=True).to_tuple()
+        return [torch.from_numpy(map_BCHW) for map_BCHW in (*maps[: self._stages_in_first], *behind)]
+
+    def saved(self) -> tuple[dict[str, Any], list[bytes]]:
+        """What `restored` takes: values for JSON, and the compiled networks."""
+        description = {
+            "dtypes": [str(dtype).removeprefix("torch.") for dtype in self._dtypes],
+            "shapes": [list(shape) for shape in self._shapes],
+            "at_once": self._at_once,
+            "stages_in_first": self._stages_in_first,
+        }
+        return description, [network.export_model().getvalue() for network in self._networks]
+
+    @classmethod
+    def restored(cls, description: Mapping[str, Any], networks: Sequence[bytes]) -> "OpenvinoPass":
+        """The pass that was saved on a CPU of this kind, by this version of OpenVINO."""
+        dtypes = [getattr(torch, name) for name in description["dtypes"]]
+        compiled = [
+            openvino.Core().import_model(network, "CPU", _settings(dtype))
+            for network, dtype in zip(networks, dtypes, strict=True)
+        ]
+        others = {name: value for name, value in description.items() if name != "dtypes"}
+        return cls(compiled, dtypes, **others)
 
 
 def openvino_passes(
@@ -131,10 +184,15 @@ def _chain_passes(parts: _Parts, sizes: Sequence[tuple[int, int]], batch: int) -
     for height, width in sizes:
         few = range(1, max(1, CACHED_PIXELS // (height * width)) + 1)
         at_once = max(images for images in few if batch % images == 0)
-        first = _request(large, (at_once, height, width, 3), parts.large.dtype)
-        shapes = [(batch, *output.shape[1:]) for output in first.model_outputs]
-        rest = _request(small, shapes[-1], parts.small.dtype) if parts.small and small else None
-        passes.append(partial(_infer, first, rest, at_once, shapes, parts.stages_in_large))
+        networks, dtypes = (
+            [_compiled(large, (at_once, height, width, 3), parts.large.dtype)],
+            [parts.large.dtype],
+        )
+        shapes = [(batch, *output.shape[1:]) for output in networks[0].outputs]
+        if parts.small and small:
+            networks.append(_compiled(small, shapes[-1], parts.small.dtype))
+            dtypes.append(parts.small.dtype)
+        passes.append(OpenvinoPass(networks, dtypes, shapes, at_once, parts.stages_in_large))
     return passes
 
 
@@ -148,9 +206,9 @@ def _whole_pass(part: _Part, shape: tuple[int, int, int, int], fallbacks: Fallba
     pixel_BHWC = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected = network(pixel_BHWC)
     try:
-        request = _request(_converted(network, pixel_BHWC), shape, part.dtype)
-        shapes = [map_BCHW.shape for map_BCHW in expected]
-        run = partial(_infer, request, None, shape[0], shapes, len(shapes))
+        compiled = _compiled(_converted(network, pixel_BHWC), shape, part.dtype)
+        shapes = [tuple(map_BCHW.shape) for map_BCHW in expected]
+        run = OpenvinoPass([compiled], [part.dtype], shapes, shape[0], len(shapes))
         off = max(
             (actual_BCHW - exact_BCHW).abs().max().item() / exact_BCHW.abs().max().item()
             for actual_BCHW, exact_BCHW in zip(run(pixel_BHWC), expected, strict=True)
@@ -166,6 +224,10 @@ def _whole_pass(part: _Part, shape: tuple[int, int, int, int], fallbacks: Fallba
 
 
 def _converted(network: Callable[[Tensor], list[Tensor]], example: Tensor) -> openvino.Model:
+    # Only where it is needed: it takes a while to import.
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
     with torch.no_grad(), warnings.catch_warnings():
         # Of Python's conditions on shapes, and of `torch.export` to come, which bakes in each batch size.
         warnings.simplefilter("ignore")
@@ -175,20 +237,24 @@ def _converted(network: Callable[[Tensor], list[Tensor]], example: Tensor) -> op
     return frontend.convert(frontend.load(decoder))
 
 
-def _request(network: openvino.Model, shape: Sequence[int], dtype: torch.dtype) -> openvino.InferRequest:
+def _compiled(network: openvino.Model, shape: Sequence[int], dtype: torch.dtype) -> openvino.CompiledModel:
     """The network, compiled for input of one shape."""
     resized = network.clone()
     resized.reshape(openvino.PartialShape(list(shape)))
     if dtype == torch.bfloat16:
         _keep_biases(resized)
-    settings = {
+    return openvino.Core().compile_model(resized, "CPU", _settings(dtype))
+
+
+def _settings(dtype: torch.dtype) -> dict[str, Any]:
+    """How OpenVINO runs a network."""
+    return {
         "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
         # Processes that each choose the same cores to stay on would share them.
         "ENABLE_CPU_PINNING": False,
     }
-    return openvino.Core().compile_model(resized, "CPU", settings).create_infer_request()
 
 
 def _keep_biases(network: openvino.Model) -> None:
@@ -204,21 +270,3 @@ def _keep_biases(network: openvino.Model) -> None:
                 if producer.get_type_name() in {"Convolution", "GroupConvolution"}:
                     clamped = opset15.clamp(producer, -BEYOND, BEYOND)
                     operand.replace_source_output(clamped.output(0))
-
-
-def _infer(
-    first: openvino.InferRequest,
-    rest: openvino.InferRequest | None,
-    at_once: int,
-    shapes: Sequence[Sequence[int]],
-    stages_in_first: int,
-    pixel_BHWC: Tensor,
-) -> list[Tensor]:
-    maps = [np.empty(shape, np.float32) for shape in shapes]
-    for start in range(0, len(pixel_BHWC), at_once):
-        some = slice(start, start + at_once)
-        outputs = first.infer([pixel_BHWC[some].numpy()], share_inputs=True, share_outputs=True)
-        for map_BCHW, of_some_BCHW in zip(maps, outputs.to_tuple(), strict=True):
-            map_BCHW[some] = of_some_BCHW
-    behind = rest.infer([maps[-1]], share_inputs=True).to_tuple() if rest else ()
-    return [torch.from_numpy(map_BCHW) for map_BCHW in (*maps[:stages_in_first], *behind)]

@@ -17,11 +17,12 @@ from torch import Tensor
 from csflow import process
 from csflow.cluster import WorkerResources, helpers
 from csflow.errors import ImageError
+from csflow.forms import Forms
 from csflow.inputs.isolation import IsolatedLoader
 from csflow.inputs.loaded import HELPED, LoadedImage
 from csflow.inputs.loading import ImageLoader, LoaderSettings, batches
-from csflow.model import InferenceDetector, Scores, default_batch_size
-from csflow.model_directory import Calibration, load_model
+from csflow.model import Scores, default_batch_size
+from csflow.model_directory import Calibration, read_model
 from csflow.output.schemas import ERRORS, SCORES
 from csflow.process import ProcessCpu, Stages, peak_memory_bytes
 from csflow.redaction import redact
@@ -84,7 +85,7 @@ class ShardScorer:
     def __init__(self, settings: ScoringSettings, resources: WorkerResources) -> None:
         self._settings = settings
         self._device = process.set_up(resources.cpus, resources.gpus)
-        model = load_model(settings.model)
+        model = read_model(settings.model)
         if model.model_id != settings.output.model_id:
             raise RuntimeError(
                 f"{settings.model} holds model {model.model_id}, and {settings.output.model_id} when the run "
@@ -95,10 +96,9 @@ class ShardScorer:
         self._map_threshold = model.calibration.map_threshold(settings.false_positive_rate)
         self._region_rule = _region_rule(model.calibration, settings.false_regions)
         storage_options = settings.output.location.storage_options
-        preprocessing = model.detector.architecture.preprocessing
+        preprocessing = model.preprocessing
         batch_size = settings.batch_size or default_batch_size(preprocessing.image_size, self._device)
-        detector = model.detector.to(self._device)
-        self._detector = InferenceDetector(detector, settings.precision, batch_size)
+        self._detector = Forms(model, settings.precision, self._device).form(batch_size)
         self._loader: ImageLoader | IsolatedLoader
         if settings.is_isolated:
             self._loader = IsolatedLoader(storage_options, preprocessing, settings.limits)
