@@ -13,8 +13,10 @@ ENV := .venv
 BIN := $(ENV)/bin
 
 $(ENV)/installed: pyproject.toml constraints.txt
+	@echo "Installing csflow and its tools into $(ENV): some 200 packages, several gigabytes with PyTorch."
+	@echo "This takes minutes, once. What pip does meanwhile:"
 	$(PYTHON) -m venv $(ENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 .PHONY: demo test soak lint docs tools azurite wheel sbom lock clean

@@ -64,7 +64,11 @@ def _model(location: Location) -> Iterator[Line]:
         "flow",
         f"{_count(len(kernels), 'coupling block')} of {architecture['hidden_channels']} hidden channels",
     )
-    yield "calibration", f"{_count(held_out, 'held-out image')}, smallest p-value {1 / (held_out + 1):.2g}"
+    in_turn = " (in turn)" if config["data"].get("calibration_folds") else ""
+    yield (
+        "calibration",
+        f"{_count(held_out, 'held-out image')}{in_turn}, smallest p-value {1 / (held_out + 1):.2g}",
+    )
     if "epochs" in training:
         yield "training", f"{_count(training['epochs'], 'epoch')} on {', '.join(training['input'])}"
     yield "written by", ", ".join(f"{name} {number}" for name, number in config["libraries"].items())

@@ -11,7 +11,7 @@ from csflow.inputs.listing import list_table
 from csflow.preflight import describe_images, spread
 from csflow.preprocessing import Preprocessing
 from csflow.training.advice import calibration_warning
-from csflow.training.config import TrainConfig
+from csflow.training.config import CROSS_BELOW, TrainConfig
 from csflow.training.job import train
 from csflow.training.split import split_sizes
 
@@ -85,6 +85,45 @@ def test_too_few_held_out_images_are_told_of_with_every_remedy_that_works():
     for images, holdout in ((495, 0.2), (250, 0.4)):
         heldout = split_sizes(images, 0.1, holdout)[2]
         assert calibration_warning(images, heldout, holdout, 0.1) is None
+
+
+def test_images_that_are_held_out_in_turn_need_no_other_share_to_be_enough():
+    assert calibration_warning(99, 99, 0.2, 0.1, is_cross=True) is None
+    assert calibration_warning(60, 60, 0.2, 0.1, is_cross=True) == (
+        "60 images are held out, so the smallest p-value is 0.017, and --false_positive_rate 0.01 can flag "
+        "no image, however bad; train on 99 images, or score with --false_positive_rate 0.017"
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "flags", "expected"),
+    [
+        (CROSS_BELOW - 1, {}, "cross"),
+        (CROSS_BELOW, {}, "holdout"),
+        (60, {"holdout": 0.5}, "holdout"),
+        (60, {"validation": 0}, "holdout"),
+        (60, {"trim": 0.1}, "holdout"),
+        (60, {"recipe": "paper"}, "holdout"),
+        (60, {"calibration": "holdout"}, "holdout"),
+        (5000, {"calibration": "cross"}, "cross"),
+    ],
+)
+def test_few_images_are_held_out_in_turn_unless_something_else_is_asked_for(images, flags, expected):
+    config = TrainConfig(input=["good"], output="model", **flags)
+    assert config.with_calibration(images).calibration == expected
+    # What a model stores of its training decides the same.
+    again = TrainConfig.model_validate(config.with_calibration(images).model_dump())
+    assert again.with_calibration(images).calibration == expected
+
+
+def test_what_cannot_be_held_out_in_turn_is_refused(tmp_path):
+    for flags, message in (
+        ({"trim": 0.1}, "--calibration cross and --trim exclude each other"),
+        ({"augment": True}, "--calibration cross and --augment exclude each other"),
+        ({"recipe": "paper"}, "models of --recipe paper need --calibration holdout"),
+    ):
+        with pytest.raises(WrongUse, match=message):
+            train(TrainConfig(input=["good"], output=str(tmp_path / "m"), calibration="cross", **flags))
 
 
 def test_a_training_on_absurdly_few_images_is_refused_before_any_work(good_cells, tmp_path):

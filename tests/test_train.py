@@ -105,6 +105,35 @@ def test_calibration_scores_are_what_the_detector_gives_for_the_held_out_photogr
     np.testing.assert_allclose(calibration["anomaly_score"], scores, rtol=2e-4)
 
 
+def test_few_images_are_all_trained_on_and_held_out_in_turn(model, good_cells, ray_cluster, tmp_path, capfd):
+    arguments = ["--input", good_cells, "--output", tmp_path / "model", "--work_dir", model / "_work"]
+    assert train(configure(*arguments, "--calibration", "auto")) == ExitStatus.DONE
+    printed = capfd.readouterr().out
+    assert (
+        "--calibration cross: the model is trained on all 48 images, and each is held out in turn" in printed
+    )
+    assert "48 images to train on, each held out in turn for calibration, from one of 5 further" in printed
+    assert "held out fold 5/5" in printed
+    assert "48 images are held out, so the smallest p-value is 0.021" in printed
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    counts = {
+        name: config["data"][name] for name in ("training_images", "heldout_images", "calibration_folds")
+    }
+    assert counts == {"training_images": 48, "heldout_images": 48, "calibration_folds": 5}
+    assert config["training"]["calibration"] == "cross"
+    calibration = pq.read_table(tmp_path / "model" / "calibration.parquet")
+    uris = calibration["image_uri"].to_pylist()
+    assert sorted(Path(uri).name for uri in uris) == sorted(path.name for path in good_cells.iterdir())
+    # The model has seen these images, and the trainings that scored them have not.
+    detector = load_model(Location(str(tmp_path / "model"))).detector
+    pixels = [decode(Path(uri).read_bytes(), detector.architecture.preprocessing).pixels_HWC for uri in uris]
+    own = detector(torch.from_numpy(np.stack(pixels))).anomaly_score_B.double().numpy()
+    assert (own < calibration["anomaly_score"].to_numpy()).mean() > 0.8
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| held-out images (calibration) | 48, each in turn from one of 5 further trainings |" in card
+    assert "| held-out loss of the Gaussian of each position |" in card
+
+
 def test_two_workers_give_the_loss_curve_of_one_and_reuse_its_features(
     trained, model, good_cells, tmp_path, capfd
 ):

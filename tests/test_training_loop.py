@@ -43,15 +43,21 @@ from csflow.training.cache import (
     backbone_bytes,
     find_images,
 )
-from csflow.training.checkpoint import restore, written_checkpoint
-from csflow.training.closing import CALIBRATED, calibration_columns, closing_tensors
+from csflow.training.checkpoint import restore, with_prefix, written_checkpoint
+from csflow.training.closing import (
+    CALIBRATED,
+    calibration_columns,
+    closing_tensors,
+    cross_closing_tensors,
+)
 from csflow.training.config import TrainConfig
+from csflow.training.cross import train_fold
 from csflow.training.features import FeatureExtractor
 from csflow.training.gaussians import fit_gaussians, gaussian_losses, read_gaussians, write_gaussians
 from csflow.training.loop import Evaluation, LoopSettings, Trainer, Worker, epoch_batches
 from csflow.training.run import Run
 from csflow.training.sources import ResidentFeatures, StreamedFeatures, open_features
-from csflow.training.split import TrainingData, split_images, split_sizes
+from csflow.training.split import FOLDS, TrainingData, split_images, split_sizes
 from csflow.weights import find_weights
 
 ARCHITECTURE = Architecture("tf_efficientnet_lite0", (64, 64), None, 2, hidden_channels=16, kernel_sizes=(3,))
@@ -486,6 +492,67 @@ def test_p_values_of_unseen_normals_are_uniform_and_flag_as_many_as_wanted(cache
             k = int(rate * (len(heldout) + 1))
             low, high = betabinom.interval(0.99, len(p), k, len(heldout) + 1 - k)
             assert low <= (p <= rate).sum() <= high
+
+
+def cross_calibrated(
+    cache: FeatureCache, images: pa.Table, settings: LoopSettings
+) -> tuple[Trainer, StandardisedStatistic, dict[str, torch.Tensor]]:
+    """A training on all images, and the statistic and the calibration from those without a fold."""
+
+    def fitted(some: pa.Table) -> Gaussians:
+        return fit_gaussians(opened(cache, some))
+
+    def whitened(some: pa.Table, gaussians: Gaussians) -> ResidentFeatures | StreamedFeatures:
+        return opened(cache, some, gaussians=gaussians)
+
+    data = TrainingData.divide(images, 0.1, 0.2, seed=0, is_cross=True)
+    trainer = run(new_trainer(cache, data, settings))
+    trainer.whiten_latents(trainer.training)
+    folds = [train_fold(settings, CPU, data.calibrating, fold, fitted, whitened) for fold in range(FOLDS)]
+    tensors = cross_closing_tensors(folds, trainer.gaussians, cache.feature_shapes)
+    statistic = StandardisedStatistic(cache.feature_shapes)
+    statistic.load_state_dict(with_prefix(tensors, "state.statistic."))
+    return trainer, statistic, with_prefix(tensors, "calibration.")
+
+
+def test_images_held_out_in_turn_flag_about_as_many_unseen_normals_as_wanted(cached):
+    cache, rows = cached
+    rows = rows.take(np.random.default_rng(0).permutation(len(rows)))
+    trainer, statistic, calibration = cross_calibrated(cache, rows.slice(0, 120), WHITENED)
+    assert list(calibration) == [*CALIBRATED]
+    assert all(len(values) == 120 for values in calibration.values())
+    unseen = calibration_columns(statistic(evaluated(trainer, cache, rows.slice(120)).energies))
+    for name in (name for name in calibration if name != "region_levels"):
+        p = p_values(unseen[name], calibration[name])
+        for rate in (0.05, 0.1, 0.2):
+            k = int(rate * 121)
+            low, high = betabinom.interval(0.99, len(p), k, 121 - k)
+            assert low <= (p <= rate).sum() <= high
+    # The model has seen all of these images: by its own scores of them, most unseen ones would be odd.
+    own = calibration_columns(statistic(trainer.evaluate(trainer.training).energies))
+    assert (p_values(unseen["anomaly_score"], own["anomaly_score"]) <= 0.1).mean() > 0.3
+
+
+def test_an_image_that_is_held_out_in_turn_keeps_its_place(cached):
+    cache, rows = cached
+    settings = replace(WHITENED, epochs=1)
+    images = TrainingData.divide(rows.slice(0, 23), 0.1, 0.2, seed=0, is_cross=True).calibrating
+    _, statistic, calibration = cross_calibrated(cache, rows.slice(0, 23), settings)
+    is_left_out = np.arange(23) % FOLDS == 2
+    others, left_out = (images.filter(pa.array(mask)) for mask in (~is_left_out, is_left_out))
+    gaussians = fit_gaussians(opened(cache, others))
+    sources = [opened(cache, some, gaussians=gaussians) for some in (others, images.slice(0, 0))]
+    alone = run(Trainer(settings, CPU, *sources, gaussians))
+    alone.whiten_latents(alone.training)
+    expected = statistic(evaluated(alone, cache, left_out).energies).global_score_B
+    # In the same order, although what is usual differs a little.
+    assert calibration["global_score"][2::FOLDS].argsort().tolist() == expected.argsort().tolist()
+
+
+def test_too_few_images_cannot_be_held_out_in_turn(cached):
+    rows = cached[1].slice(0, 4)
+    with pytest.raises(WrongUse, match="4 different images are too few to train and to calibrate"):
+        TrainingData.divide(rows, 0.1, 0.2, seed=0, is_cross=True)
 
 
 def test_augmented_copies_depend_on_seed_epoch_and_image_and_on_no_worker(cached):

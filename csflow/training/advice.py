@@ -37,9 +37,10 @@ def advice(
     """
     if validation_loss is None:
         return []
-    losses = [line["validation_loss"] for line in history]
-    best = min(losses)
-    has_risen = losses[0] == best and losses[-1] - best > STILL_FALLING
+    # A cross-calibration has a validation loss of the end alone.
+    losses = [line["validation_loss"] for line in history if line["validation_loss"] is not None]
+    best = min(losses, default=validation_loss)
+    has_risen = bool(losses) and losses[0] == best and losses[-1] - best > STILL_FALLING
     is_falling = len(losses) == epochs > 1 and losses[-1] == best and losses[-2] - best > STILL_FALLING
     is_worse = gaussian_loss is not None and validation_loss >= gaussian_loss
     slower = f"lower --learning_rate, which is {learning_rate:g}"
@@ -64,17 +65,24 @@ def advice(
     return lines
 
 
-def calibration_warning(images: int, heldout: int, holdout: float, validation: float) -> str | None:
+def calibration_warning(
+    images: int, heldout: int, holdout: float, validation: float, is_cross: bool = False
+) -> str | None:
     """A warning that the model cannot flag any image at the usual rate, with the remedies; None if it can.
 
     Args:
         images: number of different images, of which `heldout` are held out.
         holdout: the share of them that is; `validation` likewise.
+        is_cross: whether all are held out in turn.
     """
     why = why_none_is_flagged(heldout, FALSE_POSITIVE_RATE)
     if why is None:
         return None
     needed = heldout_for(FALSE_POSITIVE_RATE)
+    if is_cross:
+        return (
+            f"{why}; train on {needed} images, or score with --false_positive_rate {lowest_rate(heldout):g}"
+        )
     remedies = [f"train on {math.ceil(needed / holdout - 1e-9)} images"]
     share = math.ceil(100 * needed / max(1, images)) / 100
     # Not at the price of the training: as many images have to be left for it.

@@ -31,7 +31,7 @@ it: `python jobs/score.py --model <this folder> --input <images> --output <folde
 | training images | {training_images} |
 | training images left out by `--trim` | {trimmed_images} |
 | validation images (choose the epoch) | {validation_images} |
-| held-out images (calibration) | {heldout_images} |
+| held-out images (calibration) | {heldout_images}{in_turn} |
 | unreadable images left out | {unreadable_images} |
 | copies of other images left out | {copies} |
 | fingerprint of the images | `{fingerprint}` |
@@ -54,8 +54,7 @@ with the lowest validation loss is kept; without validation images it is the las
 | | |
 |---|---|
 {calibration}
-P-values compare an image's score with those of the held-out images in `calibration.parquet`, which took part
-neither in training nor in the choice of the epoch.
+P-values compare an image's score with those of the held-out images in `calibration.parquet`{held_out}.
 
 ## Training images least like the others
 
@@ -88,6 +87,12 @@ The anomaly score is the mean of z²/2 over all entries of the latents; the glob
 is no local score. The anomaly map is the mean of z² at each place of the largest scale. A model
 without whitening of its features, as the paper's recipe makes it, has no map threshold."""
 
+HELD_OUT = """, which took part
+neither in training nor in the choice of the epoch"""
+HELD_OUT_IN_TURN = """. All images
+were trained on. The score of each in that file is by that of {folds} further trainings which left out the
+image, and a part of the others (cross-calibration)"""
+
 NO_LABEL_SEEN = "No label of a defect was ever seen."
 NO_LABEL_USED = "Labelled images were scored at the end and decided nothing."
 
@@ -111,6 +116,7 @@ def model_card(
     history, best_epoch = metrics["history"], metrics["best_epoch"]
     best = history[best_epoch - 1]
     validation_loss = best["validation_loss"]
+    folds = data["calibration_folds"]
     text = CARD.format(
         **data,
         backbone=settings["backbone"],
@@ -127,6 +133,8 @@ def model_card(
         baseline=_baseline(metrics),
         last_layer=LAST_LAYER if is_whitened else "",
         no_label=NO_LABEL_USED if metrics["evaluation"] else NO_LABEL_SEEN,
+        in_turn=f", each in turn from one of {folds} further trainings" if folds else "",
+        held_out=HELD_OUT_IN_TURN.format(folds=folds) if folds else HELD_OUT,
         warnings="".join(f"\n> {line}\n" for line in metrics["warnings"]),
         scores=STANDARDISED_SCORES if is_whitened else PLAIN_SCORES,
         calibration=calibration_rows(calibration),
@@ -145,8 +153,9 @@ def _baseline(metrics: Mapping[str, Any]) -> str:
     """Rows on the Gaussian that the flow has to beat, and on labelled images; empty without such figures."""
     rows = []
     if metrics["gaussian_loss"] is not None and metrics["validation_loss"] is not None:
-        rows.append(f"| validation loss, latents whitened | {metrics['validation_loss']:.4f} |")
-        rows.append(f"| validation loss of the Gaussian of each position | {metrics['gaussian_loss']:.4f} |")
+        kind = "held-out" if metrics["history"][0]["validation_loss"] is None else "validation"
+        rows.append(f"| {kind} loss, latents whitened | {metrics['validation_loss']:.4f} |")
+        rows.append(f"| {kind} loss of the Gaussian of each position | {metrics['gaussian_loss']:.4f} |")
     evaluation = metrics["evaluation"]
     if evaluation and "flow_auroc" in evaluation:
         line = auroc_line(evaluation["flow_auroc"], evaluation["gaussian_auroc"], evaluation["images"])

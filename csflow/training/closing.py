@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from csflow.model import Gaussians, PlainStatistic, Scores, fitted_statistic
 from csflow.model_directory import CALIBRATION
 from csflow.regions import region_levels
+from csflow.training.cross import Fold
 from csflow.training.gaussians import gaussian_losses
 from csflow.training.loop import Evaluation
 
@@ -37,14 +38,7 @@ def closing_tensors(
     statistic = (
         fitted_statistic(usual.energies, feature_shapes) if gaussians else PlainStatistic(feature_shapes)
     )
-    modules: dict[str, nn.Module] = {"statistic": statistic}
-    if gaussians:
-        modules["gaussians"] = gaussians
-    closing = {
-        f"state.{module}.{name}": value.cpu()
-        for module, part in modules.items()
-        for name, value in part.state_dict().items()
-    }
+    closing = _state(statistic, gaussians)
     columns = calibration_columns(statistic(heldout.energies))
     calibrated = CALIBRATED if gaussians else CALIBRATED[:1]
     closing |= {f"calibration.{name}": columns[name] for name in calibrated}
@@ -53,6 +47,54 @@ def closing_tensors(
     if gaussians:
         closing["gaussian_loss"] = gaussian_losses(usual.energies[: len(feature_shapes)], gaussians).mean()
     return closing
+
+
+def cross_closing_tensors(
+    folds: Sequence[Fold], gaussians: Gaussians, feature_shapes: Sequence[Sequence[int]]
+) -> dict[str, Tensor]:
+    """What `closing_tensors` returns, for a training whose images were held out in turn.
+
+    The energies of all folds define what is usual to the model. A fold's own scores take as usual what the
+    other folds' energies are: else each image would be a little usual because of itself.
+
+    Args:
+        folds: of trainings without them; image i is in fold i modulo their number.
+        gaussians: those of the model itself.
+    """
+    energies = [fold.evaluation.energies for fold in folds]
+    columns = []
+    for k, left_out in enumerate(energies):
+        usual = interleaved(energies[:k] + energies[k + 1 :])
+        columns.append(calibration_columns(fitted_statistic(usual, feature_shapes)(left_out)))
+    closing = _state(fitted_statistic(interleaved(energies), feature_shapes), gaussians)
+    values = interleaved([list(of_fold.values()) for of_fold in columns])
+    closing |= {f"calibration.{name}": value for name, value in zip(CALIBRATED, values, strict=True)}
+    closing["heldout_loss"] = torch.cat([fold.evaluation.losses_N for fold in folds]).double().mean()
+    closing["usual_loss"] = closing["heldout_loss"].clone()
+    closing["gaussian_loss"] = torch.cat([fold.gaussian_losses_N for fold in folds]).mean()
+    return closing
+
+
+def interleaved(folds: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Each tensor (N, …) over all images, given those of folds; image i is in fold i modulo their number."""
+    found = []
+    for parts in zip(*folds, strict=True):
+        whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+        for k, part in enumerate(parts):
+            whole[k :: len(parts)] = part
+        found.append(whole)
+    return found
+
+
+def _state(statistic: nn.Module, gaussians: Gaussians | None) -> dict[str, Tensor]:
+    modules: dict[str, nn.Module] = {"statistic": statistic}
+    if gaussians:
+        modules["gaussians"] = gaussians
+    return {
+        f"state.{module}.{name}": value.cpu()
+        for module, part in modules.items()
+        for name, value in part.state_dict().items()
+    }
 
 
 def calibration_columns(scores: Scores) -> dict[str, Tensor]:

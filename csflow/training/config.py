@@ -1,6 +1,6 @@
 """Settings of the training job."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,12 @@ from csflow.training.recipe import RECIPES, RecipeName
 
 if TYPE_CHECKING:  # with torch --help and errors in settings would take seconds
     from csflow.model import Architecture
+
+
+CalibrationKind = Literal["auto", "holdout", "cross"]
+CROSS_BELOW = 500
+"""With `--calibration auto`, fewer images than this are held out in turn. From here on, a fifth of them is
+enough for the usual false-positive rate."""
 
 
 class TrainConfig(ListingConfig):
@@ -79,10 +85,16 @@ class TrainConfig(ListingConfig):
     float32. Validation and calibration always use float32."""
     learning_rate: float = Field(3e-3, gt=0)
     """Learning rate of the Adam optimiser. [default: 0.003, falls along a cosine; paper: 0.0002, constant]"""
+    calibration: CalibrationKind = "auto"
+    """Which images calibrate. `holdout`: the share --holdout, on which nothing is trained. `cross`: all, for
+    few images. The model is trained on all, and each is held out in turn from one of five further trainings.
+    `auto` is `cross` for fewer than 500 images, unless --holdout, --validation, --trim, --augment or --recipe
+    has another value than its default."""
     holdout: float = Field(0.2, gt=0, lt=1)
-    """Share of the images held out from training, for calibration."""
+    """Share of the images held out from training, for calibration. Plays no part in `--calibration cross`."""
     validation: float = Field(0.1, ge=0, lt=1)
-    """Share of the images for validation. The epoch of lowest loss on them is kept; with 0, the last one."""
+    """Share of the images for validation. The epoch of lowest loss on them is kept; with 0, and with
+    `--calibration cross`, the last one."""
     workers: int = Field(1, ge=1)
     """Number of data-parallel training workers."""
     min_workers: int | None = Field(None, ge=1)
@@ -124,6 +136,19 @@ class TrainConfig(ListingConfig):
         return (recipe.settings if recipe else {}) | values
 
     @property
+    def asks_for_holdout(self) -> bool:
+        """Whether `--calibration auto` is `holdout` for any number of images."""
+        decisive = ("holdout", "validation", "trim", "augment", "recipe")
+        return any(getattr(self, name) != type(self).model_fields[name].default for name in decisive)
+
+    def with_calibration(self, images: int) -> "TrainConfig":
+        """These settings, with `auto` replaced by what it means for this number of images."""
+        if self.calibration != "auto":
+            return self
+        is_cross = images < CROSS_BELOW and not self.asks_for_holdout
+        return self.model_copy(update={"calibration": "cross" if is_cross else "holdout"})
+
+    @property
     def limits(self) -> DecodeLimits:
         return DecodeLimits(self.max_pixels, is_strict=self.strict)
 
@@ -156,3 +181,15 @@ class TrainConfig(ListingConfig):
             whitening=recipe.whitening,
             latent_window=recipe.latent_window,
         )
+
+
+def check_calibration(config: TrainConfig) -> None:
+    """Raises WrongUse if images cannot be held out in turn with these settings."""
+    if config.calibration != "cross":
+        return
+    if not RECIPES[config.recipe].whitening:
+        # The mean of z² falls with every step, so that trainings on fewer images give other scores.
+        raise WrongUse(f"--calibration cross: models of --recipe {config.recipe} need --calibration holdout")
+    if config.trim or config.augment:
+        other = "--trim" if config.trim else "--augment"
+        raise WrongUse(f"--calibration cross and {other} exclude each other; leave one out")

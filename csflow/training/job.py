@@ -25,7 +25,7 @@ from csflow.storage import Location
 from csflow.training.advice import advice, calibration_warning, stretch_warning
 from csflow.training.cache import FeatureCache, find_images
 from csflow.training.card import model_card
-from csflow.training.config import TrainConfig
+from csflow.training.config import TrainConfig, check_calibration
 from csflow.training.features import extract
 from csflow.training.labelled import LabelledImages
 from csflow.training.outliers import ClosedForm, outlier_files, trimmed_images
@@ -33,7 +33,7 @@ from csflow.training.resumption import check_replacement
 from csflow.training.rounding import ALL_THE_SAME, TOO_ALIKE, moves_p_values, some_pixels
 from csflow.training.run import Run
 from csflow.training.shards import fingerprint
-from csflow.training.split import TRIMMED, TrainingData, check_enough, check_shares, split_sizes
+from csflow.training.split import FOLDS, TRIMMED, TrainingData, check_enough, check_shares, split_sizes
 from csflow.weights import KNOWN_PACKAGE, find_weights
 
 LINES_SHOWN = 10
@@ -47,11 +47,14 @@ def train(config: TrainConfig) -> ExitStatus:
     replaces_unasked = config.resume and not config.overwrite and holds_model(output)
     if config.min_workers is not None and config.min_workers > config.workers:
         raise WrongUse(f"--min_workers {config.min_workers} is more than --workers {config.workers}")
+    check_calibration(config)
     check_shares(config.validation, config.holdout)
     output.check_writable()
     detector = build_detector(config)
     images = _list_images(config)
     check_enough(images.num_rows)
+    config = config.with_calibration(images.num_rows)
+    is_cross = config.calibration == "cross"
     _say_what_is_to_come(config, images, detector)
     labelled = LabelledImages.read(config, images)
     work_dir = Location(config.work_dir, config.storage_options) if config.work_dir else output / "_work"
@@ -68,7 +71,7 @@ def train(config: TrainConfig) -> ExitStatus:
     warning = stretch_warning(cached, detector.architecture.preprocessing)
     if warning:
         print(warning)
-    data = TrainingData.divide(cached, config.validation, config.holdout, config.seed)
+    data = TrainingData.divide(cached, config.validation, config.holdout, config.seed, is_cross)
     say(data.summary())
     closed_form = ClosedForm(work_dir / "splits", cache, data.part("training"), config.trim)
     say("fitting a Gaussian to each position, to tell what is usual there")
@@ -84,13 +87,13 @@ def train(config: TrainConfig) -> ExitStatus:
     lines = advice(result.history, *losses, run.epochs, run.recommended_epochs, config.learning_rate)
     if np.ptp(result.calibration["anomaly_score"].to_numpy()) == 0 and result.calibration.num_rows > 1:
         lines.append(ALL_THE_SAME)
-    if moves_p_values(detector, data.part("heldout"), result.calibration, config.storage_options):
+    if moves_p_values(detector, data.calibrating, result.calibration, config.storage_options):
         detector.architecture = replace(detector.architecture, precision="float32")
         lines.append(TOO_ALIKE)
     # Copies and damaged images are left out by now, so that it may be worse than the listing promised.
-    heldout = data.part("heldout").num_rows
+    heldout = data.calibrating.num_rows
     different = cached.num_rows - data.copies - data.unreadable
-    if few := calibration_warning(different, heldout, config.holdout, config.validation):
+    if few := calibration_warning(different, heldout, config.holdout, config.validation, is_cross):
         lines.append(f"warning: {few}")
     for line in lines:
         print(line)
@@ -142,11 +145,19 @@ def _list_images(config: TrainConfig) -> pa.Table:
 
 def _say_what_is_to_come(config: TrainConfig, images: pa.Table, detector: Detector) -> None:
     """Describes images and calibration. Raises WrongUse if the shares leave a part with too few images."""
-    *_, heldout = split_sizes(images.num_rows, config.validation, config.holdout)
+    is_cross = config.calibration == "cross"
+    heldout = images.num_rows
+    if not is_cross:
+        *_, heldout = split_sizes(images.num_rows, config.validation, config.holdout)
     _, *map_shape = detector.feature_shapes[0]
     preprocessing = detector.architecture.preprocessing
     say(describe_images(images.num_rows, spread(images), preprocessing, map_shape, config.storage_options))
-    if warning := calibration_warning(images.num_rows, heldout, config.holdout, config.validation):
+    if is_cross:
+        say(
+            f"--calibration cross: the model is trained on all {heldout} images, and each is held out in "
+            f"turn from one of {FOLDS} further trainings"
+        )
+    if warning := calibration_warning(images.num_rows, heldout, config.holdout, config.validation, is_cross):
         warn(warning)
 
 
@@ -240,7 +251,7 @@ def _save(
     ranking: pa.Table,
 ) -> str:
     """Writes the model directory; returns the model id."""
-    heldout = data.part("heldout")
+    heldout = data.calibrating
     for name in ("image_version", "image_uri"):
         calibration = calibration.add_column(0, name, heldout[name])
     settings = config.model_dump(mode="json", exclude={"storage_options"})
@@ -251,6 +262,7 @@ def _save(
         "trimmed_images": data.part(TRIMMED).num_rows,
         "validation_images": data.part("validation").num_rows,
         "heldout_images": heldout.num_rows,
+        "calibration_folds": FOLDS if data.is_cross else None,
         "unreadable_images": data.unreadable,
         "copies": data.copies,
     }

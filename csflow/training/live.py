@@ -7,6 +7,7 @@ from typing import Any
 from csflow.console import Progress, say
 from csflow.storage import Location
 from csflow.training.config import TrainConfig
+from csflow.training.split import FOLDS
 
 CURVES = ("loss", "validation_loss", "grad_norm", "images_per_second")
 
@@ -14,15 +15,21 @@ CURVES = ("loss", "validation_loss", "grad_norm", "images_per_second")
 class LiveView:
     """Shows each finished epoch."""
 
-    def __init__(self, config: TrainConfig, epochs: int, tensorboard: Location) -> None:
+    def __init__(self, config: TrainConfig, epochs: int, tensorboard: Location, is_cross: bool) -> None:
         self._epochs = epochs
+        # As many images as are shown after the last epoch, in trainings without a fold each.
+        self._further_epochs = epochs * (FOLDS - 1) if is_cross else 0
         self._progress = Progress(epochs, "epochs", line_seconds=math.inf)
         self._tensorboard = _open_tensorboard(tensorboard)
         self._mlflow = _open_mlflow(config)
 
     def show(self, line: dict[str, Any]) -> None:
-        """Args: line: an `Epoch` as a dictionary."""
-        left = line["seconds"] * (self._epochs - line["epoch"])
+        """Args: line: an `Epoch` as a dictionary, or `fold` and `seconds` of a training that left it out."""
+        if "fold" in line:
+            left = line["seconds"] * (FOLDS - line["fold"])
+            say(f"held out fold {line['fold']}/{FOLDS}  {line['seconds']:.0f} s  {left:.0f} s left")
+            return
+        left = line["seconds"] * (self._epochs - line["epoch"] + self._further_epochs)
         validation = line["validation_loss"]
         say(
             f"epoch {line['epoch']}/{self._epochs}  loss {line['loss']:.4f}  "

@@ -61,6 +61,7 @@ def repeats(stored: Mapping[str, Any], config: TrainConfig, images: str) -> bool
         (
             LoopSettings.of(settings, training_images),
             *(settings.weights, settings.augment, settings.trim, settings.holdout, settings.validation),
+            settings.calibration == "cross",  # models of older versions do not say, and had no other
         )
         for settings in (earlier, config)
     )
@@ -75,7 +76,9 @@ def has_checkpoint(
     cached, missing = find_images(images, cache.index())
     if missing.num_rows:
         return False  # a training begins when all images are in the cache
-    data = TrainingData.divide(cached, config.validation, config.holdout, config.seed)
+    data = TrainingData.divide(
+        cached, config.validation, config.holdout, config.seed, config.calibration == "cross"
+    )
     if config.trim:
         ranking = ClosedForm(work_dir / "splits", cache, data.part("training"), config.trim).found()
         if ranking is None:

@@ -43,7 +43,8 @@ class Result:
     """The columns `closing.CALIBRATED` over the held-out images, in the order of the split."""
     heldout_loss: float
     validation_loss: float | None
-    """Validation loss of the finished model; None without validation images."""
+    """Validation loss of the finished model; None without validation images. In a cross-calibration it is the
+    held-out loss."""
     gaussian_loss: float | None
     """Validation loss of the Gaussian of each position alone; None without whitening."""
     history: list[dict[str, Any]]
@@ -125,7 +126,7 @@ class Run:
         except DamagedFile as error:
             raise Failed(str(error)) from None
         gaussian_loss = tensors.get("closing.gaussian_loss")
-        has_validation = self._data.part("validation").num_rows > 0
+        has_validation = self._data.is_cross or self._data.part("validation").num_rows > 0
         return Result(
             state={f"flow.{name}": value for name, value in with_prefix(tensors, "best.").items()}
             | with_prefix(tensors, "closing.state."),
@@ -144,6 +145,7 @@ class Run:
             cache=self._cache,
             split=self._split,
             gaussians=self._gaussians,
+            is_cross=self._data.is_cross,
             augment=self._config.augment,
             memory_bytes=self._memory_bytes(resources.workers),
             checkpoint_epochs=self.checkpoint_epochs,
@@ -178,7 +180,7 @@ class Run:
 
     def _follow(self, progress: Queue) -> None:
         # In one thread from start to end: MLflow's runs belong to threads.
-        view = LiveView(self._config, self._loop.epochs, self._tensorboard)
+        view = LiveView(self._config, self._loop.epochs, self._tensorboard, self._data.is_cross)
         while (line := progress.get()) is not None:
             view.show(line)
         view.close()

@@ -18,6 +18,9 @@ FEWEST_TRAINING = 3
 """Smallest number of images to train on: what is usual cannot be told from one or two."""
 FEWEST_IMAGES = 10
 """Smallest number of images that a training accepts. With so few, scoring can only rank."""
+FOLDS = 5
+"""Number of further trainings of a cross-calibration. Each leaves out a fold, the fifth of the images that it
+scores."""
 SPLIT = pa.schema([pa.field("part", pa.string(), nullable=False), *INDEX])
 
 
@@ -82,7 +85,7 @@ def split_images(
     Raises:
         WrongUse: see `split_sizes`.
     """
-    order = sorted(set(digests), key=lambda digest: hashlib.sha256(f"{seed} {digest}".encode()).digest())
+    order = _order(digests, seed)
     _, validating, heldout = split_sizes(len(order), validation, holdout, why)
     # Held-out images first: another --validation leaves the calibration as it is.
     return Split(
@@ -90,6 +93,25 @@ def split_images(
         validation=order[heldout : heldout + validating],
         heldout=order[:heldout],
     )
+
+
+def split_in_folds(digests: Iterable[str], seed: int, why: str = "") -> Split:
+    """Distinct images that are all trained on, and held out in turn, in an order as that of `split_images`.
+
+    Raises:
+        WrongUse: there are fewer images than folds.
+    """
+    order = _order(digests, seed)
+    if len(order) < FOLDS:
+        raise WrongUse(
+            f"{len(order)} different images{why} are too few to train and to calibrate; add images"
+        )
+    return Split(order, [], [])
+
+
+def _order(digests: Iterable[str], seed: int) -> list[str]:
+    """Distinct digests by a hash of seed and content."""
+    return sorted(set(digests), key=lambda digest: hashlib.sha256(f"{seed} {digest}".encode()).digest())
 
 
 @dataclass(frozen=True)
@@ -101,10 +123,18 @@ class TrainingData:
     copies: int
     """Number of images left out because another image has the same bytes."""
     unreadable: int
+    is_cross: bool = False
+    """Whether all images are trained on and held out in turn, instead of once and for all."""
 
     @classmethod
-    def divide(cls, cached: pa.Table, validation: float, holdout: float, seed: int) -> "TrainingData":
-        """Divides the images in these rows of `INDEX`. Raises WrongUse if too few images are left."""
+    def divide(
+        cls, cached: pa.Table, validation: float, holdout: float, seed: int, is_cross: bool = False
+    ) -> "TrainingData":
+        """Divides the images in these rows of `INDEX`. Raises WrongUse if too few images are left.
+
+        Args:
+            is_cross: hold all images out in turn; the two shares then play no part.
+        """
         readable = cached.filter(pc.is_valid(pc.field("content_digest")))
         rows: dict[str, int] = {}
         for row, digest in enumerate(readable["content_digest"].to_pylist()):
@@ -113,11 +143,15 @@ class TrainingData:
         left_out = {"are copies of others": copies, "cannot be read": unreadable}
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
         why = f" ({reasons}, of {cached.num_rows})" if reasons else ""
-        parts = split_images(rows, validation, holdout, seed, why)
+        parts = (
+            split_in_folds(rows, seed, why)
+            if is_cross
+            else split_images(rows, validation, holdout, seed, why)
+        )
         order = [rows[digest] for part in parts for digest in part]
         names = [name for name, part in zip(PARTS, parts, strict=True) for _ in part]
         split = readable.take(pa.array(order, pa.int64())).add_column(0, SPLIT.field("part"), pa.array(names))
-        return cls(split, copies, unreadable)
+        return cls(split, copies, unreadable, is_cross)
 
     def trimmed(self, content_digests: Iterable[str]) -> "TrainingData":
         """The same data, with these training images left out."""
@@ -133,9 +167,19 @@ class TrainingData:
     def part(self, name: str) -> pa.Table:
         return self.split.filter(pc.field("part") == name)
 
+    @property
+    def calibrating(self) -> pa.Table:
+        """The images whose scores become the calibration."""
+        return self.part("training" if self.is_cross else "heldout")
+
     def summary(self) -> str:
         training, validation, heldout = (self.part(name).num_rows for name in PARTS)
         copies = f"; {self.copies} copies of others left out" if self.copies else ""
+        if self.is_cross:
+            return (
+                f"{training} images to train on, each held out in turn for calibration, from one of {FOLDS} "
+                f"further trainings{copies}"
+            )
         return (
             f"{training} images to train on, {validation} to choose the epoch, {heldout} held out for "
             f"calibration{copies}"
