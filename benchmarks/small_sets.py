@@ -59,7 +59,7 @@ class Photographs:
         parts = [found.data.part(name) for name in PARTS]
         return cls(
             found.cache,
-            pa.concat_tables(parts).sort_by("content_digest"),
+            pa.concat_tables(parts).drop_columns("part").sort_by("content_digest"),
             found.test.slice(0, DEFECTIVE),  # of the folder `defective`, which comes first
         )
 

@@ -20,6 +20,7 @@ from csflow.cluster import (
 )
 from csflow.console import Progress, say, warn
 from csflow.decode_limits import DecodeLimits
+from csflow.duration import in_words, is_measured, scoring_seconds
 from csflow.errors import ExitStatus, WrongUse
 from csflow.inputs.listing import list_images
 from csflow.inputs.selection import Selection
@@ -35,7 +36,7 @@ from csflow.scoring.frozen_listing import Listing
 from csflow.scoring.heartbeat import Heartbeat
 from csflow.scoring.outcomes import OutcomeReader
 from csflow.scoring.plan import account, make_plan
-from csflow.scoring.plan_log import PlannedShard
+from csflow.scoring.plan_log import MAX_SHARD_SIZE, SHARD_STEP, PlannedShard
 from csflow.scoring.record import Clock, exit_status, run_record, summary
 from csflow.scoring.stopping import StopRules
 from csflow.scoring.tally import LiveMetrics, Tally
@@ -85,7 +86,7 @@ def run(config: ScoreConfig) -> RunRecord:
         _say_what_is_to_come(config, model, listing)
         connect()
         resources = share_out(config.workers, model.worker_bytes, config.device, config.decode)
-        say(f"scoring with {described(resources)}")
+        say(f"scoring with {described(resources)}{_expected_duration(model, shards, listing, resources)}")
         _score_shards(
             shards, _settings(config, directory, output, run_id), resources, config, tally, heartbeat
         )
@@ -129,6 +130,18 @@ def _say_what_is_to_come(config: ScoreConfig, model: ModelFiles, listing: Listin
     heldout = len(model.calibration.anomaly_score)
     if why := why_none_is_flagged(heldout, config.false_positive_rate):
         warn(f"{why}; --false_positive_rate {lowest_rate(heldout):g} can, or a model trained on more images")
+
+
+def _expected_duration(
+    model: ModelFiles, shards: Sequence[PlannedShard], listing: Listing, resources: WorkerResources
+) -> str:
+    """For how long the shards are scored; nothing if only the run's own rate can tell."""
+    if resources.gpus or not is_measured(model.architecture):
+        return ""
+    # What a shard holds is not read for this.
+    counts = [min(listing.images, len(shards) * size) for size in (SHARD_STEP, MAX_SHARD_SIZE)]
+    size, cpus = model.preprocessing.image_size, resources.workers * resources.cpus
+    return f", no GPU: {in_words(*(scoring_seconds(size, images, cpus) for images in counts))}"
 
 
 def _drift(tally: Tally, calibration: Calibration) -> Drift | None:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from csflow import duration
 from csflow.cluster import connect, described, share_out
 from csflow.console import Progress, say, warn
 from csflow.errors import ExitStatus, WrongUse
@@ -29,6 +30,7 @@ from csflow.training.config import TrainConfig, check_calibration
 from csflow.training.features import extract
 from csflow.training.labelled import LabelledImages
 from csflow.training.outliers import ClosedForm, outlier_files, trimmed_images
+from csflow.training.recipe import RECIPES
 from csflow.training.resumption import check_replacement
 from csflow.training.rounding import ALL_THE_SAME, TOO_ALIKE, moves_p_values, some_pixels
 from csflow.training.run import Run
@@ -63,6 +65,8 @@ def train(config: TrainConfig) -> ExitStatus:
         check_replacement(output, config, detector, images, cache, work_dir)
 
     connect()
+    if expected := _expected_duration(config, detector, images.num_rows):
+        say(expected)
     all_images = pa.concat_tables([images, labelled.listed]) if labelled else images
     all_cached = _extract_features(all_images, detector, cache, config)
     if all_cached is None:
@@ -159,6 +163,20 @@ def _say_what_is_to_come(config: TrainConfig, images: pa.Table, detector: Detect
         )
     if warning := calibration_warning(images.num_rows, heldout, config.holdout, config.validation, is_cross):
         warn(warning)
+
+
+def _expected_duration(config: TrainConfig, detector: Detector, images: int) -> str | None:
+    """Where the training runs and for how long; None if only its own rate can tell."""
+    resources = share_out(config.workers, device=config.device)
+    architecture = detector.architecture
+    if resources.gpus or config.augment or not duration.is_measured(architecture.to_json()):
+        return None
+    is_cross = config.calibration == "cross"
+    training = images if is_cross else split_sizes(images, config.validation, config.holdout)[0]
+    shown = training * (config.epochs or RECIPES[config.recipe].epochs(training)) * (FOLDS if is_cross else 1)
+    cpus = resources.workers * resources.cpus
+    seconds = duration.training_seconds(architecture.image_size, images, shown, cpus)
+    return f"{described(resources)}, no GPU: {duration.in_words(seconds)}"
 
 
 def build_detector(config: TrainConfig) -> Detector:
