@@ -7,7 +7,7 @@ MEASURED = {"backbone": "tf_efficientnet_lite0", "scales": 2, "hidden_channels":
 """What an architecture has in common with the one that was measured: the default."""
 PIXELS = 256 * 256
 SHOWN_S = 0.043
-"""CPU seconds to show the default flow one image in training, at 256 x 256 pixels. This and the next were seen
+"""CPU seconds to show the default flow one image in training, at 256 x 256 pixels. This and the next are seen
 in the README's demo, on two cores of an AMD EPYC with AVX512-BF16."""
 SCORED_S = 0.035
 """CPU seconds to read, decode and score a photograph of 300 x 300 pixels with the default model."""

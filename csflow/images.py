@@ -24,6 +24,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +46,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from csflow.damage import check_undamaged, diagnosis, jpeg_scans
 from csflow.decode_limits import MAX_PIXELS, PixelBudget
 from csflow.errors import ErrorCode, ImageError
+from csflow.exif import taken_at
 from csflow.preprocessing import DECODING_VERSION, Box, Interpolation, Placement, Preprocessing, whole
 from csflow.wide_samples import (
     WIDE_KINDS,
@@ -106,6 +108,8 @@ class DecodedImage(NamedTuple):
     more than the original if letterboxed."""
     range_used: float | None = None
     """Of images of more than 8 bits a sample: the brightest sample as a share of what counts as white."""
+    taken_at: datetime | None = None
+    """When the camera says that it took the photograph; None if the file does not tell."""
 
 
 class StoredImage(NamedTuple):
@@ -151,7 +155,7 @@ def decode(
     else:
         placement = preprocessing.place(read.height, read.width)
         pixels_HWC, box = _padded(pixels_HWC, placement.padding), placement.box
-    return DecodedImage(pixels_HWC, read.height, read.width, box, read.range_used)
+    return DecodedImage(pixels_HWC, read.height, read.width, box, read.range_used, read.taken_at)
 
 
 def decode_stored(data: bytes, max_pixels: int = MAX_PIXELS) -> StoredImage:
@@ -220,6 +224,7 @@ class _Read(NamedTuple):
     """Of the original, as `width`."""
     width: int
     range_used: float | None
+    taken_at: datetime | None = None
 
 
 def _read(
@@ -239,11 +244,12 @@ def _read(
             return _Read(_resized(plain, height, width, preprocessing), height, width, share)
     image = _opened(image_file, data, max_pixels)
     if isinstance(image, JpegImageFile):
-        return _read_jpeg(image, data, preprocessing, holding)
+        return _read_jpeg(image, data, preprocessing, holding)._replace(taken_at=taken_at(image))
     with holding(image.width * image.height):
         orientation = _load(image, data, version)
         plain, range_used = _eight_bit(image, data, version)
-        return _placed(plain, image.size, orientation, preprocessing, None, range_used)
+        read = _placed(plain, image.size, orientation, preprocessing, None, range_used)
+        return read._replace(taken_at=taken_at(image))
 
 
 def _read_jpeg(

@@ -10,11 +10,12 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import Literal
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from csflow.decode_limits import MAX_PIXELS
 from csflow.errors import ErrorCode, ImageError
@@ -385,6 +386,33 @@ def test_damaged_exif_counts_as_none(exif: bytes) -> None:
         data = encoded(Image.fromarray(pixels_HWC), image_format, exif=exif)
         np.testing.assert_array_equal(decode(data).pixels_HWC, pixels_HWC)
     assert decode(jpeg(pixels_HWC, exif=exif)).height == 6
+
+
+def taken(image_format: str, text: str, offset: str | None = None) -> datetime | None:
+    """When a photograph was taken whose EXIF holds this time, and this offset to UTC."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "camera"
+    details = exif.get_ifd(ExifTags.IFD.Exif)
+    details[ExifTags.Base.DateTimeOriginal] = text
+    if offset:
+        details[ExifTags.Base.OffsetTimeOriginal] = offset
+    return decode(encoded(Image.fromarray(noise(6, 10)), image_format, exif=exif), (6, 10)).taken_at
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_the_time_of_a_photograph_is_that_of_its_camera_in_utc_if_the_camera_knows(image_format: str) -> None:
+    assert taken(image_format, "2026:11:02 14:30:05") == datetime(2026, 11, 2, 14, 30, 5, tzinfo=UTC)
+    expected = datetime(2026, 11, 2, 12, 30, 5, tzinfo=UTC)
+    assert taken(image_format, "2026:11:02 14:30:05", "+02:00") == expected
+    assert taken(image_format, "2026:11:02 14:30:05", "   :  ") == datetime(
+        2026, 11, 2, 14, 30, 5, tzinfo=UTC
+    )
+
+
+@pytest.mark.parametrize("text", ["0000:00:00 00:00:00", "    :  :     :  :  ", "yesterday", "2026:13:45"])
+def test_a_camera_whose_clock_was_not_set_gives_no_time(text: str) -> None:
+    assert taken("JPEG", text) is None
+    assert decode(jpeg(noise(6, 10))).taken_at is None
 
 
 # --- Size ------------------------------------------------------------------------------------------------

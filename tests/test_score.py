@@ -222,6 +222,7 @@ def test_files_have_exactly_the_schema_of_the_contract(scored):
         ("regions", f"list<element: struct<{REGION_FIELDS}>>"),
         ("image_modified_at", "timestamp[us, tz=UTC]"),
         ("model_name", "string"),
+        ("image_taken_at", "timestamp[us, tz=UTC]"),
     ]
     assert [(f.name, str(f.type)) for f in ERRORS] == [
         ("image_uri", "string"),

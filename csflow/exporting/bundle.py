@@ -15,6 +15,7 @@ MODULES = (
     "edge/artefact",
     "edge/command",
     "errors",
+    "exif",
     "images",
     "output/__init__",
     "output/layout",

@@ -43,6 +43,7 @@ SCORES = pa.schema(
         pa.field("regions", REGIONS),
         pa.field("image_modified_at", pa.timestamp("us", tz="UTC")),  # null if the listing does not say
         pa.field("model_name", pa.string()),  # null if the model has no name
+        pa.field("image_taken_at", pa.timestamp("us", tz="UTC")),  # null if the file has no EXIF time
     ]
 )
 

@@ -126,6 +126,7 @@ def score_rows(
         "regions": pa.nulls(len(images), REGIONS),
         "image_modified_at": [image.modified_at for image in images],
         "model_name": [model_name] * len(images),
+        "image_taken_at": [image.decoded.taken_at for image in images],
     }
     if region_rule:
         from csflow.regions import find_regions  # with SciPy, which the edge runtime does without
