@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 from scored_output import write_record
 
+from csflow.calibration import drift
 from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
 from csflow.inputs.listing import list_images
@@ -503,7 +504,23 @@ def test_the_model_is_found_where_the_last_run_had_it(tmp_path: Path) -> None:
     assert "beside what 3 held-out normal images let expect" in page.text
     assert "The last 2 runs" in page.text
     assert "20260928T0000Z-b done 3 1 4 12.5 12.5 % 0.250 (p = 1e-05) 20260927T0000Z-a" in page.text
+    why = "3 images are held out, so the smallest p-value is 0.25, and --false_positive_rate 0.05 can flag no"
+    assert why in page.text
+    assert "never with 3 held-out images; too few images to tell" in page.text
+
+
+def test_the_report_says_how_many_normal_images_would_be_flagged_and_what_has_drifted_in_words(
+    tmp_path: Path,
+) -> None:
+    write_rows(tmp_path / "out", rows_of(30, 0.05, 9.0))
+    model = write_model(tmp_path, [1 + n / 100 for n in range(19)])
+    found = drift([9.0] * 30, 1.0, [1 + n / 100 for n in range(19)])
+    write_record(tmp_path / "out", "20260928T0000Z-b", model=scored_with(model), drift=found)
+    _, page = make_report(tmp_path)
     assert "Of normal images, 5 % would be" in page.text
+    assert (
+        page.text.count("100% of the images are unlike all of the 19 held-out images: another product") == 2
+    )
 
 
 def test_another_model_s_held_out_scores_are_not_taken(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ class Page:
 def render(page: Page) -> str:
     """The whole page as HTML."""
     images = page.archive.images
+    heldout, rate = page.defects.heldout, _false_positive_rate(page.archive)
     script, style = _text(*SCRIPTS), _text("page.css")
     return _template().render(
         page=page,
@@ -56,7 +57,8 @@ def render(page: Page) -> str:
         images=len(images),
         flagged=pc.sum(images["is_anomalous"]).as_py() or 0,
         dates=pc.min_max(images["date"]).as_py(),
-        false_positive_rate=_false_positive_rate(page.archive),
+        false_positive_rate=rate,
+        none_can_be_flagged=calibration.why_none_is_flagged(heldout, rate) if heldout and rate else None,
         drift=_drift(page.archive),
         anchors=maps.ANCHORS,
         heat=data_uri("png", _cells(page.heat_map)) if page.heat_map else None,
@@ -92,7 +94,9 @@ def _drift(archive: Archive) -> dict[str, Any] | None:
     test = None
     if archive.calibration_scores is not None:
         test = calibration.drift(scores, share, archive.calibration_scores)
-    return {"share": share, "test": test}
+    # With so few held-out images no p-value can be below 0.05.
+    is_blind = test is not None and not calibration.flaggable(test.heldout or 0, 0.0499)
+    return {"share": share, "test": test, "is_blind": is_blind}
 
 
 def _cells(heat_map: HeatMap) -> bytes:
