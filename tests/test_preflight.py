@@ -5,9 +5,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from csflow import duration
 from csflow.calibration import heldout_for, lowest_rate, p_values, why_none_is_flagged
 from csflow.errors import WrongUse
 from csflow.inputs.listing import list_table
+from csflow.model import Architecture
 from csflow.preflight import describe_images, spread
 from csflow.preprocessing import Preprocessing
 from csflow.training.advice import calibration_warning
@@ -124,6 +126,25 @@ def test_what_cannot_be_held_out_in_turn_is_refused(tmp_path):
     ):
         with pytest.raises(WrongUse, match=message):
             train(TrainConfig(input=["good"], output=str(tmp_path / "m"), calibration="cross", **flags))
+
+
+def test_the_duration_is_a_range_around_what_was_measured_and_grows_with_the_work():
+    minutes = [
+        duration.in_words(duration.training_seconds(size, 1000, 4200, cpus))
+        for size, cpus in (((256, 256), 2), ((256, 256), 1), ((512, 512), 2))
+    ]
+    # The README's demo shows 2,100 images in 47 s, and extracts 1,000 in about 20 s.
+    assert minutes == ["about 1 to 5 minutes", "about 2 to 10 minutes", "about 5 to 19 minutes"]
+    assert duration.in_words(duration.scoring_seconds((256, 256), 60, 2)) == "under 2 minutes"
+    assert duration.in_words(100, 1000) == "about 1 to 42 minutes"
+    assert duration.in_words(36_000) == "about 6 to 25 hours"
+
+
+def test_nothing_is_said_about_the_duration_with_a_model_that_was_not_measured():
+    default = Architecture.to_json(TrainConfig(input=["good"], output="model").architecture())
+    assert duration.is_measured(default)
+    for name, value in (("backbone", "resnet50"), ("hidden_channels", 1024), ("kernel_sizes", [3])):
+        assert not duration.is_measured(default | {name: value})
 
 
 def test_a_training_on_absurdly_few_images_is_refused_before_any_work(good_cells, tmp_path):
