@@ -54,4 +54,5 @@ def in_words(least: float, most: float | None = None) -> str:
 
 
 def _scale(image_size: Sequence[int]) -> float:
-    return image_size[0] * image_size[-1] / PIXELS
+    # Small maps cost more a pixel: 2.6 times as much at 448 x 512, 14 times at 1024 x 1216.
+    return (image_size[0] * image_size[-1] / PIXELS) ** 0.9

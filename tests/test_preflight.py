@@ -15,6 +15,7 @@ from csflow.preprocessing import Preprocessing
 from csflow.training.advice import calibration_warning
 from csflow.training.config import CROSS_BELOW, TrainConfig
 from csflow.training.job import train
+from csflow.training.loop import LoopSettings
 from csflow.training.split import split_sizes
 
 
@@ -118,6 +119,14 @@ def test_few_images_are_held_out_in_turn_unless_something_else_is_asked_for(imag
     assert again.with_calibration(images).calibration == expected
 
 
+def test_images_that_are_held_out_in_turn_are_not_shown_so_often_that_the_flow_learns_them_by_heart():
+    config = TrainConfig(input=["good"], output="model")
+    epochs = [LoopSettings.of(config.with_calibration(n), n).epochs for n in (60, 499, 500)]
+    assert epochs == [6, 6, 9]
+    told = config.model_copy(update={"epochs": 40, "calibration": "cross"})
+    assert LoopSettings.of(told, 60).epochs == 40
+
+
 def test_what_cannot_be_held_out_in_turn_is_refused(tmp_path):
     for flags, message in (
         ({"trim": 0.1}, "--calibration cross and --trim exclude each other"),
@@ -134,7 +143,7 @@ def test_the_duration_is_a_range_around_what_was_measured_and_grows_with_the_wor
         for size, cpus in (((256, 256), 2), ((256, 256), 1), ((512, 512), 2))
     ]
     # The README's demo shows 2,100 images in 47 s, and extracts 1,000 in about 20 s.
-    assert minutes == ["about 1 to 5 minutes", "about 2 to 10 minutes", "about 5 to 19 minutes"]
+    assert minutes == ["about 1 to 5 minutes", "about 2 to 10 minutes", "about 4 to 16 minutes"]
     assert duration.in_words(duration.scoring_seconds((256, 256), 60, 2)) == "under 2 minutes"
     assert duration.in_words(100, 1000) == "about 1 to 42 minutes"
     assert duration.in_words(36_000) == "about 6 to 25 hours"

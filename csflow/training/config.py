@@ -69,8 +69,8 @@ class TrainConfig(ListingConfig):
     """Odd kernel size of each coupling block, or one size for all. [default: 3 for the first block and 1 for
     others; paper: 3, but 5 for the last block if there are several]"""
     epochs: int | None = Field(None, ge=1)
-    """Largest number of passes over the training images. [default: 6, or as many as show the flow
-    4,200 images, if that is more; paper: 240]"""
+    """Largest number of passes over the training images. [default: 6, or as many as show the flow 4,200
+    images, if that is more; always 6 with --calibration cross; paper: 240]"""
     patience: int = Field(10, ge=1)
     """Training stops after this many epochs without a lower validation loss. [default: 10; paper: 240]"""
     augment: bool = False
@@ -147,6 +147,12 @@ class TrainConfig(ListingConfig):
             return self
         is_cross = images < CROSS_BELOW and not self.asks_for_holdout
         return self.model_copy(update={"calibration": "cross" if is_cross else "holdout"})
+
+    def recommended_epochs(self, training_images: int) -> int:
+        """What `epochs` is without the setting."""
+        recipe = RECIPES[self.recipe]
+        # With more, the flow learns few images by heart, and there is no validation image to stop it.
+        return recipe.fewest_epochs if self.calibration == "cross" else recipe.epochs(training_images)
 
     @property
     def limits(self) -> DecodeLimits:

@@ -30,7 +30,6 @@ from csflow.training.config import TrainConfig, check_calibration
 from csflow.training.features import extract
 from csflow.training.labelled import LabelledImages
 from csflow.training.outliers import ClosedForm, outlier_files, trimmed_images
-from csflow.training.recipe import RECIPES
 from csflow.training.resumption import check_replacement
 from csflow.training.rounding import ALL_THE_SAME, TOO_ALIKE, moves_p_values, some_pixels
 from csflow.training.run import Run
@@ -173,7 +172,7 @@ def _expected_duration(config: TrainConfig, detector: Detector, images: int) -> 
         return None
     is_cross = config.calibration == "cross"
     training = images if is_cross else split_sizes(images, config.validation, config.holdout)[0]
-    shown = training * (config.epochs or RECIPES[config.recipe].epochs(training)) * (FOLDS if is_cross else 1)
+    shown = training * (config.epochs or config.recommended_epochs(training)) * (FOLDS if is_cross else 1)
     cpus = resources.workers * resources.cpus
     seconds = duration.training_seconds(architecture.image_size, images, shown, cpus)
     return f"{described(resources)}, no GPU: {duration.in_words(seconds)}"

@@ -55,7 +55,7 @@ class LoopSettings:
         recipe = RECIPES[config.recipe]
         return cls(
             architecture=config.architecture(),
-            epochs=config.epochs or recipe.epochs(training_images),
+            epochs=config.epochs or config.recommended_epochs(training_images),
             patience=config.patience,
             batch_size=config.batch_size,
             micro_batch_size=config.micro_batch_size,

@@ -87,7 +87,7 @@ class Run:
     @property
     def recommended_epochs(self) -> int:
         """What `epochs` is without the setting."""
-        return RECIPES[self._config.recipe].epochs(self._data.part("training").num_rows)
+        return self._config.recommended_epochs(self._data.part("training").num_rows)
 
     @property
     def checkpoint_epochs(self) -> int:
