@@ -244,12 +244,13 @@ def test_inspect_shows_what_a_model_is(csflow, tmp_path: Path):
     calibration = pa.Table.from_pylist(rows, schema=CALIBRATION)
     training = {"input": ["good"], "epochs": 6}
     location = Location(str(tmp_path))
-    model_id = save_model(location, detector, calibration, training=training, data={}, metrics={}, card={})
+    data = {"calibration_folds": 3}
+    model_id = save_model(location, detector, calibration, training=training, data=data, metrics={}, card={})
     status, out, _ = csflow("inspect", tmp_path)
     assert status == 0
     assert model_id in out
     assert "resnet10t, maps of " in out
     assert "64 x 128 pixels (stretch, bilinear), 2 scales" in out
     assert "2 coupling blocks of 4 hidden channels" in out
-    assert "3 held-out images, smallest p-value 0.25" in out
+    assert "3 held-out images (in turn), smallest p-value 0.25" in out
     assert "6 epochs on good" in out
