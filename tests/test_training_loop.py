@@ -51,7 +51,7 @@ from csflow.training.closing import (
     cross_closing_tensors,
 )
 from csflow.training.config import TrainConfig
-from csflow.training.cross import train_fold
+from csflow.training.cross import Fold, train_fold
 from csflow.training.features import FeatureExtractor
 from csflow.training.gaussians import fit_gaussians, gaussian_losses, read_gaussians, write_gaussians
 from csflow.training.loop import Evaluation, LoopSettings, Trainer, Worker, epoch_batches
@@ -494,10 +494,8 @@ def test_p_values_of_unseen_normals_are_uniform_and_flag_as_many_as_wanted(cache
             assert low <= (p <= rate).sum() <= high
 
 
-def cross_calibrated(
-    cache: FeatureCache, images: pa.Table, settings: LoopSettings
-) -> tuple[Trainer, StandardisedStatistic, dict[str, torch.Tensor]]:
-    """A training on all images, and the statistic and the calibration from those without a fold."""
+def without(cache: FeatureCache, images: pa.Table, fold: int, settings: LoopSettings, worker: Worker) -> Fold:
+    """A training without a fold of these images."""
 
     def fitted(some: pa.Table) -> Gaussians:
         return fit_gaussians(opened(cache, some))
@@ -505,10 +503,17 @@ def cross_calibrated(
     def whitened(some: pa.Table, gaussians: Gaussians) -> ResidentFeatures | StreamedFeatures:
         return opened(cache, some, gaussians=gaussians)
 
+    return train_fold(settings, worker, images, fold, fitted, whitened)
+
+
+def cross_calibrated(
+    cache: FeatureCache, images: pa.Table, settings: LoopSettings
+) -> tuple[Trainer, StandardisedStatistic, dict[str, torch.Tensor]]:
+    """A training on all images, and the statistic and the calibration from those without a fold."""
     data = TrainingData.divide(images, 0.1, 0.2, seed=0, is_cross=True)
     trainer = run(new_trainer(cache, data, settings))
     trainer.whiten_latents(trainer.training)
-    folds = [train_fold(settings, CPU, data.calibrating, fold, fitted, whitened) for fold in range(FOLDS)]
+    folds = [without(cache, data.calibrating, fold, settings, CPU) for fold in range(FOLDS)]
     tensors = cross_closing_tensors(folds, trainer.gaussians, cache.feature_shapes)
     statistic = StandardisedStatistic(cache.feature_shapes)
     statistic.load_state_dict(with_prefix(tensors, "state.statistic."))
@@ -728,15 +733,21 @@ def test_whitened_latents_are_the_last_layer_of_the_model(cached, data):
 def train_as_one_of(
     rank: int, world_size: int, folder: Path, cache: FeatureCache, data: TrainingData, epochs: int
 ) -> None:
-    """A worker of a training of 5 steps an epoch; the first one writes the curve and the scores."""
+    """A worker of a training of 5 steps an epoch, and of one without a fifth of the images.
+
+    The first worker writes the curve, the scores of held-out images, and the losses of those left out.
+    """
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/rendezvous-{world_size}"
     torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=world_size)
     settings = replace(WHITENED, epochs=epochs, is_annealed=True)
-    trainer = run(new_trainer(cache, data, settings, Worker(rank, world_size, CPU.device)))
+    worker = Worker(rank, world_size, CPU.device)
+    trainer = run(new_trainer(cache, data, settings, worker))
     scores_N = heldout_scores(trainer, cache, data)
+    fold = without(cache, data.part("training"), 2, settings, worker)  # in the same process group
     if rank == 0:
-        result = {"history": trainer.history, "scores": scores_N.tolist()}
+        left_out = fold.evaluation.losses_N.tolist()
+        result = {"history": trainer.history, "scores": scores_N.tolist() + left_out}
         (folder / f"{world_size}.json").write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
 
@@ -744,7 +755,7 @@ def train_as_one_of(
 def trained_by(
     world_size: int, folder: Path, cache: FeatureCache, data: TrainingData, epochs: int
 ) -> tuple[list[tuple[float, ...]], list[float]]:
-    """Losses and gradient norms by epoch, and the scores of the held-out images."""
+    """Losses and gradient norms by epoch, and scores and losses of images that were not trained on."""
     torch.multiprocessing.spawn(train_as_one_of, (world_size, folder, cache, data, epochs), nprocs=world_size)
     result = json.loads((folder / f"{world_size}.json").read_text())
     curve = [(line["loss"], line["validation_loss"], line["grad_norm"]) for line in result["history"]]
