@@ -161,15 +161,18 @@ def table(arguments: argparse.Namespace) -> None:
     for text in (arguments.work / "small_sets.jsonl").read_text().splitlines():
         line = json.loads(text)
         groups[line["side"], line["images"], line["calibration"]].append(line)
-    rates = " | ".join(f"{rate:.0%}: normal, worst | defective" for rate in RATES)
-    print(f"| px | images | calibration | held out | splits | AUROC | {rates} | drifts | CPU s |")
+    wanted = " | ".join(f"{rate:.0%}" for rate in RATES)
+    print(
+        "| px | images | calibration | held out | splits | AUROC "
+        f"| normal cells flagged: {wanted} | defective ones: {wanted} | drifts | CPU s |"
+    )
     print("|---" * (8 + 2 * len(RATES)) + "|")
     for (side, images, calibration), lines in sorted(groups.items()):
         cells = [side, images, calibration, lines[0]["heldout"], len(lines), mean(lines, "auroc", ".3f")]
         for rate in RATES:
             worst = max(line[f"normal {rate}"] for line in lines)
-            cells += [f"{mean(lines, f'normal {rate}', '.1%')}, {worst:.1%}"]
-            cells += [mean(lines, f"defective {rate}", ".0%")]
+            cells.append(f"{mean(lines, f'normal {rate}', '.1%')}, {worst:.1%}")
+        cells += [mean(lines, f"defective {rate}", ".0%") for rate in RATES]
         drifts = sum(line["verdict"] in ("higher", "lower", "unlike") for line in lines)
         cells += [drifts, f"{np.mean([line['cpu_seconds'] for line in lines]):.0f}"]
         print("| " + " | ".join(map(str, cells)) + " |")
@@ -179,7 +182,7 @@ def mean(lines: Sequence[Mapping[str, Any]], name: str, form: str) -> str:
     """The mean over splits, and half its 95 % interval."""
     values = np.array([line[name] for line in lines])
     half = 1.96 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
-    return f"{values.mean():{form}} ± {half:{form}}"
+    return f"{values.mean():{form}} ± {half:{form}}" if values.any() else "0"
 
 
 STEPS: dict[str, Callable[[argparse.Namespace], None]] = {"run": run, "table": table}
