@@ -225,6 +225,15 @@ def test_a_large_image_has_a_close_up_of_its_hottest_place_pixel_by_pixel(tmp_pa
     assert outline == "left: 34.00%; top: 57.33%; width: 32.00%; height: 42.67%"
 
 
+def test_regions_are_drawn_where_they_are(tmp_path: Path) -> None:
+    region = {"x": 16.0, "y": 12.0, "width": 8.0, "height": 24.0}
+    values = {"area": 1.0, "peak": 3.0, "mean": 2.0, "p_value": 0.1}
+    write_scored_images(tmp_path, [3.0], regions=[region | values])
+    _, page = make_report(tmp_path)
+    (box,) = [span["style"] for span in page.all("span") if span.get("class") == "region"]
+    assert box == "left: 25.00%; top: 25.00%; width: 12.50%; height: 50.00%"
+
+
 @pytest.mark.parametrize(
     ("peak", "cell", "edges"),
     [
@@ -581,6 +590,25 @@ def test_the_heat_map_tells_in_what_share_of_flagged_images_a_place_is_hot(tmp_p
     assert drawn.flagged == 4
     assert drawn.hot_share_HW.tolist() == [[0.75, 0.0, 0.0], [0.0, 0.25, 0.0]]
     assert drawn.hottest == (0.25, pytest.approx(1 / 6), 0.75)
+
+
+def test_the_heat_map_joins_maps_of_images_of_different_sizes(tmp_path: Path) -> None:
+    rows = []
+    for number, (height, width) in enumerate([(300, 400), (10, 8)]):
+        map_HW = np.full((height, width), 0.5)
+        map_HW[-1, 0] = 9.0  # in the lower left corner
+        size = {"map_height": height, "map_width": width, "image_height": height, "image_width": width}
+        rows.append(scored(f"{number}.png", "v1", 3.0, anomaly_map=map_HW.ravel().tolist(), **size))
+        normal = np.random.default_rng(number).uniform(0, 1, height * width).tolist()
+        rows.append(scored(f"normal-{number}.png", "v1", 1.0, anomaly_map=normal, **size))
+    write_rows(tmp_path / "out", rows)
+    drawn = heat_map(open_scores(Location(str(tmp_path / "out"))).scores)
+    assert drawn is not None
+    assert drawn.hot_share_HW.shape == (32, 32)
+    assert drawn.hot_share_HW[31, 0] == 1
+    assert drawn.hot_share_HW[:28].max() == 0
+    for row in rows[::2]:
+        assert drawn.hot_cells(row).reshape(32, 32)[31, 0]
 
 
 def test_the_heat_map_is_of_the_image_whatever_a_map_covers(tmp_path: Path) -> None:

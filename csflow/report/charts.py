@@ -21,6 +21,9 @@ HISTOGRAM_BINS = 60
 TIMES_SHOWN = 90
 """Number of days, or runs, in the time line: about a quarter of a year of nights."""
 FOLDERS_SHOWN = 8
+LARGEST_GRID = 96
+"""Largest side of a heat map in cells. Larger maps, and maps of several sizes, get the `COMMON_GRID`."""
+COMMON_GRID = (32, 32)
 MAPS_READ = 50_000
 """Largest number of rows in the heat map: the latest days of a large archive."""
 REFERENCE_MAPS = 4_000
@@ -244,7 +247,8 @@ class HeatMap:
     """Where on the images anomalies occur."""
 
     hot_share_HW: NDArray[np.float32]
-    """Share of the flagged images whose map is hot in the cell, shape (map_height, map_width)."""
+    """Share of the flagged images whose map is hot in the cell; of shape (map_height, map_width) if
+    all maps have the same and none is large, else of `COMMON_GRID`."""
     flagged: int
     """Number of flagged images in the heat map."""
     hot_from: float
@@ -267,8 +271,9 @@ class HeatMap:
         anomaly_map = map_of(row)
         if anomaly_map is None:
             return np.zeros(self.hot_share_HW.size, dtype=bool)
-        box = box_of(row, row["map_height"], row["map_width"])
-        return _on_image(~(anomaly_map < self.hot_from), box).ravel()
+        anomaly_map = _not_large(anomaly_map)
+        hot_HW = _on_image(~(anomaly_map < self.hot_from), box_of(row, *anomaly_map.shape))
+        return _on_grid(hot_HW, self.hot_share_HW.shape).ravel()
 
 
 def heat_map(scores: ds.Dataset) -> HeatMap | None:
@@ -284,8 +289,9 @@ def heat_map(scores: ds.Dataset) -> HeatMap | None:
     for batch in scores.to_batches(columns=columns, filter=pc.field("anomaly_map").is_valid(), **ahead):
         rows += len(batch)
         flagged = batch.filter(batch["is_anomalous"])
-        flagged_maps += _maps(flagged)
-        flagged_boxes += _boxes(flagged)
+        of_batch = _maps(flagged)
+        flagged_maps += of_batch
+        flagged_boxes += _boxes(flagged, [anomaly_map.shape for anomaly_map in of_batch])
         if unflagged < REFERENCE_MAPS:
             reference = _maps(batch.filter(pc.invert(batch["is_anomalous"])))
             unflagged_maps += reference
@@ -301,22 +307,40 @@ def heat_map(scores: ds.Dataset) -> HeatMap | None:
         _on_image(~(anomaly_map < hot_from), box)
         for anomaly_map, box in zip(flagged_maps, flagged_boxes, strict=True)
     ]
+    if len({hot_HW.shape for hot_HW in hot}) > 1:
+        hot = [_on_grid(hot_HW, COMMON_GRID) for hot_HW in hot]
     hot_share_HW = np.mean(hot, axis=0)
     return HeatMap(hot_share_HW.astype(np.float32), len(flagged_maps), hot_from)
 
 
 def _maps(rows: pa.RecordBatch) -> list[NDArray[np.float32]]:
-    """The maps, one per row. All maps of a model have one shape."""
-    if not len(rows):
-        return []
-    shape = (len(rows), rows["map_height"][0].as_py(), rows["map_width"][0].as_py())
-    return list(pc.list_flatten(rows["anomaly_map"]).to_numpy(zero_copy_only=False).reshape(shape))
+    """The maps, one per row."""
+    shapes = zip(rows["map_height"].to_pylist(), rows["map_width"].to_pylist(), strict=True)
+    return [
+        _not_large(cells.values.to_numpy(zero_copy_only=False).reshape(shape))
+        for cells, shape in zip(rows["anomaly_map"], shapes, strict=True)
+    ]
 
 
-def _boxes(rows: pa.RecordBatch) -> list[Box | None]:
+def _boxes(rows: pa.RecordBatch, shapes: Sequence[tuple[int, ...]]) -> list[Box | None]:
     """The box of the image that each map covers, in cells of a map that would cover the whole image."""
-    columns = ["image_height", "image_width", "map_box", "map_height", "map_width"]
-    return [box_of(row, row["map_height"], row["map_width"]) for row in rows.select(columns).to_pylist()]
+    columns = ["image_height", "image_width", "map_box"]
+    return [box_of(row, *shape) for row, shape in zip(rows.select(columns).to_pylist(), shapes, strict=True)]
+
+
+def _not_large(anomaly_map: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The map, on the common grid if it is larger than a heat map may be."""
+    return _on_grid(anomaly_map, COMMON_GRID) if max(anomaly_map.shape) > LARGEST_GRID else anomaly_map
+
+
+def _on_grid(map_HW: NDArray[Any], grid: tuple[int, ...]) -> NDArray[Any]:
+    """The largest value of the map's cells that lie in each cell of a grid."""
+    for axis, (cells, wanted) in enumerate(zip(map_HW.shape, grid, strict=True)):
+        if cells != wanted:
+            edges = [(i * cells // wanted, -(-(i + 1) * cells // wanted)) for i in range(wanted)]
+            parts = [map_HW.take(range(start, end), axis).max(axis) for start, end in edges]
+            map_HW = np.stack(parts, axis)
+    return map_HW
 
 
 def _on_image(hot_HW: NDArray[np.bool_], box: Box | None) -> NDArray[np.bool_]:

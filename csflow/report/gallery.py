@@ -41,6 +41,8 @@ REDUCED_FROM = 1.5
 """An image whose longest side is more than this times that of its picture has a close-up, too."""
 FULL_SIZE_AT_ONCE = 2
 """Largest number of images in memory at full size: one of 175 megapixels takes a gigabyte."""
+REGIONS_SHOWN = 20
+"""Largest number of regions whose boxes are drawn on a picture: those of the highest peaks."""
 RAY_FROM = 600
 """From this many images on, the whole cluster makes the pictures, since joining it takes seconds."""
 SHARD_IMAGES = 50
@@ -94,6 +96,20 @@ class Card:
     def peak_top(self) -> float:
         """Vertical position of the hottest map cell, in percent of the height."""
         return float(100 * self.row["peak_y"] / self.row["image_height"])
+
+    @property
+    def regions(self) -> list[Box]:
+        """Boxes around the worst regions, in percent of height and width; none if none are known."""
+        down, across = 100 / self.row["image_height"], 100 / self.row["image_width"]
+        return [
+            Box(
+                region["y"] * down,
+                region["x"] * across,
+                (region["y"] + region["height"]) * down,
+                (region["x"] + region["width"]) * across,
+            )
+            for region in (self.row["regions"] or [])[:REGIONS_SHOWN]
+        ]
 
     @property
     def close_up_place(self) -> Box:
