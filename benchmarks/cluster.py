@@ -75,7 +75,8 @@ class FixedCostDetector:
     def submit(self, pixels_BHWC: torch.Tensor) -> Callable[[], Scores]:
         time.sleep(self._seconds * len(pixels_BHWC))
         score_B, maps = torch.rand(len(pixels_BHWC)), torch.rand(len(pixels_BHWC), 8, 8)
-        scores = Scores(score_B, score_B, score_B, torch.rand(len(pixels_BHWC), 3), maps)
+        scale_BS, averages_BAHW = torch.rand(len(pixels_BHWC), 3), maps[:, None][:, :0]
+        scores = Scores(score_B, score_B, score_B, scale_BS, maps, averages_BAHW)
         return lambda: scores
 
 

@@ -189,7 +189,8 @@ def run_task(function: Callable[..., T], *arguments: Any, resources: WorkerResou
 
 def helpers(settings: LoaderSettings, resources: WorkerResources) -> Helpers | None:
     """Helpers that load images in actors of one CPU each, on any node; None if there are to be none."""
-    if resources.decode == "beside":
+    # Images that keep their size are too large to travel, and the model has work enough for each.
+    if resources.decode == "beside" or settings.preprocessing.tiling:
         return None
     # What takes its process down may be an image, and the worker knows what to do about that.
     actors: Any = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(HelpingLoader)

@@ -20,7 +20,8 @@ FASTEST, SLOWEST = 0.6, 2.5
 def is_measured(architecture: Mapping[str, Any]) -> bool:
     """Whether anything is known about the speed of such a model."""
     blocks = len(architecture.get("kernel_sizes", ()))
-    return blocks == 2 and all(architecture.get(name) == value for name, value in MEASURED.items())
+    is_like = all(architecture.get(name) == value for name, value in MEASURED.items())
+    return blocks == 2 and is_like and architecture.get("tiling") is None
 
 
 def training_seconds(image_size: Sequence[int], images: int, shown: int, cpus: int) -> float:

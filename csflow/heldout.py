@@ -1,6 +1,6 @@
 """Scores held-out normal images, from which a model computes p-values, in this process."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -8,8 +8,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from csflow import process
+from csflow.cluster import WorkerResources
 from csflow.config import ListingConfig
 from csflow.console import Progress, warn
+from csflow.decode_limits import DEFAULT_LIMITS, DecodeLimits
 from csflow.errors import ImageError, WrongUse
 from csflow.images import DecodedImage
 from csflow.inputs.listing import LISTING, list_images
@@ -18,12 +21,13 @@ from csflow.inputs.loading import ImageLoader, batches
 from csflow.inputs.reading import ImageReader
 from csflow.inputs.selection import Selection
 from csflow.inputs.unlisted import Unlisted
-from csflow.model import Detector
+from csflow.model import Detector, InferenceDetector, Scores, TiledDetector
 from csflow.model_directory import CALIBRATION
 from csflow.training.closing import CALIBRATED, calibration_columns
 
 READ_THREADS = 8
 BATCH_SIZE = 8
+"""Number of images, or of tiles, in a pass."""
 
 
 def heldout_calibration(
@@ -52,7 +56,15 @@ def heldout_calibration(
     for line in unlisted.lines():
         warn(line)
     unlisted.check()
-    calibration, failed = _scored(detector, images, config.storage_options)
+    detector.to("cuda" if torch.cuda.is_available() else "cpu")
+    with closing(Progress(images.num_rows, "images")) as progress:
+        calibration, failed = scored(
+            detector,
+            images,
+            config.storage_options,
+            lambda done: progress.update(done, f"{done / progress.seconds:.1f} images/s"),
+        )
+    detector.to("cpu")
     for image in failed:
         print(f"left out: {image.image_uri}: {image.content}")
     if any(isinstance(image.content, ImageError) and image.content.is_transient for image in failed):
@@ -63,34 +75,74 @@ def heldout_calibration(
     return calibration, len(failed)
 
 
-def _scored(
-    detector: Detector, images: pa.Table, storage_options: Mapping[str, Any]
+def score_heldout(
+    detector: Detector,
+    images: pa.Table,
+    storage_options: Mapping[str, Any],
+    limits: DecodeLimits,
+    resources: WorkerResources,
 ) -> tuple[pa.Table, list[LoadedImage]]:
-    """Scores of the listed images, and the images that could not be read."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    detector.to(device)
+    """`scored` in a worker of a cluster."""
+    device = process.set_up(resources.cpus, resources.gpus)
+    return scored(detector.eval().to(device), images, storage_options, limits=limits)
+
+
+def scored(
+    detector: Detector,
+    images: pa.Table,
+    storage_options: Mapping[str, Any],
+    report: Callable[[int], object] = lambda done: None,
+    limits: DecodeLimits = DEFAULT_LIMITS,
+) -> tuple[pa.Table, list[LoadedImage]]:
+    """Scores of the listed images in the `CALIBRATION` schema, and the images that could not be read.
+
+    Args:
+        detector: on the device to use.
+        report: called with the number of images that are done.
+    """
     columns = CALIBRATED if detector.architecture.whitening else CALIBRATED[:1]
-    loader = ImageLoader(ImageReader(storage_options), detector.architecture.preprocessing, READ_THREADS)
+    preprocessing = detector.architecture.preprocessing
+    loader = ImageLoader(ImageReader(storage_options), preprocessing, READ_THREADS, limits=limits)
+    score = _tiled(detector) if preprocessing.tiling else _whole(detector)
     loaded = loader.load(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
     rows: list[dict[str, Any]] = []
     failed: list[LoadedImage] = []
-    with closing(Progress(images.num_rows, "images")) as progress:
-        for group in batches(loaded, BATCH_SIZE):
-            good = [(i, i.content.pixels_HWC) for i in group if isinstance(i.content, DecodedImage)]
-            failed += [image for image in group if isinstance(image.content, ImageError)]
-            if good:
-                image_BHWC = torch.from_numpy(np.stack([pixels_HWC for _, pixels_HWC in good])).to(device)
-                if not detector.rounding_shifts:
-                    detector.measure_rounding(image_BHWC)
-                with torch.inference_mode():
-                    scores = calibration_columns(detector(image_BHWC))
-                values = zip(*(scores[name].tolist() for name in columns), strict=True)
-                rows += [
-                    {"image_uri": image.image_uri, "image_version": image.image_version}
-                    | dict(zip(columns, row, strict=True))
-                    for (image, _), row in zip(good, values, strict=True)
-                ]
-            done = len(rows) + len(failed)
-            progress.update(done, f"{done / progress.seconds:.1f} images/s")
-    detector.to("cpu")
+    for group in batches(loaded, 1 if preprocessing.tiling else BATCH_SIZE):
+        good = [(i, i.content) for i in group if isinstance(i.content, DecodedImage)]
+        failed += [image for image in group if isinstance(image.content, ImageError)]
+        if good:
+            scores = calibration_columns(score([content for _, content in good]))
+            values = zip(*(scores[name].tolist() for name in columns), strict=True)
+            rows += [
+                {"image_uri": image.image_uri, "image_version": image.image_version}
+                | dict(zip(columns, row, strict=True))
+                for (image, _), row in zip(good, values, strict=True)
+            ]
+        report(len(rows) + len(failed))
     return pa.Table.from_pylist(rows, schema=CALIBRATION), failed
+
+
+def _whole(detector: Detector) -> Callable[[Sequence[DecodedImage]], Scores]:
+    """Scores a batch of images that the detector sees as a whole."""
+    device = detector.get_buffer("mean").device
+
+    @torch.inference_mode()
+    def score(images: Sequence[DecodedImage]) -> Scores:
+        image_BHWC = torch.from_numpy(np.stack([image.pixels_HWC for image in images])).to(device)
+        if not detector.rounding_shifts:
+            detector.measure_rounding(image_BHWC)
+        scores: Scores = detector(image_BHWC)
+        return scores
+
+    return score
+
+
+def _tiled(detector: Detector) -> Callable[[Sequence[DecodedImage]], Scores]:
+    """Scores one image, tile by tile."""
+    form = TiledDetector(InferenceDetector(detector, "float32", BATCH_SIZE))
+
+    def score(images: Sequence[DecodedImage]) -> Scores:
+        (image,) = images
+        return form(image.pixels_HWC, image.height, image.width)
+
+    return score

@@ -13,7 +13,9 @@
 - TIFFs with planes, or of other samples than unsigned ones of up to 8 bits, are read by tifffile
   (`csflow.wide_samples`).
 - CMYK becomes RGB by the plain formula. CMYK JPEGs are taken as inverted, as Adobe writes them.
-- Letterboxes are filled on each side with the mean colour of the adjoining row or column (`_padded`).
+- Letterboxes are filled on each side with the mean colour of the adjoining row or column (`_padded`). An
+image
+  that is cut into tiles is continued by its reflection.
 
 Models of decoding version 1 are given the pixels that they were trained with: without the colours of wholly
 transparent images, without sBIT and MaxSampleValue, and with all TIFFs read by Pillow.
@@ -99,13 +101,13 @@ class DecodedImage(NamedTuple):
     """The pixels of an image, and the size of its original."""
 
     pixels_HWC: npt.NDArray[np.uint8]
-    """RGB, contiguous, of the size that the caller asked for."""
+    """RGB, contiguous, of the size that the caller asked for, or as large as what is cut into tiles."""
     height: int
     """Height of the upright original in pixels; `width` likewise."""
     width: int
     box: Box
     """The area that the pixels cover, in pixels of the original: all of it if stretched, a part if cropped,
-    more than the original if letterboxed."""
+    more than the original if letterboxed or padded for tiles."""
     range_used: float | None = None
     """Of images of more than 8 bits a sample: the brightest sample as a share of what counts as white."""
     taken_at: datetime | None = None
@@ -149,13 +151,18 @@ def decode(
         read = _read(image_file, data, preprocessing, max_pixels, budget.holding if budget else _unbounded)
         if is_strict:
             check_undamaged(image_file, data)
-    pixels_HWC = np.array(_in_mode(read.image, "RGB"))
+    height, width, range_used, taken_at = read[1:]
     if preprocessing is None:
-        box = whole(read.height, read.width)
+        pixels_HWC = np.array(_in_mode(read.image, "RGB"))
+        return DecodedImage(pixels_HWC, height, width, whole(height, width), range_used, taken_at)
+    placement = preprocessing.place(height, width)
+    if preprocessing.tiling:
+        pixels_HWC = np.asarray(_in_mode(read.image, "RGB"))
+        del read  # a strip of 200 million pixels would be in memory once more
+        pixels_HWC = _reflected(pixels_HWC, placement.padding)
     else:
-        placement = preprocessing.place(read.height, read.width)
-        pixels_HWC, box = _padded(pixels_HWC, placement.padding), placement.box
-    return DecodedImage(pixels_HWC, read.height, read.width, box, read.range_used, read.taken_at)
+        pixels_HWC = _padded(np.array(_in_mode(read.image, "RGB")), placement.padding)
+    return DecodedImage(pixels_HWC, height, width, placement.box, range_used, taken_at)
 
 
 def decode_stored(data: bytes, max_pixels: int = MAX_PIXELS) -> StoredImage:
@@ -314,6 +321,8 @@ def _resized(
     if preprocessing is None:
         return plain
     size, box = _as_stored(preprocessing.place(height, width), is_turned)
+    if drafted is None and plain.size == size and list(box) == [0, 0, *size]:
+        return plain  # `resize` would copy it
     return plain.resize(size, _FILTERS[preprocessing.interpolation], drafted or box, _REDUCING_GAP)
 
 
@@ -492,6 +501,14 @@ def _padded(pixels_HWC: npt.NDArray[np.uint8], padding: tuple[int, int, int, int
     padded_HWC[rows, left + width :] = _mean_colour(pixels_HWC[:, -1])
     padded_HWC[rows, columns] = pixels_HWC
     return padded_HWC
+
+
+def _reflected(
+    pixels_HWC: npt.NDArray[np.uint8], padding: tuple[int, int, int, int]
+) -> npt.NDArray[np.uint8]:
+    """The image, continued by its reflection on all sides, so that tiles show no edge where it ends."""
+    above, left, below, right = padding
+    return np.pad(pixels_HWC, ((above, below), (left, right), (0, 0)), mode="reflect")
 
 
 def _mean_colour(pixels_NC: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -59,6 +59,8 @@ def _model(location: Location) -> Iterator[Line]:
     # Models of older versions do not say.
     fit, interpolation = architecture.get("fit", "stretch"), architecture.get("interpolation", "bilinear")
     scales = _count(architecture["scales"], "scale")
+    if tiling := architecture.get("tiling"):
+        fit = f"tiles that share {tiling['overlap']} pixels, of images scaled by {tiling['scale']:g}"
     yield "images", f"{height} x {width} pixels ({fit}, {interpolation}), {scales}"
     yield (
         "flow",

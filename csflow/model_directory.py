@@ -18,16 +18,18 @@ from numpy.typing import NDArray
 import csflow
 from csflow.calibration import region_threshold
 from csflow.errors import StorageFailed, WrongUse
-from csflow.preprocessing import DECODING_VERSION, DECODING_VERSIONS, Preprocessing
+from csflow.preprocessing import DECODING_VERSION, DECODING_VERSIONS, Preprocessing, Tiling
 from csflow.storage import Location, to_parquet
 
 if TYPE_CHECKING:  # the driver of a scoring run needs no torch, which takes seconds and 500 MB
     from csflow.model import Detector, Head
 
-FORMAT_VERSION = 4
-READABLE_VERSIONS = (1, 2, 3, 4)
-"""Version 1 has no rounding shifts; models before version 3 have no whitening and only one score, and before
-version 4 one average of energies and no windows."""
+FORMAT_VERSION = 5
+FORMAT_WITHOUT_TILES = 4
+"""What models of whole images are written as, so that an older csflow reads them."""
+READABLE_VERSIONS = (1, 2, 3, 4, 5)
+"""Version 1 has no rounding shifts; models before version 3 have no whitening and only one score, before
+version 4 one average of energies and no windows, and before version 5 no tiles."""
 ROUNDING = "rounding."
 """Prefix of the names of `rounding_shifts` among the detector's tensors."""
 BACKBONE = "backbone."
@@ -143,7 +145,10 @@ class ModelFiles:
         interpolation = self.architecture.get("interpolation", "bilinear")
         decoding = self.architecture.get("decoding_version", DECODING_VERSIONS[0])
         height, width = self.architecture["image_size"]
-        return Preprocessing((height, width), fit, interpolation, decoding)
+        tiling = self.architecture.get("tiling")
+        return Preprocessing(
+            (height, width), fit, interpolation, decoding, Tiling(**tiling) if tiling else None
+        )
 
     @property
     def worker_bytes(self) -> int:
@@ -222,7 +227,7 @@ def save_model(
     state = {name: value.contiguous().numpy() for name, value in tensors.items()}
     scores = Calibration.of(calibration)
     config = {
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version(detector.architecture.tiling is not None),
         "model_id": _model_id(architecture, decoding, state, scores),
         "model_name": name,
         "architecture": architecture,
@@ -292,6 +297,11 @@ def load_model(location: Location | str) -> Model:
 def worker_bytes(state: Mapping[str, Any]) -> int:
     """Memory that a process needs for a detector: libraries, its tensors twice, and activations."""
     return (1 << 30) + 2 * sum(int(value.nbytes) for value in state.values())
+
+
+def format_version(is_tiled: bool) -> int:
+    """The format version as which a model is written."""
+    return FORMAT_VERSION if is_tiled else FORMAT_WITHOUT_TILES
 
 
 def holds_model(location: Location) -> bool:

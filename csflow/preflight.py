@@ -33,10 +33,16 @@ def describe_images(
     """
     height, width = preprocessing.image_size
     sizes = sorted(set(_sizes(sample, storage_options)))
-    resized = f"{_count(images)} → {width} × {height} pixels"
+    resized = f"{_count(images)} → {'tiles of ' * bool(preprocessing.tiling)}{width} × {height} pixels"
     if not sizes:
         return f"{resized}, {map_shape[1]} × {map_shape[0]} map cells"
     shown = " to ".join(f"{w} × {h}" for h, w in dict.fromkeys([sizes[0], sizes[-1]]))
+    if preprocessing.tiling:
+        tiles = len(preprocessing.tile_corners(*sizes[-1]))
+        return (
+            f"{_count(images)} of {shown} → tiles of {width} × {height} pixels at scale "
+            f"{preprocessing.tiling.scale:g}, {tiles} of the largest"
+        )
     box = preprocessing.place(*sizes[-1]).box
     cell = (box.right - box.left) / map_shape[1], (box.bottom - box.top) / map_shape[0]
     whose = "the original" if len(sizes) == 1 else "the largest of them"

@@ -1,8 +1,13 @@
 """How an image becomes the pixels that a model sees, and which part of the original they cover.
 
+A model sees an image as a whole, resized to one size, or as tiles: the image is scaled, padded by reflection
+so that tiles of one size cover it, and cut. Neighbouring tiles overlap. The image lies half an overlap from
+the outer edges of its outermost tiles, so that none of its pixels has only a place at the edge of a tile.
+
 This module has only values and arithmetic. The model keeps the values, `csflow.images` applies them.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -51,24 +56,74 @@ class Placement(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Tiling:
+    """How an image is cut into tiles."""
+
+    overlap: int
+    """Pixels that neighbouring tiles share; even."""
+    scale: float = 1.0
+    """Factor by which the sides of an image are scaled before it is cut."""
+
+
+@dataclass(frozen=True)
 class Preprocessing:
     """Size, fit, filter and decoding of the pixels that a model sees."""
 
     image_size: tuple[int, int]
-    """Height and width."""
+    """Height and width, of a tile if there are tiles."""
     fit: Fit = "stretch"
     interpolation: Interpolation = "bilinear"
     decoding_version: int = DECODING_VERSION
     """How files become pixels (`csflow.images`)."""
+    tiling: Tiling | None = None
+    """How images are cut into tiles; None if the model sees whole images. With tiles, `fit` means nothing."""
 
     def place(self, height: int, width: int) -> Placement:
-        """How an original of this size is placed into the pixels."""
+        """How an original of this size is placed into the pixels, or into those that are cut into tiles."""
+        if self.tiling:
+            return self._covered_by_tiles(self.tiling, height, width)
         if self.fit == "letterbox":
             return _letterboxed(self.image_size, height, width)
         source = whole(height, width)
         if self.fit == "crop":
             source = _centred(self.image_size, height, width)
         return Placement(source, self.image_size, (0, 0, 0, 0))
+
+    def tile_corners(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Upper left corners (row, column) of the tiles of an original of this size, row by row.
+
+        They are those in the pixels that `place` describes. Raises ValueError if the model sees whole images.
+        """
+        if self.tiling is None:
+            raise ValueError("a model without tiles sees whole images")
+        rows, columns = (
+            range(0, tiles * stride, stride)
+            for tiles, stride in (
+                _tiles(scaled, tile, self.tiling.overlap)
+                for scaled, tile in zip(_scaled(self.tiling, height, width), self.image_size, strict=True)
+            )
+        )
+        return [(row, column) for row in rows for column in columns]
+
+    def _covered_by_tiles(self, tiling: Tiling, height: int, width: int) -> Placement:
+        size = _scaled(tiling, height, width)
+        before = tiling.overlap // 2
+        behind = []
+        for scaled, tile in zip(size, self.image_size, strict=True):
+            tiles, stride = _tiles(scaled, tile, tiling.overlap)
+            behind.append(tiles * stride + tiling.overlap - before - scaled)
+        return Placement(whole(height, width), size, (before, before, behind[0], behind[1]))
+
+
+def _scaled(tiling: Tiling, height: int, width: int) -> tuple[int, int]:
+    """Height and width of an original after it is scaled."""
+    return max(1, round(height * tiling.scale)), max(1, round(width * tiling.scale))
+
+
+def _tiles(side: int, tile: int, overlap: int) -> tuple[int, int]:
+    """The number of tiles along a side of a scaled image, and the distance from one to the next."""
+    stride = tile - overlap
+    return math.ceil(side / stride), stride
 
 
 def whole(height: int, width: int) -> Box:

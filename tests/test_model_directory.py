@@ -393,8 +393,8 @@ def test_a_directory_is_no_model_until_all_its_files_are_there(detector, tmp_pat
         ("config.json", b'{"format_version": 4}', r"is damaged \(KeyError: 'architecture'\)"),
         (
             "config.json",
-            b'{"format_version": 5}',
-            "has format version 5, this csflow reads 4; use the csflow",
+            b'{"format_version": 6}',
+            "has format version 6, this csflow reads 5; use the csflow",
         ),
         ("model.safetensors", b"torn", r"is damaged \(SafetensorError"),
         ("calibration.parquet", b"torn", r"is damaged \(ArrowInvalid"),

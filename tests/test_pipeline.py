@@ -91,7 +91,7 @@ class BrightnessDetector:
     def submit(self, pixels_BHWC: torch.Tensor) -> Callable[[], Scores]:
         mean_BHW = torch.nn.functional.adaptive_avg_pool2d(pixels_BHWC.float().mean(3), 8)
         score_B = mean_BHW.mean((1, 2))
-        scores = Scores(score_B, score_B, score_B, score_B[:, None], mean_BHW)
+        scores = Scores(score_B, score_B, score_B, score_B[:, None], mean_BHW, mean_BHW[:, None][:, :0])
         return lambda: scores
 
 

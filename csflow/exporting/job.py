@@ -40,6 +40,11 @@ def export(config: ExportConfig) -> ExitStatus:
     _require_packages()
     outputs[0].parent.check_writable()
     model = load_model(Location(config.model, config.storage_options))
+    if model.detector.architecture.tiling:
+        raise WrongUse(
+            f"--model {config.model} sees images in tiles, and what is exported sees them as a whole; export "
+            "a model that was trained without --tile"
+        )
     metadata = _metadata(config, model, _self_test_image(config, model))
     program = onnx_program(model.detector, model.calibration, config.false_positive_rate)
     for output in outputs:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from csflow.decode_limits import DEFAULT_LIMITS, DecodeLimits, PixelBudget
 from csflow.errors import ErrorCode, ImageError
+from csflow.images import DecodedImage
 from csflow.inputs.helpers import REVIEW_S, Helpers, Images, Pending
 from csflow.inputs.loaded import LoadedImage, load_one
 from csflow.inputs.reading import ImageReader
@@ -22,6 +23,8 @@ T = TypeVar("T")
 
 PATIENCE_S = 10.0
 """An image that a helper has had for so long, when it is the next one to score, is loaded here, too."""
+WAITING_BYTES = 512 << 20
+"""Most bytes of images that wait to be cut into tiles, unless one image alone has more."""
 HELPER_THREADS = 8
 """Number of reading threads in a helping process, most of which wait for the store."""
 
@@ -52,6 +55,8 @@ class ImageLoader:
         self._helpers = helpers
         self._limits = limits
         self._budget = PixelBudget()
+        self._largest_bytes = 0
+        """Of the images seen so far."""
         self._pool = self._new_pool()
         self._queue: SimpleQueue[Pending] = SimpleQueue()
         self.idle = IdleClock()
@@ -66,6 +71,7 @@ class ImageLoader:
         """Starts to load, and returns the images in order; a failed image is returned with its error.
 
         At most `2 · threads` loaded images of a call wait in memory, and those that helpers have under way.
+        Of images that are to be cut into tiles, which keep their size, at most `WAITING_BYTES` or one do.
 
         Args:
             while_waiting: context that is entered while the next image is not ready.
@@ -88,12 +94,20 @@ class ImageLoader:
                     with while_waiting, self.idle.waiting():
                         while self._is_late(pending):
                             self._begin(images, waiting)
-                yield pending.loaded.result()
+                loaded = pending.loaded.result()
+                if isinstance(loaded.content, DecodedImage):
+                    self._largest_bytes = max(self._largest_bytes, loaded.content.pixels_HWC.nbytes)
+                yield loaded
+                del loaded  # else it would be in memory beside the next
                 self._begin(images, waiting)
 
     def _begin(self, images: Iterator[tuple[str, str]], waiting: deque[Pending]) -> None:
         """Has the next images loaded, as many as may wait in memory."""
         ahead = 2 * self._threads
+        if self._preprocessing.tiling:
+            # Before the first image is there, nothing tells how large they are.
+            room = WAITING_BYTES // self._largest_bytes if self._largest_bytes else 1
+            ahead = max(1, min(ahead, room))
         if self._helpers:
             self._helpers.review(self.idle.seconds(), self._queue, self._load_here)
             ahead += self._helpers.images_ahead

@@ -18,7 +18,7 @@ from csflow.images import DecodedImage, decode
 from csflow.inputs.loading import batches
 from csflow.library.result import Result
 from csflow.library.sources import ImageLike, Source, open_store
-from csflow.model import InferenceDetector, default_batch_size
+from csflow.model import InferenceDetector, Scores, TiledDetector, default_batch_size
 from csflow.model_directory import read_model
 from csflow.precision import Device, PrecisionSetting
 from csflow.scoring.rows import Judged, judge, peak, require_scores
@@ -77,6 +77,7 @@ class Model:
             self._forms = Forms(directory, precision, self._device)
         except ValueError as error:
             raise WrongUse(f"precision {precision}: {error}") from None
+        self._batch_size = default_batch_size(self.preprocessing.image_size, self._device)
         self._compiled: dict[int, InferenceDetector] = {}
         self._lock = threading.Lock()
 
@@ -137,7 +138,7 @@ class Model:
     def _score_many(self, sources: Sequence[Source], errors: str, shows_bar: bool) -> list[Any]:
         from tqdm import tqdm
 
-        size = default_batch_size(self.preprocessing.image_size, self._device)
+        size = 1 if self.preprocessing.tiling else self._batch_size
         results = []
         with ThreadPoolExecutor(READ_THREADS) as pool:
             loaded = _in_order(pool, self._load, sources, READ_AHEAD * size)
@@ -167,17 +168,33 @@ class Model:
                 yield next(scored) if isinstance(content, DecodedImage) else content
 
     def _scored(self, images: Sequence[tuple[Source, DecodedImage]]) -> list[Result]:
+        if self.preprocessing.tiling:
+            return [self._joined(*image) for image in images]
         pixels_BHWC = torch.from_numpy(np.stack([decoded.pixels_HWC for _, decoded in images]))
         with self._lock:
             form = self._form(1 if len(images) == 1 else None)
             scores = form.submit(pixels_BHWC.to(self._device))()
+        return self._judged(images, scores, form)
+
+    def _joined(self, source: Source, decoded: DecodedImage) -> Result:
+        """The result of an image that is scored tile by tile."""
+        with self._lock:
+            form = self._form(None)
+            tiled = TiledDetector(form)
+            scores = tiled(decoded.pixels_HWC, decoded.height, decoded.width)
+        box = tiled.map_box(decoded.height, decoded.width)
+        return self._judged([(source, decoded._replace(box=box))], scores, form)[0]
+
+    def _judged(
+        self, images: Sequence[tuple[Source, DecodedImage]], scores: Scores, form: InferenceDetector
+    ) -> list[Result]:
         judged = judge(scores, self._calibration, self.false_positive_rate)
         require_scores([source.name for source, _ in images], judged, form.form.precision)
         return [self._result(judged, number, *image) for number, image in enumerate(images)]
 
     def _form(self, batch_size: int | None) -> InferenceDetector:
         """The form for single images or for batches, compiled when it is first wanted."""
-        size = batch_size or default_batch_size(self.preprocessing.image_size, self._device)
+        size = batch_size or self._batch_size
         if size not in self._compiled:
             self._compiled[size] = self._forms.form(size)
         return self._compiled[size]

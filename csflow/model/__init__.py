@@ -6,6 +6,7 @@ from csflow.model.detector import Architecture, Detector, Head, energies, new_fl
 from csflow.model.flow import CrossScaleFlow, FlowOutput, negative_log_likelihood
 from csflow.model.inference import Form, InferenceBackbone, InferenceDetector, default_batch_size
 from csflow.model.statistic import PlainStatistic, Scores, StandardisedStatistic, fitted_statistic
+from csflow.model.tiles import TiledDetector
 from csflow.model.whitening import Gaussians, Moments, Whitening, fit_latents, gaussians_of
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "SavedBackbone",
     "Scores",
     "StandardisedStatistic",
+    "TiledDetector",
     "Whitening",
     "default_batch_size",
     "download_weights",

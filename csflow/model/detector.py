@@ -18,7 +18,7 @@ from csflow.model.rounding import rounding_shifts
 from csflow.model.statistic import PlainStatistic, Scores, StandardisedStatistic, energy_map
 from csflow.model.whitening import Gaussians
 from csflow.precision import PrecisionSetting
-from csflow.preprocessing import DECODING_VERSION, Fit, Interpolation, Preprocessing
+from csflow.preprocessing import DECODING_VERSION, Fit, Interpolation, Preprocessing, Tiling
 
 OLD_DEFAULTS: dict[str, Any] = {
     "fit": "stretch",
@@ -27,6 +27,7 @@ OLD_DEFAULTS: dict[str, Any] = {
     "latent_window": 1,
     "precision": "auto",
     "decoding_version": 1,
+    "tiling": None,
 }
 """Values for models whose config.json does not have these keys."""
 
@@ -38,7 +39,7 @@ class Architecture:
     backbone: str
     """Name of a timm network."""
     image_size: tuple[int, int]
-    """Height and width in pixels of the images at scale 0."""
+    """Height and width in pixels of the images, or of their tiles, at scale 0."""
     cut_after: tuple[str, ...] | str | None = None
     """Stages of the backbone whose maps are the features; None for the default of the network."""
     scales: int = 3
@@ -60,6 +61,8 @@ class Architecture:
     """In which precision to score if nothing else is asked for: float32 if rounding would move p-values."""
     decoding_version: int = DECODING_VERSION
     """How files become pixels; 1 for models that do not say."""
+    tiling: Tiling | None = None
+    """How images are cut into tiles, which only a detector with whitening can see; None for whole images."""
 
     def __post_init__(self) -> None:
         # A single stage is a string, as it always was: the id of a model depends on it.
@@ -70,7 +73,9 @@ class Architecture:
     @property
     def preprocessing(self) -> Preprocessing:
         """How images become the pixels that the detector takes."""
-        return Preprocessing(self.image_size, self.fit, self.interpolation, self.decoding_version)
+        return Preprocessing(
+            self.image_size, self.fit, self.interpolation, self.decoding_version, self.tiling
+        )
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self) | {
@@ -82,8 +87,10 @@ class Architecture:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Architecture":
-        sizes = {name: tuple(values[name]) for name in ("image_size", "kernel_sizes")}
-        return cls(**(OLD_DEFAULTS | values | sizes))
+        parsed: dict[str, Any] = {name: tuple(values[name]) for name in ("image_size", "kernel_sizes")}
+        if values.get("tiling"):
+            parsed["tiling"] = Tiling(**values["tiling"])
+        return cls(**(OLD_DEFAULTS | values | parsed))
 
 
 class Head(nn.Module):
@@ -103,10 +110,13 @@ class Head(nn.Module):
         self.feature_shapes = [(channels, height, width) for channels, height, width in feature_shapes]
         """Per level (channels, height, width) of the features."""
         self.flow = new_flow(architecture, [channels for channels, _, _ in self.feature_shapes])
-        self.gaussians = Gaussians(self.feature_shapes) if architecture.whitening else None
+        is_tiled = architecture.tiling is not None
+        self.gaussians = Gaussians(self.feature_shapes, is_tiled) if architecture.whitening else None
         self.statistic: PlainStatistic | StandardisedStatistic = (
-            StandardisedStatistic if architecture.whitening else PlainStatistic
-        )(self.feature_shapes)
+            StandardisedStatistic(self.feature_shapes, is_tiled)
+            if architecture.whitening
+            else PlainStatistic(self.feature_shapes)
+        )
         for name in ("mean", "std"):
             self.register_buffer(name, torch.zeros(3))
 
@@ -133,13 +143,16 @@ class Detector(Head):
 
         Raises:
             BackboneError: see `Backbone`.
-            ValueError: the image size does not fit the backbone, or a flow setting is out of range.
+            ValueError: the image size does not fit the backbone, or the overlap of tiles the image size, or a
+                flow setting is out of range.
         """
         is_proven = feature_shapes is not None
         backbone = Backbone(architecture.backbone, architecture.cut_after, is_proven)
         strides = dict(zip(backbone.stages, backbone.strides, strict=True))
         pyramid = Pyramid.of(strides, architecture.scales, backbone.known_stages)
         _check_size(architecture, backbone, pyramid, is_proven)
+        if architecture.tiling:
+            _check_overlap(architecture.tiling.overlap, architecture, pyramid.reductions[0])
         super().__init__(architecture, _feature_shapes(architecture, backbone, pyramid))
         self.backbone, self.pyramid = backbone, pyramid
         for name in ("mean", "std"):
@@ -264,6 +277,24 @@ def _check_size(architecture: Architecture, backbone: Backbone, pyramid: Pyramid
         f"image size {side} does not fit: with backbone {architecture.backbone} and {scales} "
         f"scale{'s' * (scales != 1)}, height and width must be multiples of {multiple}"
         f"{'' if backbone.is_chain else ' that the network takes'} (nearest: {found})"
+    )
+
+
+def _check_overlap(overlap: int, architecture: Architecture, reduction: int) -> None:
+    """Raises ValueError unless the cells of neighbouring tiles, and of the image in its padding, coincide.
+
+    Args:
+        reduction: side of a map's cell in pixels.
+    """
+    multiple, most = 2 * reduction, min(architecture.image_size) // 2
+    if overlap % multiple == 0 and overlap <= most:
+        return
+    below = min(overlap, most) // multiple * multiple
+    nearest = " or ".join(str(size) for size in (below, below + multiple) if size <= most)
+    raise ValueError(
+        f"--overlap {overlap} does not fit: with backbone {architecture.backbone} and tiles of "
+        f"{min(architecture.image_size)} pixels it must be a multiple of {multiple}, and at most {most} "
+        f"(nearest: {nearest})"
     )
 
 

@@ -100,7 +100,8 @@ class InferenceDetector:
         """
         self._batches, fallbacks = _Batches(detector, batch_size), Fallbacks()
         self.image_shape = self._batches.image_shape
-        device = self._batches.device
+        self.architecture, self.statistic = detector.architecture, detector.statistic
+        self.device = device = self._batches.device
         chosen = resolved(detector.architecture.precision if precision == "auto" else precision, device)
         self._backbone: CpuBackbone | None = None
         self.features: Callable[[Tensor], Sequence[Tensor]]

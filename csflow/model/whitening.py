@@ -11,11 +11,14 @@ the trained flow at each position. Another such layer does the same with the whi
 flow; the statistic reads both. None stands in front of the flow, which would learn little more from features
 that are whitened at each position (docs/method.md).
 
+A tile may come from anywhere in an image, so its positions mean nothing. Then each level has one mean and one
+matrix for all positions, and the layers of each position do nothing.
+
 Dimension letters: B batch, C channels, H height, W width, P positions (H · W, or 1 that stands for all).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +40,15 @@ FeatureShape = Sequence[int]
 class Gaussians(nn.Module):
     """The closed-form parts of a detector. Each is the identity until it is fitted or its state is loaded."""
 
-    def __init__(self, feature_shapes: Sequence[FeatureShape]) -> None:
+    def __init__(self, feature_shapes: Sequence[FeatureShape], is_tiled: bool = False) -> None:
+        """`is_tiled`: whether the features are those of tiles."""
         super().__init__()
+        self.is_tiled = is_tiled
         self.whitening = Whitening(feature_shapes)
         """The first layer, before the flow."""
-        self.positions = PositionGaussian(feature_shapes)
+        self.positions = PositionGaussian(feature_shapes, is_tiled)
         """The Gaussian of whitened features at each position, beside the flow."""
-        self.latents = PositionGaussian(feature_shapes)
+        self.latents = PositionGaussian(feature_shapes, is_tiled)
         """The last layer, behind the flow."""
 
 
@@ -90,11 +95,11 @@ class Whitening(nn.Module):
 class PositionGaussian(nn.Module):
     """Makes the covariance of each position the identity, given maps that are nearly white overall."""
 
-    def __init__(self, feature_shapes: Sequence[FeatureShape]) -> None:
+    def __init__(self, feature_shapes: Sequence[FeatureShape], is_tiled: bool = False) -> None:
         super().__init__()
         self.positions = [height * width for _, height, width in feature_shapes]
         for level, (channels, height, width) in enumerate(feature_shapes):
-            count = _positions_with_matrix(channels, height * width)
+            count = _positions_with_matrix(channels, height * width, is_tiled)
             self.register_buffer(f"matrix_{level}", torch.eye(channels).repeat(count, 1, 1))
 
     def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
@@ -120,8 +125,8 @@ def _product(matrix_PCC: Tensor, x_BCHW: Tensor) -> Tensor:
         return (matrix_PCC @ x_PCB).permute(2, 1, 0).reshape(x_BCHW.shape)
 
 
-def _positions_with_matrix(channels: int, positions: int) -> int:
-    return positions if positions * channels**2 <= MOST_NUMBERS else 1
+def _positions_with_matrix(channels: int, positions: int, is_tiled: bool) -> int:
+    return positions if positions * channels**2 <= MOST_NUMBERS and not is_tiled else 1
 
 
 @dataclass(frozen=True)
@@ -136,23 +141,26 @@ class Moments:
     """Sum over images of y · yᵀ at each position, or of the mean of y · yᵀ over all positions."""
     squared_norm: float
     """Sum over images of the squared Frobenius norm of y · yᵀ averaged over positions."""
+    is_tiled: bool = False
+    """Whether the images are tiles."""
 
     @classmethod
-    def around(cls, y_BCHW: Tensor) -> "Moments":
+    def around(cls, y_BCHW: Tensor, is_tiled: bool = False) -> "Moments":
         """Moments of no images yet, with the mean of these images as origin."""
-        return cls.about(y_BCHW.double().mean((0, 2, 3)), y_BCHW.shape[1:])
+        return cls.about(y_BCHW.double().mean((0, 2, 3)), y_BCHW.shape[1:], is_tiled)
 
     @classmethod
-    def about(cls, origin_C: Tensor, shape: FeatureShape) -> "Moments":
+    def about(cls, origin_C: Tensor, shape: FeatureShape, is_tiled: bool = False) -> "Moments":
         """Moments of no images yet, with this float64 origin."""
         channels, height, width = shape
-        positions = _positions_with_matrix(channels, height * width)
+        positions = _positions_with_matrix(channels, height * width, is_tiled)
         return cls(
             origin_C,
             images=0,
             sum_CHW=origin_C.new_zeros(channels, height, width),
             product_PCC=origin_C.new_zeros(positions, channels, channels),
             squared_norm=0.0,
+            is_tiled=is_tiled,
         )
 
     def with_images(self, y_BCHW: Tensor) -> "Moments":
@@ -167,21 +175,21 @@ class Moments:
         else:
             of_image = x_BCP @ x_BCP.mT
             product_PCC = self.product_PCC + of_image.sum(0, keepdim=True) / positions
-        return Moments(
-            self.origin_C,
-            self.images + len(x_BCHW),
-            self.sum_CHW + x_BCHW.sum(0),
-            product_PCC,
-            self.squared_norm + (of_image / positions).square().sum().item(),
+        return replace(
+            self,
+            images=self.images + len(x_BCHW),
+            sum_CHW=self.sum_CHW + x_BCHW.sum(0),
+            product_PCC=product_PCC,
+            squared_norm=self.squared_norm + (of_image / positions).square().sum().item(),
         )
 
     def __add__(self, other: "Moments") -> "Moments":
-        return Moments(
-            self.origin_C,
-            self.images + other.images,
-            self.sum_CHW + other.sum_CHW,
-            self.product_PCC + other.product_PCC,
-            self.squared_norm + other.squared_norm,
+        return replace(
+            self,
+            images=self.images + other.images,
+            sum_CHW=self.sum_CHW + other.sum_CHW,
+            product_PCC=self.product_PCC + other.product_PCC,
+            squared_norm=self.squared_norm + other.squared_norm,
         )
 
 
@@ -196,7 +204,7 @@ def gaussians_of(levels: Sequence[Moments]) -> Gaussians:
     """
     if not levels[0].images:
         raise ValueError("a whitening needs at least one image")
-    gaussians = Gaussians([moments.sum_CHW.shape for moments in levels])
+    gaussians = Gaussians([moments.sum_CHW.shape for moments in levels], levels[0].is_tiled)
     for level, moments in enumerate(levels):
         mean_CHW, matrix_CC, matrix_PCC = _fit(moments)
         gaussians.whitening.mean(level).copy_(mean_CHW)
@@ -223,7 +231,7 @@ def _fit(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
     within_PCC = moments.product_PCC / n - _outer(mean_PC, len(moments.product_PCC))
     # The means of positions are means of n images each, and so differ by chance, too.
     trust = 0.0
-    if n > 1:
+    if n > 1 and not moments.is_tiled:
         within_CC = _shrunk(within_PCC.mean(0) * n / (n - 1), shrinkage)
         between_CC = _outer(offset_PC, 1)[0]
         signal = torch.linalg.solve(within_CC, between_CC).trace().item() / len(level_mean_C)

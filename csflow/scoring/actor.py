@@ -13,6 +13,14 @@ CALLS_PER_SCORER, CALLS_WITH_HELPERS = 2, 4
 several shards, since all of them work only while many images are wanted."""
 
 
+def calls_per_scorer(resources: WorkerResources, is_tiled: bool) -> int:
+    """Number of shards in an actor at once; one if each image may take a gigabyte, and keeps the model
+    busy."""
+    if is_tiled:
+        return 1
+    return CALLS_PER_SCORER if resources.decode == "beside" else CALLS_WITH_HELPERS
+
+
 class ScoringActor:
     """Is a `ShardScorer` in its worker. So the driver need not import torch, which is slow and large."""
 

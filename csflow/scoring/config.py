@@ -89,5 +89,7 @@ class ScoringSettings:
     precision: PrecisionSetting = "auto"
     false_regions: float = FALSE_REGIONS
     limits: DecodeLimits = DEFAULT_LIMITS
+    is_tiled: bool = False
+    """Whether the model sees images in tiles."""
     is_isolated: bool = False
     """Read and decode each image in a child process, because these shards' workers died before."""

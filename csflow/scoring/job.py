@@ -30,13 +30,13 @@ from csflow.output.layout import COMPACTED, Output, new_run_id
 from csflow.output.runs import RunRecord
 from csflow.preflight import describe_images, spread
 from csflow.promotion import resolve
-from csflow.scoring.actor import CALLS_PER_SCORER, CALLS_WITH_HELPERS, ScoringActor
+from csflow.scoring.actor import ScoringActor, calls_per_scorer
 from csflow.scoring.config import ScoreConfig, ScoringSettings
 from csflow.scoring.frozen_listing import Listing
 from csflow.scoring.heartbeat import Heartbeat
 from csflow.scoring.outcomes import OutcomeReader
 from csflow.scoring.plan import account, make_plan
-from csflow.scoring.plan_log import MAX_SHARD_SIZE, SHARD_STEP, PlannedShard
+from csflow.scoring.plan_log import MAX_SHARD_SIZE, SHARD_SIZE_WITH_TILES, SHARD_STEP, PlannedShard
 from csflow.scoring.record import Clock, exit_status, run_record, summary
 from csflow.scoring.stopping import StopRules
 from csflow.scoring.tally import LiveMetrics, Tally
@@ -76,7 +76,8 @@ def run(config: ScoreConfig) -> RunRecord:
     clock.lap("list")
     heartbeat.begin("plan")
     outcomes = OutcomeReader(output)
-    shards = make_plan(listing, outcomes, run_id, config.retry_errors)
+    shard_size = SHARD_SIZE_WITH_TILES if model.preprocessing.tiling else None
+    shards = make_plan(listing, outcomes, run_id, config.retry_errors, shard_size)
     clock.lap("plan")
     say(f"run {run_id} with model {model.model_id}" + (f" ({model.name})" if model.name else ""))
     say(f"{listing.images} images listed, {len(shards)} shards to score")
@@ -87,9 +88,8 @@ def run(config: ScoreConfig) -> RunRecord:
         connect()
         resources = share_out(config.workers, model.worker_bytes, config.device, config.decode)
         say(f"scoring with {described(resources)}{_expected_duration(model, shards, listing, resources)}")
-        _score_shards(
-            shards, _settings(config, directory, output, run_id), resources, config, tally, heartbeat
-        )
+        settings = _settings(config, directory, model, output, run_id)
+        _score_shards(shards, settings, resources, config, tally, heartbeat)
     if dark := tally.range_use.warning(are_all=True):
         warn(dark)
     clock.lap("score")
@@ -106,9 +106,11 @@ def run(config: ScoreConfig) -> RunRecord:
     return record
 
 
-def _settings(config: ScoreConfig, model: Location, output: Output, run_id: str) -> ScoringSettings:
+def _settings(
+    config: ScoreConfig, directory: Location, model: ModelFiles, output: Output, run_id: str
+) -> ScoringSettings:
     return ScoringSettings(
-        model=model,
+        model=directory,
         output=output,
         run_id=run_id,
         keep_maps=config.maps == "native",
@@ -117,6 +119,7 @@ def _settings(config: ScoreConfig, model: Location, output: Output, run_id: str)
         batch_size=config.batch_size,
         precision=config.precision,
         limits=DecodeLimits(config.max_pixels, is_strict=config.strict),
+        is_tiled=model.preprocessing.tiling is not None,
     )
 
 
@@ -179,7 +182,7 @@ def _score_shards(
     def lost() -> list[PlannedShard]:
         return [shard for shard in shards if shard.name not in tally.shards]
 
-    calls = CALLS_PER_SCORER if resources.decode == "beside" else CALLS_WITH_HELPERS
+    calls = calls_per_scorer(resources, settings.is_tiled)
     is_to_go_on = score(shards, settings, calls, awaited=None if has_room(resources) else resources)
     if is_to_go_on and (again := lost()):
         warn(f"{len(again)} shards were lost with their workers; they are tried again")

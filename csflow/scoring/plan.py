@@ -20,12 +20,19 @@ from csflow.scoring.plan_log import PLANNED, PlannedShard
 
 
 def make_plan(
-    listing: Listing, outcomes: OutcomeReader, run_id: str, retry_errors: bool
+    listing: Listing,
+    outcomes: OutcomeReader,
+    run_id: str,
+    retry_errors: bool,
+    shard_size: int | None = None,
 ) -> list[PlannedShard]:
     """The shards that are left until every listed image is scored or has a permanent error.
 
     First come unfinished shards of earlier plans that hold listed images, then shards of a new plan for
     listed images that are in no shard yet, if there are any.
+
+    Args:
+        shard_size: number of images in a shard of the new plan; None for what suits their number.
     """
     log, output = outcomes.log, outcomes.output
     while True:
@@ -47,7 +54,7 @@ def make_plan(
             return adopted
         images = settled_rows.drop_from(batch.select(PLANNED) for batch in listing.batches())
         try:
-            plan = log.append(run_id, images, left)
+            plan = log.append(run_id, images, left, shard_size)
         except FileExistsError:
             continue
         return adopted + list(plan.planned_shards(output))

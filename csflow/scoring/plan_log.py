@@ -29,6 +29,8 @@ SHARD_STEP, MAX_SHARD_SIZE = 32, 256
 """Shards have a multiple of this many images, so that even their last batches are full, also on GPUs: a batch
 takes the same time, full or not. It also gives an actor enough work while Ray Data looks for finished shards,
 ten times a second."""
+SHARD_SIZE_WITH_TILES = 8
+"""Size of shards of images that are cut into tiles: one such image may take as long as hundreds of others."""
 PLANNED = [*KEY_COLUMNS, "image_modified_at"]
 """What a plan has of each image."""
 LAST = "\U0010ffff"
@@ -136,8 +138,13 @@ class PlanLog:
             self.output.log_copy(len(log)).write(lines.encode())
         return log
 
-    def append(self, run_id: str, images: Iterable[pa.RecordBatch], count: int) -> Plan:
+    def append(
+        self, run_id: str, images: Iterable[pa.RecordBatch], count: int, shard_size: int | None = None
+    ) -> Plan:
         """Writes a plan's images, `count` of them, then its entry behind the last one that was read.
+
+        Args:
+            shard_size: number of images in a shard; None for what suits their number.
 
         Raises:
             FileExistsError: the log has an entry with that number. It may be this one, if the store accepted
@@ -145,7 +152,8 @@ class PlanLog:
         """
         number = len(self._plans) + 1
         folder = f"{number:06d}-{secrets.token_hex(4)}"
-        shard_size = min(SHARD_STEP * max(1, round(count / (64 * SHARD_STEP))), MAX_SHARD_SIZE)
+        if shard_size is None:
+            shard_size = min(SHARD_STEP * max(1, round(count / (64 * SHARD_STEP))), MAX_SHARD_SIZE)
         first_uri, last_uri = LAST, ""
         for part, table in enumerate(rebatched(images, shard_size * SHARDS_PER_PART)):
             buffer = io.BytesIO()

@@ -21,7 +21,7 @@ from csflow.forms import Forms
 from csflow.inputs.isolation import IsolatedLoader
 from csflow.inputs.loaded import HELPED, LoadedImage
 from csflow.inputs.loading import ImageLoader, LoaderSettings, batches
-from csflow.model import Scores, default_batch_size
+from csflow.model import Scores, TiledDetector, default_batch_size
 from csflow.model_directory import Calibration, read_model
 from csflow.output.schemas import ERRORS, SCORES
 from csflow.process import ProcessCpu, Stages, peak_memory_bytes
@@ -99,6 +99,7 @@ class ShardScorer:
         preprocessing = model.preprocessing
         batch_size = settings.batch_size or default_batch_size(preprocessing.image_size, self._device)
         self._detector = Forms(model, settings.precision, self._device).form(batch_size)
+        self._tiled = TiledDetector(self._detector) if preprocessing.tiling else None
         self._loader: ImageLoader | IsolatedLoader
         if settings.is_isolated:
             self._loader = IsolatedLoader(storage_options, preprocessing, settings.limits)
@@ -136,8 +137,7 @@ class ShardScorer:
         )
         with self._model_lock:
             good = self._without_errors(loaded, notes)
-            groups = batches(good, self._detector.form.batch_size)
-            scored = [self._rows(*of_batch) for of_batch in self._scored(groups, notes.stages)]
+            scored = [self._rows(*of_batch) for of_batch in self._scored(good, notes.stages)]
         notes.stages.seconds["wait"] += self._loader.idle.take()
         with notes.stages.measured("write"):
             scores = pa.Table.from_batches(scored, SCORES)
@@ -184,12 +184,16 @@ class ShardScorer:
                 yield ScorableImage(image.image_uri, image.image_version, image.content, modified_at)
 
     def _scored(
-        self, groups: Iterable[Sequence[ScorableImage]], stages: Stages
+        self, images: Iterable[ScorableImage], stages: Stages
     ) -> Iterator[tuple[Sequence[ScorableImage], Scores]]:
         """The images of each batch, and their scores.
 
         A GPU scores one batch while this thread gathers the next and makes rows of the last.
         """
+        if self._tiled:
+            yield from self._joined(self._tiled, images, stages)
+            return
+        groups = batches(images, self._detector.form.batch_size)
         submitted: deque[tuple[Sequence[ScorableImage], Callable[[], Scores]]] = deque()
         for group in groups:
             with stages.measured("score"):
@@ -198,6 +202,17 @@ class ShardScorer:
                 yield _finished(*submitted.popleft(), stages)
         while submitted:
             yield _finished(*submitted.popleft(), stages)
+
+    def _joined(
+        self, detector: TiledDetector, images: Iterable[ScorableImage], stages: Stages
+    ) -> Iterator[tuple[Sequence[ScorableImage], Scores]]:
+        """Each image alone, scored by its tiles; the box of its pixels becomes that of its map."""
+        for image in images:
+            pixels_HWC, height, width = image.decoded[:3]
+            with stages.measured("score"):
+                scores = detector(pixels_HWC, height, width)
+            box = detector.map_box(height, width)
+            yield [image._replace(decoded=image.decoded._replace(box=box))], scores
 
     def _pixels(self, images: Sequence[ScorableImage]) -> Tensor:
         """The images' pixels (B, H, W, 3), where a GPU can fetch them by itself."""

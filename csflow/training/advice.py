@@ -94,7 +94,7 @@ def calibration_warning(
 
 def stretch_warning(cached: pa.Table, preprocessing: Preprocessing) -> str | None:
     """A warning about images (rows of `INDEX`) stretched by more than `MOST_DISTORTION`; None without any."""
-    if preprocessing.fit != "stretch":
+    if preprocessing.fit != "stretch" or preprocessing.tiling:
         return None
     size = preprocessing.image_size
     sides = zip(cached["image_height"].to_pylist(), cached["image_width"].to_pylist(), strict=True)

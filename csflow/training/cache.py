@@ -2,18 +2,21 @@
 
 A hash of backbone, weights, preprocessing and decoding names a cache folder. Each file in it holds features
 of some images, in the order of extraction; index files tell the file of each image. A file is written whole
-and never changed, so an interrupted extraction leaves nothing wrong.
+and never changed, so an interrupted extraction leaves nothing wrong. If the model sees tiles, a file has the
+features of the drawn tiles of an image one after the other.
 
-Dimension letters: N images, D numbers of one image (all levels, one after the other).
+Dimension letters: N images or tiles, D numbers of one of them (all levels, one after the other).
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import safetensors.torch
 import torch
@@ -24,6 +27,7 @@ from csflow.decode_limits import DEFAULT_LIMITS, DecodeLimits
 from csflow.errors import StorageFailed
 from csflow.model import Detector
 from csflow.storage import Location, read_parquet, to_parquet
+from csflow.training.tiles import TileSample
 
 SUFFIX = ".features.safetensors"
 INDEX_SUFFIX = ".index.parquet"
@@ -64,6 +68,7 @@ class FeatureFile:
     image_sizes: list[tuple[int, int]]
     """Height and width of each original, in pixels."""
     features_ND: Tensor
+    """Of the images, or of the tiles of each, one after the other."""
     failed: list[tuple[str, str, str]]
     """URI, version and message of each image with a permanent error."""
 
@@ -89,30 +94,75 @@ class FeatureCache:
         folder: Location,
         feature_shapes: Sequence[tuple[int, int, int]],
         limits: DecodeLimits = DEFAULT_LIMITS,
+        tiles: TileSample | None = None,
     ) -> None:
+        """`tiles` says which tiles of an image have features; None if the model sees whole images."""
         self.folder = folder
         self.limits = limits
+        self.tiles = tiles
         self.feature_shapes = tuple(feature_shapes)
 
     @classmethod
-    def of(cls, root: Location, detector: Detector, limits: DecodeLimits = DEFAULT_LIMITS) -> "FeatureCache":
+    def of(
+        cls,
+        root: Location,
+        detector: Detector,
+        limits: DecodeLimits = DEFAULT_LIMITS,
+        tiles_per_image: int = 1,
+    ) -> "FeatureCache":
         """The cache below `root` of everything that decides this detector's features."""
         architecture = detector.architecture
+        preprocessing = asdict(architecture.preprocessing)
+        tiles = None
+        if architecture.tiling:
+            tiles = TileSample(architecture.preprocessing, tiles_per_image)
+            preprocessing["tiles_per_image"] = tiles_per_image
+        else:
+            del preprocessing["tiling"]  # as in caches of older versions
         decides = {
             "backbone": architecture.backbone,
             "cut_after": detector.backbone.cut_after,
-            "preprocessing": asdict(architecture.preprocessing),
+            "preprocessing": preprocessing,
             "scales": architecture.scales,
             "layout_version": LAYOUT_VERSION,
             "limits": asdict(limits),  # which decide what cannot be read
         }
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
         digest.update(backbone_bytes(detector))
-        return cls(root / digest.hexdigest()[:16], detector.feature_shapes, limits)
+        return cls(root / digest.hexdigest()[:16], detector.feature_shapes, limits, tiles)
+
+    def tile_counts(self, images: pa.Table) -> list[int] | None:
+        """The number of tiles of each image that have features; None if the model sees whole images.
+
+        Args:
+            images: rows of readable images in the `INDEX` schema.
+        """
+        if self.tiles is None:
+            return None
+        sides = (images[name].to_pylist() for name in ("image_height", "image_width"))
+        return [self.tiles.count(height, width) for height, width in zip(*sides, strict=True)]
+
+    def samples(self, images: pa.Table) -> pa.Table:
+        """What the flow learns from: these images, or a row with its own offset for each of their tiles."""
+        counts = self.tile_counts(images)
+        if counts is None:
+            return images
+        rows = np.repeat(np.arange(len(counts)), counts)
+        tile = np.concatenate([np.arange(count) for count in counts]) if counts else rows
+        table = images.take(pa.array(rows))
+        step = [self._sample_bytes(dtype) for dtype in table["dtype"].to_pylist()]
+        offsets = pa.array(table["offset"].to_numpy() + tile * np.array(step, np.int64), pa.int64())
+        place = table.schema.get_field_index("offset")
+        return table.set_column(place, table.schema.field(place), offsets)
+
+    def sample_count(self, images: pa.Table) -> int:
+        """The number of rows that `samples` returns."""
+        counts = self.tile_counts(images)
+        return int(images.num_rows) if counts is None else sum(counts)
 
     @property
     def sizes(self) -> list[int]:
-        """Number of values per image in each level."""
+        """Number of values of an image, or of a tile, in each level."""
         return [channels * height * width for channels, height, width in self.feature_shapes]
 
     def index(self) -> pa.Table:
@@ -146,9 +196,9 @@ class FeatureCache:
     def _without_short_files(self, table: pa.Table, present: Mapping[str, int]) -> pa.Table:
         """The rows of files that are as long as their last image needs, or are gone; others are removed."""
         needed: dict[str, int] = {}
-        columns = (table[name].to_pylist() for name in ("file", "offset", "dtype", "content_digest"))
-        for file, offset, dtype, digest in zip(*columns, strict=True):
-            end = offset + (self._image_bytes(dtype) if digest is not None else 0)
+        columns = ("file", "offset", "dtype", "content_digest", "image_height", "image_width")
+        for file, offset, dtype, digest, *size in zip(*(table[n].to_pylist() for n in columns), strict=True):
+            end = offset + (self._image_bytes(dtype, *size) if digest is not None else 0)
             needed[file] = max(end, needed.get(file, 0))
         short = {file for file, end in needed.items() if file in present and present[file] < end}
         for file in sorted(short):
@@ -156,8 +206,12 @@ class FeatureCache:
         lost = short | (needed.keys() - present.keys())
         return table.filter(pa.array((file not in lost for file in table["file"].to_pylist()), pa.bool_()))
 
-    def _image_bytes(self, dtype: str) -> int:
-        """Bytes of one image's features in a file."""
+    def _image_bytes(self, dtype: str, height: int, width: int) -> int:
+        """Bytes of one image's features in a file: of the image itself, or of its tiles."""
+        return self._sample_bytes(dtype) * (self.tiles.count(height, width) if self.tiles else 1)
+
+    def _sample_bytes(self, dtype: str) -> int:
+        """Bytes of the features of an image or a tile."""
         return sum(self.sizes) * DTYPES[dtype].itemsize
 
     def _discard(self, location: Location) -> None:
@@ -173,10 +227,10 @@ class FeatureCache:
             yield from pool.map(lambda name: (self.folder / name).read(), names)
 
     def read_images(self, files: Sequence[str], offsets: Sequence[int], dtype: str) -> Tensor:
-        """Features of single images, (N, D), by one ranged read each; blocks until all are there."""
-        bytes_per_image = self._image_bytes(dtype)
+        """Features of single images or tiles, (N, D), by one ranged read each; blocks until all are there."""
+        size = self._sample_bytes(dtype)
         paths = [(self.folder / name).path for name in files]
-        ends = [offset + bytes_per_image for offset in offsets]
+        ends = [offset + size for offset in offsets]
         parts = self.folder.fs.cat_ranges(paths, list(offsets), ends)
         return torch.frombuffer(bytearray(b"".join(parts)), dtype=DTYPES[dtype]).view(len(files), -1)
 
@@ -202,15 +256,15 @@ class FeatureCache:
         header = json.loads(head[8:start])
         images, tensor = json.loads(header["__metadata__"]["images"]), header["features"]
         dtype = tensor["dtype"]
-        step = self._image_bytes(dtype)
         stored = {"file": name, "dtype": dtype}
         columns = ("image_uris", "image_versions", "content_digests", "image_sizes")
-        good = zip(*(images[column] for column in columns), strict=True)
+        good = list(zip(*(images[column] for column in columns), strict=True))
+        ends = itertools.accumulate((self._image_bytes(dtype, *size) for *_, size in good), initial=start)
         rows: list[dict[str, Any]] = [
             {"image_uri": uri, "image_version": version, "content_digest": digest}
-            | {"image_height": height, "image_width": width, "offset": start + i * step}
+            | {"image_height": height, "image_width": width, "offset": offset}
             | stored
-            for i, (uri, version, digest, (height, width)) in enumerate(good)
+            for offset, (uri, version, digest, (height, width)) in zip(ends, good, strict=False)
         ]
         return rows + [
             {"image_uri": u, "image_version": v, "error_message": message, "offset": 0} | stored

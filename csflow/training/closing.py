@@ -25,6 +25,7 @@ def closing_tensors(
     heldout: Evaluation,
     gaussians: Gaussians | None,
     feature_shapes: Sequence[Sequence[int]],
+    tile_counts: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """The results of a finished training besides the flow, by name.
 
@@ -34,14 +35,19 @@ def closing_tensors(
 
     Args:
         usual: images that define what is usual, none of them held out.
+        tile_counts: the number of tiles of each usual image, if the model sees tiles. Then there are no
+            columns of the calibration, for which held-out images are scored as a whole (`csflow.heldout`).
     """
     statistic = (
-        fitted_statistic(usual.energies, feature_shapes) if gaussians else PlainStatistic(feature_shapes)
+        fitted_statistic(usual.energies, feature_shapes, tile_counts)
+        if gaussians
+        else PlainStatistic(feature_shapes)
     )
     closing = _state(statistic, gaussians)
-    columns = calibration_columns(statistic(heldout.energies))
-    calibrated = CALIBRATED if gaussians else CALIBRATED[:1]
-    closing |= {f"calibration.{name}": columns[name] for name in calibrated}
+    if tile_counts is None:
+        columns = calibration_columns(statistic(heldout.energies))
+        calibrated = CALIBRATED if gaussians else CALIBRATED[:1]
+        closing |= {f"calibration.{name}": columns[name] for name in calibrated}
     closing["heldout_loss"] = heldout.losses_N.double().mean()
     closing["usual_loss"] = usual.losses_N.double().mean()
     if gaussians:

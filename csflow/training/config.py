@@ -8,7 +8,7 @@ from csflow.config import Decode, ListingConfig, Locations, ModelName, Patterns,
 from csflow.decode_limits import MAX_PIXELS, DecodeLimits
 from csflow.errors import WrongUse
 from csflow.precision import Device, TrainingPrecision
-from csflow.preprocessing import Fit
+from csflow.preprocessing import Fit, Tiling
 from csflow.training.recipe import RECIPES, RecipeName
 
 if TYPE_CHECKING:  # with torch --help and errors in settings would take seconds
@@ -58,6 +58,17 @@ class TrainConfig(ListingConfig):
     fit: Fit = "stretch"
     """How images of another aspect ratio are resized: `stretch` distorts them, `letterbox` pads them, `crop`
     takes the part in their middle. Stored with the model."""
+    tile: int | None = Field(None, ge=32, le=8192)
+    """Side of tiles in pixels. Images keep their size and are cut into tiles, in place of being resized to
+    --image_size. Stored with the model. [default: none, images are seen as a whole]"""
+    overlap: int = Field(64, ge=0)
+    """Pixels that neighbouring tiles share. Stored with the model."""
+    scale: float = Field(1.0, gt=0, le=4)
+    """Factor by which the sides of images are scaled before they are cut into tiles. Stored with the
+    model."""
+    tiles_per_image: int = Field(16, ge=1)
+    """Largest number of tiles of an image to learn from, drawn at random. Held-out images are scored with all
+    their tiles."""
     scales: int | None = Field(None, ge=1, le=4)
     """Number of sizes in which the backbone sees an image; each is half the one before. [default: 2 if
     --cut_after names several stages, as for the default backbone; else 3]"""
@@ -88,8 +99,8 @@ class TrainConfig(ListingConfig):
     calibration: CalibrationKind = "auto"
     """Which images calibrate. `holdout`: the share --holdout, on which nothing is trained. `cross`: all, for
     few images. The model is trained on all, and each is held out in turn from one of five further trainings.
-    `auto` is `cross` for fewer than 500 images, unless --holdout, --validation, --trim, --augment or --recipe
-    has another value than its default."""
+    `auto` is `cross` for fewer than 500 images, unless --tile is given, or --holdout, --validation, --trim,
+    --augment or --recipe has another value than its default."""
     holdout: float = Field(0.2, gt=0, lt=1)
     """Share of the images held out from training, for calibration. Plays no part in `--calibration cross`."""
     validation: float = Field(0.1, ge=0, lt=1)
@@ -135,10 +146,37 @@ class TrainConfig(ListingConfig):
         recipe = RECIPES.get(values.get("recipe", "default"))
         return (recipe.settings if recipe else {}) | values
 
+    @model_validator(mode="after")
+    def _check_tiles(self) -> "TrainConfig":
+        """Refuses settings that mean nothing with tiles, or without them."""
+        # A model's config.json gives all settings, so those are taken as given that are no defaults.
+        given = {
+            name
+            for name, field in type(self).model_fields.items()
+            if getattr(self, name) != field.get_default(call_default_factory=True)
+        }
+        if self.tile is None:
+            for name in ("overlap", "scale", "tiles_per_image"):
+                if name in given:
+                    raise WrongUse(f"--{name} is for images that are cut into tiles; give --tile as well")
+            return self
+        for name in ("image_size", "fit"):
+            if name in given:
+                raise WrongUse(
+                    f"--{name} resizes whole images, and --tile cuts them; leave one of the two out"
+                )
+        if self.augment:
+            raise WrongUse("--augment reads every image anew for each epoch, which --tile does not allow")
+        if not RECIPES[self.recipe].whitening:
+            raise WrongUse(
+                f"--recipe {self.recipe} compares whole images, and --tile cuts them; leave one out"
+            )
+        return self
+
     @property
     def asks_for_holdout(self) -> bool:
         """Whether `--calibration auto` is `holdout` for any number of images."""
-        decisive = ("holdout", "validation", "trim", "augment", "recipe")
+        decisive = ("holdout", "validation", "trim", "augment", "recipe", "tile")
         return any(getattr(self, name) != type(self).model_fields[name].default for name in decisive)
 
     def with_calibration(self, images: int) -> "TrainConfig":
@@ -177,7 +215,7 @@ class TrainConfig(ListingConfig):
         stages = tuple(self.cut_after or ()) or recipe.stages(self.backbone)
         return Architecture(
             backbone=self.backbone,
-            image_size=(self.image_size[0], self.image_size[-1]),
+            image_size=(self.tile, self.tile) if self.tile else (self.image_size[0], self.image_size[-1]),
             cut_after=stages,
             scales=self.scales or (2 if stages and len(stages) > 1 else 3),
             hidden_channels=self.hidden_channels,
@@ -186,6 +224,7 @@ class TrainConfig(ListingConfig):
             fit=self.fit,
             whitening=recipe.whitening,
             latent_window=recipe.latent_window,
+            tiling=Tiling(self.overlap, self.scale) if self.tile else None,
         )
 
 
@@ -196,6 +235,6 @@ def check_calibration(config: TrainConfig) -> None:
     if not RECIPES[config.recipe].whitening:
         # The mean of z² falls with every step, so that trainings on fewer images give other scores.
         raise WrongUse(f"--calibration cross: models of --recipe {config.recipe} need --calibration holdout")
-    if config.trim or config.augment:
-        other = "--trim" if config.trim else "--augment"
+    if config.trim or config.augment or config.tile:
+        other = "--trim" if config.trim else "--augment" if config.augment else "--tile"
         raise WrongUse(f"--calibration cross and {other} exclude each other; leave one out")

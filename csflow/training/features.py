@@ -1,7 +1,8 @@
 """The extraction pass: reads and decodes images that the cache lacks, and runs the backbone on them."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 import pyarrow as pa
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from csflow import process
 from csflow.cluster import WorkerResources, helpers, map_shards, on_this_node
 from csflow.errors import ImageError
+from csflow.inputs.loaded import LoadedImage
 from csflow.inputs.loading import LoaderSettings, batches
 from csflow.model import Architecture, Detector, InferenceBackbone
 from csflow.training.cache import BACKBONE_FILE, FeatureCache, FeatureFile, backbone_bytes
@@ -54,7 +57,7 @@ def extract(
             "image_uris": list(shard.image_uris),
             "image_versions": list(shard.image_versions),
         }
-        for shard in cut(uris, versions, _shard_size(len(uris), resources))
+        for shard in cut(uris, versions, _images_per_shard(len(uris), cache, resources))
     ]
     # Through the store and not as an argument, so that an actor can start anew on any node.
     (cache.folder / BACKBONE_FILE).write(backbone_bytes(detector))
@@ -66,6 +69,13 @@ def _shard_size(images: int, resources: WorkerResources) -> int:
     step = GPU_BATCH_SIZE if resources.gpus else CPU_BATCH_SIZE
     passes = math.ceil(images / (step * SHARDS_PER_WORKER * resources.workers))
     return min(SHARD_SIZE, step * passes)
+
+
+def _images_per_shard(images: int, cache: FeatureCache, resources: WorkerResources) -> int:
+    """Number of images in a shard, fewer if each has tiles."""
+    if cache.tiles is None:
+        return _shard_size(images, resources)
+    return max(1, _shard_size(images * cache.tiles.most, resources) // cache.tiles.most)
 
 
 def load_backbone(architecture: Architecture, cache: FeatureCache) -> Detector:
@@ -93,45 +103,65 @@ class FeatureExtractor:
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         began_at = datetime.now(UTC)
-        file, notes = self._extract(list(batch["image_uris"][0]), list(batch["image_versions"][0]))
+        file, seen = self._extract(list(batch["image_uris"][0]), list(batch["image_versions"][0]))
         self._cache.write(batch["name"][0], file)
-        row = {"images": len(file.image_uris), "began_at": began_at} | notes
+        row = {
+            "images": len(seen.uris),
+            "began_at": began_at,
+            "failed_for_now": seen.failed_for_now,
+            "deep": len(seen.ranges_used),
+            "range_used": max(seen.ranges_used, default=0.0),
+        }
         return pa.Table.from_pylist([row], schema=RESULT)
 
-    def _extract(
-        self, image_uris: list[str], image_versions: list[str]
-    ) -> tuple[FeatureFile, dict[str, Any]]:
-        """Features of the readable images, and the other columns of `RESULT`."""
-        uris: list[str] = []
-        versions: list[str] = []
-        digests: list[str] = []
-        sizes: list[tuple[int, int]] = []
-        failed: list[tuple[str, str, str]] = []
-        failed_for_now: list[str] = []
-        ranges_used: list[float] = []
+    def _extract(self, image_uris: list[str], image_versions: list[str]) -> tuple[FeatureFile, "_Seen"]:
+        """Features of the readable images, or of tiles drawn from each, and what is noted of them."""
+        seen = _Seen()
         parts: list[Tensor] = [torch.empty(0, sum(self._cache.sizes))]
-        for batch in batches(self._loader.load(image_uris, image_versions), self._backbone.batch_size):
-            pixels = []
-            for image in batch:
-                if not isinstance(image.content, ImageError):
-                    assert image.sha256 is not None
-                    pixels.append(image.content.pixels_HWC)
-                    uris.append(image.image_uri)
-                    versions.append(image.image_version)
-                    digests.append(image.sha256)
-                    sizes.append((image.content.height, image.content.width))
-                    if image.content.range_used is not None:
-                        ranges_used.append(image.content.range_used)
-                elif image.content.is_transient:
-                    # Not in the file, so that the next training tries again.
-                    failed_for_now.append(f"{image.image_uri}: {image.content}")
-                else:
-                    failed.append((image.image_uri, image.image_version, str(image.content)))
-            if pixels:
-                features = self._backbone(torch.from_numpy(np.stack(pixels)).to(self._device))
-                parts.append(torch.cat([y_BCHW.flatten(1) for y_BCHW in features], dim=1).float().cpu())
-        return FeatureFile(uris, versions, digests, sizes, torch.cat(parts), failed), {
-            "failed_for_now": failed_for_now,
-            "deep": len(ranges_used),
-            "range_used": max(ranges_used, default=0.0),
-        }
+        samples = self._samples(self._loader.load(image_uris, image_versions), seen)
+        for pixels in batches(samples, self._backbone.batch_size):
+            features = self._backbone(torch.from_numpy(np.stack(pixels)).to(self._device))
+            parts.append(torch.cat([y_BCHW.flatten(1) for y_BCHW in features], dim=1).float().cpu())
+        readable = seen.uris, seen.versions, seen.digests, seen.sizes
+        return FeatureFile(*readable, features_ND=torch.cat(parts), failed=seen.failed), seen
+
+    def _samples(self, images: Iterable[LoadedImage], seen: "_Seen") -> Iterator[NDArray[np.uint8]]:
+        """The pixels of what goes through the backbone."""
+        for image in images:
+            seen.add(image)
+            if isinstance(image.content, ImageError):
+                continue
+            pixels_HWC, height, width = image.content[:3]
+            if self._cache.tiles is None:
+                yield pixels_HWC
+            else:
+                yield from self._cache.tiles.draw(pixels_HWC, height, width, seen.digests[-1])
+
+
+@dataclass
+class _Seen:
+    """What is noted of the images of a shard."""
+
+    uris: list[str] = field(default_factory=list)
+    """Of the images that can be read, as are versions, digests and sizes."""
+    versions: list[str] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    failed: list[tuple[str, str, str]] = field(default_factory=list)
+    failed_for_now: list[str] = field(default_factory=list)
+    ranges_used: list[float] = field(default_factory=list)
+
+    def add(self, image: LoadedImage) -> None:
+        if not isinstance(image.content, ImageError):
+            assert image.sha256 is not None
+            self.uris.append(image.image_uri)
+            self.versions.append(image.image_version)
+            self.digests.append(image.sha256)
+            self.sizes.append((image.content.height, image.content.width))
+            if image.content.range_used is not None:
+                self.ranges_used.append(image.content.range_used)
+        elif image.content.is_transient:
+            # Not in the file, so that the next training tries again.
+            self.failed_for_now.append(f"{image.image_uri}: {image.content}")
+        else:
+            self.failed.append((image.image_uri, image.image_version, str(image.content)))

@@ -42,35 +42,53 @@ def write_gaussians(gaussians: Gaussians, location: Location) -> None:
 
 def read_gaussians(location: Location, cache: FeatureCache, device: torch.device) -> Gaussians:
     """Reads what `write_gaussians` has written for features of this cache."""
-    gaussians = Gaussians(cache.feature_shapes)
+    gaussians = Gaussians(cache.feature_shapes, cache.tiles is not None)
     gaussians.load_state_dict(gaussians.state_dict() | safetensors.torch.load(location.read()))
     return gaussians.to(device)
 
 
-def fit_gaussians(source: FeatureSource) -> Gaussians:
+def fit_gaussians(source: FeatureSource, tile_counts: Sequence[int] | None = None) -> Gaussians:
     """Fits the Gaussians to the images of a source, which are not whitened."""
-    return gaussians_of_folds(fold_moments(source, folds=1))
+    return gaussians_of_folds(fold_moments(source, 1, tile_counts))
 
 
-def fold_moments(source: FeatureSource, folds: int) -> list[list[Moments]]:
-    """The moments of each fold's images, per level. Image i is in fold i modulo `folds`."""
-    shares = [
-        share for fold in range(folds) for share in fold_batches(torch.arange(len(source)), folds, fold)
-    ]
-    empty: list[Moments] = []
+def image_numbers(samples: int, tile_counts: Sequence[int] | None) -> Tensor:
+    """The number of the image (N,) that each sample of a source is, or is a tile of.
+
+    Args:
+        tile_counts: as `FeatureCache.tile_counts` returns.
+    """
+    if tile_counts is None:
+        return torch.arange(samples)
+    return torch.arange(len(tile_counts)).repeat_interleave(torch.tensor(tile_counts))
+
+
+def fold_moments(
+    source: FeatureSource, folds: int, tile_counts: Sequence[int] | None = None
+) -> list[list[Moments]]:
+    """The moments of each fold's images, per level. Image i is in fold i modulo `folds`, with all its
+    tiles."""
+    shares = fold_batches(image_numbers(len(source), tile_counts), folds)
     found: list[list[Moments]] = []
-    for share, y in zip(shares, source.batches(0, shares), strict=True):
+    for (fold, _), y in zip(shares, source.batches(0, [share for _, share in shares]), strict=True):
         if not found:
-            empty = [Moments.around(y_BCHW) for y_BCHW in y]
-            found = [empty] * folds
-        fold = int(share[0]) % folds
+            found = [[Moments.around(y_BCHW, tile_counts is not None) for y_BCHW in y]] * folds
         found[fold] = [moments.with_images(y_BCHW) for moments, y_BCHW in zip(found[fold], y, strict=True)]
     return found
 
 
-def fold_batches(images_N: Tensor, folds: int, fold: int) -> list[Tensor]:
-    """Batches of those image positions that are in this fold."""
-    return [share for share in images_N[images_N % folds == fold].split(BATCH_SIZE) if len(share)]
+def fold_batches(image_N: Tensor, folds: int) -> list[tuple[int, Tensor]]:
+    """Batches of samples of the same fold, with that fold.
+
+    Args:
+        image_N: the image of each sample, as from `image_numbers`.
+    """
+    return [
+        (fold, share)
+        for fold in range(folds)
+        for share in torch.nonzero(image_N % folds == fold)[:, 0].split(BATCH_SIZE)
+        if len(share)
+    ]
 
 
 def gaussians_of_folds(folds: Sequence[Sequence[Moments]]) -> Gaussians:
@@ -79,15 +97,16 @@ def gaussians_of_folds(folds: Sequence[Sequence[Moments]]) -> Gaussians:
 
 
 def gaussian_statistic(
-    energies: Sequence[Tensor], feature_shapes: Sequence[Sequence[int]]
+    energies: Sequence[Tensor], feature_shapes: Sequence[Sequence[int]], is_tiled: bool = False
 ) -> StandardisedStatistic:
     """The statistic of a detector that consists only of the Gaussian of each position.
 
     Args:
-        energies: energy maps (N, H, W) of the Gaussian in usual images, per level.
+        energies: energy maps (N, H, W) of the Gaussian in usual images, or in single tiles, per level.
     """
     # Its own energies stand where those of the latents would.
-    return fitted_statistic([*energies, *energies], feature_shapes)
+    tile_counts = [1] * len(energies[0]) if is_tiled else None
+    return fitted_statistic([*energies, *energies], feature_shapes, tile_counts)
 
 
 def gaussian_scores(statistic: StandardisedStatistic, energies: Sequence[Tensor]) -> Tensor:

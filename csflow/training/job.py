@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 import torch
 
 from csflow import duration
-from csflow.cluster import connect, described, share_out
+from csflow.cluster import connect, described, run_task, share_out
 from csflow.console import Progress, say, warn
-from csflow.errors import ExitStatus, WrongUse
+from csflow.errors import ExitStatus, Failed, WrongUse
+from csflow.heldout import score_heldout
 from csflow.inputs.exclusion import read_exclusion
 from csflow.inputs.listing import list_table
 from csflow.inputs.range_use import RangeUse
@@ -26,6 +27,7 @@ from csflow.storage import Location
 from csflow.training.advice import advice, calibration_warning, stretch_warning
 from csflow.training.cache import FeatureCache, find_images
 from csflow.training.card import model_card
+from csflow.training.closing import CALIBRATED
 from csflow.training.config import TrainConfig, check_calibration
 from csflow.training.features import extract
 from csflow.training.labelled import LabelledImages
@@ -59,7 +61,7 @@ def train(config: TrainConfig) -> ExitStatus:
     _say_what_is_to_come(config, images, detector)
     labelled = LabelledImages.read(config, images)
     work_dir = Location(config.work_dir, config.storage_options) if config.work_dir else output / "_work"
-    cache = FeatureCache.of(work_dir / "features", detector, config.limits)
+    cache = FeatureCache.of(work_dir / "features", detector, config.limits, config.tiles_per_image)
     if replaces_unasked:
         check_replacement(output, config, detector, images, cache, work_dir)
 
@@ -88,9 +90,14 @@ def train(config: TrainConfig) -> ExitStatus:
     detector.load_state_dict(detector.state_dict() | result.state)
     losses = result.validation_loss, result.gaussian_loss
     lines = advice(result.history, *losses, run.epochs, run.recommended_epochs, config.learning_rate)
-    if np.ptp(result.calibration["anomaly_score"].to_numpy()) == 0 and result.calibration.num_rows > 1:
+    calibration = (
+        _calibrated_on_whole_images(detector, data.part("heldout"), config)
+        if detector.architecture.tiling
+        else result.calibration
+    )
+    if np.ptp(calibration["anomaly_score"].to_numpy()) == 0 and calibration.num_rows > 1:
         lines.append(ALL_THE_SAME)
-    if moves_p_values(detector, data.calibrating, result.calibration, config.storage_options):
+    if moves_p_values(detector, data.calibrating, calibration, config.storage_options, config.limits):
         detector.architecture = replace(detector.architecture, precision="float32")
         lines.append(TOO_ALIKE)
     # Copies and damaged images are left out by now, so that it may be worse than the listing promised.
@@ -113,7 +120,7 @@ def train(config: TrainConfig) -> ExitStatus:
     }
     # The model says how many epochs the recipe allowed.
     config = config.model_copy(update={"epochs": run.epochs})
-    model_id = _save(config, output, detector, data, images, result.calibration, metrics, ranking)
+    model_id = _save(config, output, detector, data, images, calibration, metrics, ranking)
     print(f"model {model_id} written to {output}")
     return ExitStatus.DONE
 
@@ -252,9 +259,34 @@ def _trim(data: TrainingData, ranking: pa.Table, share: float) -> TrainingData:
 
 def _measure_rounding(detector: Detector, data: TrainingData, config: TrainConfig) -> None:
     """Measures what scoring in bfloat16 corrects. If no image can be read, there is no correction."""
-    pixels = some_pixels(detector, data.part("training"), config.storage_options)
+    pixels = some_pixels(detector, data.part("training"), config.storage_options, config.limits)
     if pixels:
         detector.measure_rounding(torch.from_numpy(np.stack(list(pixels.values()))))
+
+
+def _calibrated_on_whole_images(detector: Detector, heldout: pa.Table, config: TrainConfig) -> pa.Table:
+    """The columns `closing.CALIBRATED` over the held-out images, each joined from its tiles.
+
+    Raises:
+        Failed: an image can no longer be read.
+    """
+    resources = share_out(1, device=config.device)
+    say(f"scoring {heldout.num_rows} held-out images, tile by tile")
+    table, failed = run_task(
+        score_heldout,
+        detector,
+        heldout,
+        config.storage_options,
+        config.limits,
+        resources,
+        resources=resources,
+    )
+    for image in failed:
+        raise Failed(
+            f"held-out image {image.image_uri} can no longer be read ({image.content}); the same command "
+            "with --resume tries again"
+        )
+    return table.select(CALIBRATED)
 
 
 def _save(

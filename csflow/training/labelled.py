@@ -12,9 +12,10 @@ from torch import Tensor
 
 from csflow import process
 from csflow.cluster import WorkerResources, run_task, share_out
-from csflow.errors import WrongUse
+from csflow.errors import Failed, WrongUse
 from csflow.evaluation import image_metrics
 from csflow.evaluation.labels import Label, read_labels
+from csflow.heldout import score_heldout
 from csflow.inputs.listing import list_table
 from csflow.inputs.selection import Selection
 from csflow.model import Detector
@@ -34,7 +35,7 @@ class Measured(NamedTuple):
 
     flow: float
     gaussian: float | None
-    """AUROC of the Gaussian of each position alone; None without whitening."""
+    """AUROC of the Gaussian of each position alone; None without whitening, and with tiles."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,15 @@ def _measured(
     # As at the end of training: without validation images training ones must tell what is usual.
     usual = data.part("validation") if data.part("validation").num_rows else data.part("training")
     resources = share_out(1, device=device)
+    if detector.architecture.tiling:
+        scored, failed = run_task(
+            score_heldout,
+            *(detector, images, cache.folder.storage_options, cache.limits, resources),
+            resources=resources,
+        )
+        for image in failed:
+            raise Failed(f"image {image.image_uri} of --evaluate can no longer be read ({image.content})")
+        return Measured(image_metrics(labels, scored["anomaly_score"].to_pylist())["image_auroc"], None)
     flow_scores, gaussian_scores = run_task(
         _scores, detector, cache, usual, images, resources, resources=resources
     )

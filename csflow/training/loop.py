@@ -188,7 +188,8 @@ class Trainer:
         if self.gaussians is None:
             return
         zero = torch.zeros((), dtype=torch.float64, device=self.worker.device)
-        levels = [Moments.about(zero.expand(shape[0]), shape) for shape in source.feature_shapes]
+        is_tiled = self.gaussians.is_tiled
+        levels = [Moments.about(zero.expand(shape[0]), shape, is_tiled) for shape in source.feature_shapes]
         shares = self._shares_of_all(source)
         with self._best_weights():
             for y in source.batches(0, shares):

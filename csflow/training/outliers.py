@@ -1,9 +1,10 @@
 """Ranks training images by how unlike the others they are, lists them, and trims them on demand.
 
 A Gaussian fitted to a defect finds it a little more usual. So images are dealt into folds, and each image is
-scored by a Gaussian that is fitted to the other folds.
+scored by a Gaussian that is fitted to the other folds. If the model sees tiles, an image is as unusual as its
+most unusual tile.
 
-Dimension letters: N images, H height, W width.
+Dimension letters: N images or tiles, H height, W width.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ from csflow.training.gaussians import (
     gaussian_scores,
     gaussian_statistic,
     gaussians_of_folds,
+    image_numbers,
     write_gaussians,
 )
 from csflow.training.shards import fingerprint
@@ -42,7 +44,8 @@ from csflow.training.split import FEWEST_TRAINING
 
 FOLDS = 4
 USUAL_IMAGES = 1000
-"""Number of images that define what is usual: a random sample, since images are in order of a hash."""
+"""Number of images or tiles that define what is usual: a random sample, since images are in order of a
+hash."""
 LISTED = 12
 """Number of outliers in the model card."""
 THUMBNAIL_SIDE = 160
@@ -98,24 +101,32 @@ def trimmed_images(ranking: pa.Table, trim: float) -> list[str]:
     return digests[: trimmed_count(ranking.num_rows, trim)]
 
 
-def leave_out_gaussians(source: FeatureSource) -> tuple[Gaussians, list[Gaussians]]:
+def leave_out_gaussians(
+    source: FeatureSource, tile_counts: Sequence[int] | None = None
+) -> tuple[Gaussians, list[Gaussians]]:
     """The Gaussians of all images, and of all images outside each fold."""
-    folds = fold_moments(source, min(FOLDS, len(source)))
+    images = len(source) if tile_counts is None else len(tile_counts)
+    folds = fold_moments(source, min(FOLDS, images), tile_counts)
     # One image alone has no others to be compared with.
     others = [[*folds[:k], *folds[k + 1 :]] or folds for k in range(len(folds))]
     return gaussians_of_folds(folds), [gaussians_of_folds(some) for some in others]
 
 
-def leave_out_scores(source: FeatureSource, gaussians: Sequence[Gaussians]) -> Tensor:
-    """The anomaly score (N,) of each image by that of `gaussians` which has not seen it; 1 is usual."""
-    images_N = torch.arange(len(source))
-    sample = list(_energies(source, gaussians, images_N[:USUAL_IMAGES]))
+def leave_out_scores(
+    source: FeatureSource, gaussians: Sequence[Gaussians], tile_counts: Sequence[int] | None = None
+) -> Tensor:
+    """The anomaly score of each image by that of `gaussians` which has not seen it; 1 is usual."""
+    image_N = image_numbers(len(source), tile_counts)
+    sample = list(_energies(source, gaussians, image_N[:USUAL_IMAGES]))
     usual = [torch.cat(maps) for maps in zip(*(energies for _, energies in sample), strict=True)]
-    statistic = gaussian_statistic(usual, source.feature_shapes)
+    statistic = gaussian_statistic(usual, source.feature_shapes, tile_counts is not None)
     scores_N = torch.empty(len(source))
-    for share, energies in itertools.chain(sample, _energies(source, gaussians, images_N[USUAL_IMAGES:])):
+    others = _energies(source, gaussians, image_N[USUAL_IMAGES:], USUAL_IMAGES)
+    for share, energies in itertools.chain(sample, others):
         scores_N[share] = gaussian_scores(statistic, energies)
-    return scores_N
+    if tile_counts is None:
+        return scores_N
+    return torch.stack([of_image.max() for of_image in scores_N.split(list(tile_counts))])
 
 
 def outlier_files(
@@ -157,26 +168,31 @@ def _write(cache: FeatureCache, images: pa.Table, trim: float, ranking: Location
         # Streamed: features may be more than one worker holds.
         return open_features(cache, some, memory_bytes=0, device=torch.device("cpu"))
 
-    gaussians, of_others = leave_out_gaussians(source(images))
-    scores_N = leave_out_scores(source(images), of_others)
+    tile_counts = cache.tile_counts(images)
+    gaussians, of_others = leave_out_gaussians(source(images), tile_counts)
+    scores_N = leave_out_scores(source(images), of_others, tile_counts)
     order_N = scores_N.argsort(descending=True, stable=True)
     scored = images.append_column(SCORE, pa.array(scores_N.double().numpy()))
     ranking.write(to_parquet(scored.take(pa.array(order_N.numpy()))))
     trimmed = trimmed_count(len(order_N), trim)
     if trimmed:
         kept_N = order_N[trimmed:].sort().values
-        gaussians = fit_gaussians(source(images.take(pa.array(kept_N.numpy()))))
+        kept = images.take(pa.array(kept_N.numpy()))
+        gaussians = fit_gaussians(source(kept), cache.tile_counts(kept))
     write_gaussians(gaussians, location)
 
 
 def _energies(
-    source: FeatureSource, gaussians: Sequence[Gaussians], images_N: Tensor
+    source: FeatureSource, gaussians: Sequence[Gaussians], image_N: Tensor, first: int = 0
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Batches of image positions, with the images' energy maps by the Gaussian of the other folds."""
-    folds = len(gaussians)
-    shares = [share for fold in range(folds) for share in fold_batches(images_N, folds, fold)]
-    for share, y in zip(shares, source.batches(0, shares), strict=True):
-        yield share, gaussian_energies(gaussians[int(share[0]) % folds], y)
+    """Batches of samples, with their energy maps by the Gaussian of the other folds.
+
+    Args:
+        image_N: the image of each sample, from the sample `first` on.
+    """
+    shares = [(fold, share + first) for fold, share in fold_batches(image_N, len(gaussians))]
+    for (fold, share), y in zip(shares, source.batches(0, [share for _, share in shares]), strict=True):
+        yield share, gaussian_energies(gaussians[fold], y)
 
 
 def _thumbnail(image: Mapping[str, Any], reader: ImageReader) -> bytes:

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from csflow.errors import WrongUse
 from csflow.model import Detector
-from csflow.model_directory import FORMAT_VERSION, read_config
+from csflow.model_directory import format_version, read_config
 from csflow.preprocessing import DECODING_VERSION
 from csflow.storage import Location
 from csflow.training.cache import FeatureCache, find_images
@@ -66,7 +66,8 @@ def repeats(stored: Mapping[str, Any], config: TrainConfig, images: str) -> bool
         for settings in (earlier, config)
     )
     versions = (stored["format_version"], decoding)
-    return one == other and images == stored_images and versions == (FORMAT_VERSION, DECODING_VERSION)
+    expected = (format_version(config.tile is not None), DECODING_VERSION)
+    return one == other and images == stored_images and versions == expected
 
 
 def has_checkpoint(

@@ -8,10 +8,14 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from csflow.decode_limits import DEFAULT_LIMITS, DecodeLimits
 from csflow.errors import ImageError
+from csflow.images import DecodedImage
 from csflow.inputs.loading import ImageLoader
 from csflow.inputs.reading import ImageReader
 from csflow.model import Detector, InferenceDetector
+from csflow.model.tiles import cut
+from csflow.preprocessing import Preprocessing
 
 ROUNDING_IMAGES = 8
 """Number of images on which the effects of rounding are measured."""
@@ -28,7 +32,11 @@ TOO_ALIKE = (
 
 
 def moves_p_values(
-    detector: Detector, heldout: pa.Table, calibration: pa.Table, storage_options: Mapping[str, Any]
+    detector: Detector,
+    heldout: pa.Table,
+    calibration: pa.Table,
+    storage_options: Mapping[str, Any],
+    limits: DecodeLimits = DEFAULT_LIMITS,
 ) -> bool:
     """Whether rounding shifts the scores of some images, compared with the spread of the calibration.
 
@@ -39,7 +47,7 @@ def moves_p_values(
         heldout: some images; of those of the calibration, the model may have seen none or all.
         calibration: scores of held-out images.
     """
-    pixels = some_pixels(detector, heldout, storage_options)
+    pixels = some_pixels(detector, heldout, storage_options, limits)
     if not pixels:
         return False
     image_BHWC = torch.from_numpy(np.stack(list(pixels.values())))
@@ -51,15 +59,26 @@ def moves_p_values(
 
 
 def some_pixels(
-    detector: Detector, images: pa.Table, storage_options: Mapping[str, Any]
+    detector: Detector,
+    images: pa.Table,
+    storage_options: Mapping[str, Any],
+    limits: DecodeLimits = DEFAULT_LIMITS,
 ) -> dict[int, NDArray[np.uint8]]:
-    """Pixels (H, W, 3) of the first images, by their row; without those that cannot be read."""
+    """Pixels (H, W, 3) of the first images, or of a tile in their middle, by the image's row.
+
+    Images that cannot be read are left out.
+    """
     images = images.slice(0, ROUNDING_IMAGES)
     preprocessing = detector.architecture.preprocessing
-    loader = ImageLoader(ImageReader(storage_options), preprocessing, ROUNDING_IMAGES)
+    loader = ImageLoader(ImageReader(storage_options), preprocessing, ROUNDING_IMAGES, limits=limits)
     loaded = loader.load(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
     return {
-        row: image.content.pixels_HWC
+        row: _middle_tile(image.content, preprocessing) if preprocessing.tiling else image.content.pixels_HWC
         for row, image in enumerate(loaded)
         if not isinstance(image.content, ImageError)
     }
+
+
+def _middle_tile(image: DecodedImage, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    corners = preprocessing.tile_corners(image.height, image.width)
+    return cut(image.pixels_HWC, corners[len(corners) // 2], preprocessing.image_size).copy()

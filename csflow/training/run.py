@@ -69,7 +69,8 @@ class Run:
             gaussians: what `write_gaussians` has written for the training images; None without whitening.
         """
         self._config, self._cache, self._data = config, cache, data
-        loop = LoopSettings.of(config, data.part("training").num_rows)
+        self._samples = cache.sample_count(data.part("training"))
+        loop = LoopSettings.of(config, self._samples)
         self._loop = replace(loop, architecture=architecture)
         parts = data.split["part"].to_pylist(), data.split["content_digest"].to_pylist()
         decides = [asdict(self._loop), config.augment, cache.folder.name, fingerprint(*parts)]
@@ -87,13 +88,13 @@ class Run:
     @property
     def recommended_epochs(self) -> int:
         """What `epochs` is without the setting."""
-        return self._config.recommended_epochs(self._data.part("training").num_rows)
+        return self._config.recommended_epochs(self._samples)
 
     @property
     def checkpoint_epochs(self) -> int:
         """Number of epochs between two checkpoints."""
-        images = self._data.part("training").num_rows
-        return self._config.checkpoint_epochs or RECIPES[self._config.recipe].checkpoint_epochs(images)
+        recipe = RECIPES[self._config.recipe]
+        return self._config.checkpoint_epochs or recipe.checkpoint_epochs(self._samples)
 
     def has_checkpoint(self) -> bool:
         """Whether an earlier run of this training has left a checkpoint."""

@@ -1,8 +1,9 @@
 """Sources of a training worker's features: memory, or the cache during training.
 
-All sources give the same batches: the features of the image positions that they are asked for.
+All sources give the same batches: the features of the image positions that they are asked for. If the model
+sees tiles, then tiles stand in the place of images.
 
-Dimension letters: N images, D numbers of one image (all levels, one after the other).
+Dimension letters: N images or tiles, D numbers of one of them (all levels, one after the other).
 """
 
 from collections import deque
@@ -32,7 +33,7 @@ class FeatureSource(Protocol):
         """Channels, height and width of each level."""
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Number of images or tiles."""
 
     def batches(self, epoch: int, shares: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """For each list of image positions, the features per level (B, C, H, W), float32, on the device."""
@@ -51,6 +52,7 @@ def open_features(
         images: rows in the `INDEX` schema.
         whitening: layer, on the device, whose output replaces the features.
     """
+    images = cache.samples(images)
     stored_bytes = sum(DTYPES[dtype].itemsize for dtype in images["dtype"].to_pylist()) * sum(cache.sizes)
     if stored_bytes > memory_bytes:
         return StreamedFeatures(cache, images, device, whitening)

@@ -98,7 +98,9 @@ def _train(settings: WorkerSettings, progress: Queue | None) -> None:
         return
     # Without validation images training ones must tell what is usual.
     usual = trainer.evaluate(validation if len(validation) else plain)
-    _report(trainer, closing_tensors(usual, trainer.evaluate(opened("heldout")), gaussians, shapes))
+    counted = split.filter(pc.field("part") == ("validation" if len(validation) else "training"))
+    heldout, tile_counts = trainer.evaluate(opened("heldout")), settings.cache.tile_counts(counted)
+    _report(trainer, closing_tensors(usual, heldout, gaussians, shapes, tile_counts))
 
 
 def _folds(features: "Features", images: pa.Table, progress: Queue | None) -> Iterator[Fold]:
