@@ -59,6 +59,11 @@ def photographs(night: int) -> list[str]:
     ]
 
 
+def tags_of(uri: str) -> dict[str, str]:
+    line, part = uri.split("/")[-2:]
+    return {"line": line, "camera": "top" if int(part[-5]) % 2 else "side"}
+
+
 def day_of(night: int) -> date:
     return FIRST_NIGHT + timedelta(days=night)
 
@@ -101,6 +106,7 @@ def scored(uri: str, night: int, model_id: str, offset: float) -> dict[str, Any]
         + timedelta(days=night),
         "region_threshold": region_threshold,
         "regions": regions_of(map_HW, region_threshold, own),
+        "tags": tags_of(uri),
     }
 
 
@@ -144,6 +150,7 @@ def failure(uri: str, night: int, code: str, at: datetime) -> dict[str, Any]:
         "is_transient": code == "timeout",
         "run_id": f"{at:%Y%m%dT%H%M%SZ}",
         "failed_at": at,
+        "tags": tags_of(uri),
     }
 
 

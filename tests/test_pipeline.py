@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,7 @@ from csflow.maps import box_of, map_of, resample
 from csflow.model import Architecture, Detector, Form, Scores
 from csflow.model_directory import CALIBRATION, load_model, read_model, save_model
 from csflow.output.layout import Output
-from csflow.output.schemas import SCORES
+from csflow.output.schemas import ERRORS, SCORES
 from csflow.preprocessing import Fit, Preprocessing
 from csflow.process import ProcessCpu, Stages, peak_memory_bytes
 from csflow.scoring import plan_log
@@ -73,7 +74,8 @@ def shards(
     images = copy_some(cells / "defective", tmp_path / "images", 30)
     for name in ("0.png", "z.png"):
         (images / name).write_text("no photograph")
-    listing = Listing.freeze(Location(str(tmp_path / "listing")), list_images([str(images)], {}), None)
+    found = list_images([str(images)], {})
+    listing = Listing.freeze(Location(str(tmp_path / "listing")), found, None, lambda uri: {"name": uri[-5:]})
     return make_plan(listing, OutcomeReader(output), "run", retry_errors=False)
 
 
@@ -93,6 +95,11 @@ class BrightnessDetector:
         score_B = mean_BHW.mean((1, 2))
         scores = Scores(score_B, score_B, score_B, score_B[:, None], mean_BHW, mean_BHW[:, None][:, :0])
         return lambda: scores
+
+
+def errors_of(output: Output, shard: PlannedShard) -> list[dict[str, Any]]:
+    files = [file.location for file in output.files("errors", {shard.date}) if file.shard == shard.name]
+    return [row for file in files for row in read_parquet(file, ERRORS).to_pylist()]
 
 
 def call(scorer: ShardScorer, shard: PlannedShard) -> dict[str, object]:
@@ -184,6 +191,9 @@ def test_shards_that_overlap_keep_their_images_and_errors_apart(scorer, shards, 
         assert len(scored) == len(set(scored)) == len(planned) - 1
         assert set(scored) < set(planned)
         assert (row["scored"], row["error_codes"]) == (len(scored), [("unsupported_format", 1)])
+        (error,) = errors_of(output, shard)
+        for image in [*scores.to_pylist(), error]:
+            assert dict(image["tags"]) == {"name": image["image_uri"][-5:]}
         assert row["first_scored_at"] == min(scores["scored_at"].to_pylist())
         assert row["anomaly_scores"] == scores["anomaly_score"].to_pylist()
 

@@ -181,7 +181,7 @@ def score_row(image: Image) -> dict[str, Any]:
     row: dict[str, Any] = (
         dict.fromkeys(SCORES.names, 0) | {"model_name": None} | dict(zip(SCORES.names, image, strict=False))
     )
-    lists = {"scale_scores": [], "anomaly_map": None, "map_box": None, "regions": None}
+    lists = {"scale_scores": [], "anomaly_map": None, "map_box": None, "regions": None, "tags": None}
     return row | lists | {"run_id": "run", "is_anomalous": False}
 
 
@@ -335,7 +335,8 @@ def test_images_of_a_plan_that_an_earlier_csflow_left_have_no_time(tmp_path: Pat
     part.write(to_parquet(pa.table({"image_uri": ["a"], "image_version": ["1"]})))
     images = PlannedShard("1-ab-000000", "2026-11-02", part, 0).images()
     assert images.schema.field("image_modified_at") == LISTING.field("image_modified_at")
-    assert images.to_pylist() == [{"image_uri": "a", "image_version": "1", "image_modified_at": None}]
+    (image,) = images.to_pylist()
+    assert image == {"image_uri": "a", "image_version": "1", "image_modified_at": None, "tags": None}
 
 
 def test_a_shard_comes_to_an_actor_as_a_row_without_the_options_of_its_store() -> None:

@@ -18,7 +18,7 @@ import sqlglot
 from pages import DOCS, Block, blocks, run_python, statements
 from scored_output import NEW_MODEL, OLD_MODEL, day_of, photographs, scored, write_output, write_rows
 
-from csflow.output.schemas import ERRORS, REGION, REGIONS, SCORES
+from csflow.output.schemas import ERRORS, REGION, REGIONS, SCORES, TAGS
 
 PAGE = list(blocks(DOCS / "queries.md"))
 ABOUT_ERRORS = {"Error rates by code and day", "Open errors"}
@@ -227,6 +227,16 @@ def test_the_line_with_defects_stands_out(duckdb_answers):
     assert by_line.images.sum() == 7 * 24 - 4  # the new model's nights, one of them with four broken images
 
 
+def test_tags_tell_cameras_of_a_line_apart(duckdb_answers):
+    by_camera = duckdb_answers["By line and camera"]
+    assert list(by_camera.columns[:3]) == ["date", "line", "camera"]
+    assert set(by_camera.camera) == {"top", "side"}
+    by_line = duckdb_answers["By line and day"]
+    for column in ("images", "anomalous"):
+        summed = by_camera.groupby(["date", "line"])[column].sum()
+        assert dict(summed) == dict(by_line.set_index(["date", "line"])[column])
+
+
 def test_defects_are_counted_and_listed_with_their_boxes(duckdb_answers):
     defects = duckdb_answers["Defects by line and day"].groupby("line")[["regions", "images", "sure_regions"]]
     by_line = defects.sum()
@@ -357,6 +367,7 @@ def test_the_tables_of_athena_and_trino_are_those_of_the_contract():
             f"ARRAY(ROW({', '.join(f'{name} DOUBLE' for name in REGION.names)}))",
         ),
         "timestamp[us, tz=UTC]": ("TIMESTAMP", "TIMESTAMP(6)"),
+        str(TAGS): ("MAP<STRING, STRING>", "MAP(VARCHAR, VARCHAR)"),
     }
     for place, engine in enumerate(("athena", "trino")):
         tables = [b for b in set_up("sql", engine, "setup") if "CREATE" in b.code and "TABLE" in b.code]

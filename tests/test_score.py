@@ -77,7 +77,10 @@ def archive(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def scored(model: Path, archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("scored") / "output"
-    assert run_score("--model", model, "--input", archive, "--output", output) == ExitStatus.DONE
+    tags = f"{archive}/{{kind}}/{{cell}}.png"
+    assert (
+        run_score("--model", model, "--input", archive, "--output", output, "--tags", tags) == ExitStatus.DONE
+    )
     return output
 
 
@@ -223,6 +226,7 @@ def test_files_have_exactly_the_schema_of_the_contract(scored):
         ("image_modified_at", "timestamp[us, tz=UTC]"),
         ("model_name", "string"),
         ("image_taken_at", "timestamp[us, tz=UTC]"),
+        ("tags", "map<string, string>"),
     ]
     assert [(f.name, str(f.type)) for f in ERRORS] == [
         ("image_uri", "string"),
@@ -234,7 +238,17 @@ def test_files_have_exactly_the_schema_of_the_contract(scored):
         ("failed_at", "timestamp[us, tz=UTC]"),
         ("image_modified_at", "timestamp[us, tz=UTC]"),
         ("model_name", "string"),
+        ("tags", "map<string, string>"),
     ]
+
+
+def test_tags_are_what_the_pattern_names_in_a_uri_and_null_where_it_does_not_match(scored):
+    sql = "SELECT image_uri, tags, tags['kind'] AS kind, tags['cell'] AS cell FROM '{}/{}/*/*/*.parquet'"
+    frame = duckdb.sql(sql.format(scored, "scores")).df()
+    paths = frame.image_uri.map(Path)
+    assert list(frame.kind) == [path.parent.name for path in paths]
+    assert list(frame.cell) == [path.stem for path in paths]
+    assert duckdb.sql(sql.format(scored, "errors")).df().tags.isna().all()
 
 
 def test_duckdb_polars_and_pandas_read_the_output_without_csflow(scored):

@@ -15,6 +15,8 @@ REGION = pa.struct(
 )
 """A region of an anomaly map; lengths are in pixels of the original."""
 REGIONS = pa.list_(pa.field("element", REGION))
+TAGS = pa.map_(pa.string(), pa.string())
+"""What a plant calls an image: line, product, camera, part, by the names that it chose."""
 
 SCORES = pa.schema(
     [
@@ -44,6 +46,7 @@ SCORES = pa.schema(
         pa.field("image_modified_at", pa.timestamp("us", tz="UTC")),  # null if the listing does not say
         pa.field("model_name", pa.string()),  # null if the model has no name
         pa.field("image_taken_at", pa.timestamp("us", tz="UTC")),  # null if the file has no EXIF time
+        pa.field("tags", TAGS),  # null if no pattern gave the image any
     ]
 )
 
@@ -58,6 +61,7 @@ ERRORS = pa.schema(
         pa.field("failed_at", pa.timestamp("us", tz="UTC"), nullable=False),
         pa.field("image_modified_at", pa.timestamp("us", tz="UTC")),
         pa.field("model_name", pa.string()),
+        pa.field("tags", TAGS),
     ]
 )
 

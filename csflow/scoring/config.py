@@ -25,6 +25,10 @@ class ScoreConfig(ListingConfig):
     """Folders, files, globs, archives or manifests of images; one or more."""
     output: str
     """Folder of the scores; many models, inputs and nights may share one."""
+    tags: str | None = Field(None, min_length=1)
+    """Pattern of image URIs, whose names in braces become the column `tags`, such as
+    s3://plant/images/{line}/{day}/{part}_{camera}.jpg. `*` matches any text without a slash, `**` any text.
+    [default: no tags]"""
     maps: Literal["native", "none"] = "native"
     """How anomaly maps are stored: `native` keeps their own resolution, `none` stores no maps."""
     false_positive_rate: float = Field(FALSE_POSITIVE_RATE, gt=0, lt=1)

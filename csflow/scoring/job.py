@@ -41,6 +41,7 @@ from csflow.scoring.record import Clock, exit_status, run_record, summary
 from csflow.scoring.stopping import StopRules
 from csflow.scoring.tally import LiveMetrics, Tally
 from csflow.storage import Location
+from csflow.uri_patterns import UriPattern
 
 
 def score(config: ScoreConfig) -> ExitStatus:
@@ -63,6 +64,7 @@ def run(config: ScoreConfig) -> RunRecord:
         raise WrongUse(
             f"--output {output.location} holds compacted scores; choose the output that they are from"
         )
+    pattern = None if config.tags is None else UriPattern(config.tags)
     output.location.check_writable(exclusively=True)
     heartbeat = Heartbeat(output.location, run_id, clock.started_at)
     clock.lap("start")
@@ -70,7 +72,11 @@ def run(config: ScoreConfig) -> RunRecord:
     selection = Selection.of(config, include=config.include, exclude=config.exclude, since=config.since)
     unlisted = Unlisted(selection.leaves_out)
     found = list_images(config.input, config.storage_options, selection, unlisted)
-    listing = Listing.freeze(output.listing_folder(run_id), heartbeat.over(found), config.limit)
+    folder = output.listing_folder(run_id)
+    tags_of = pattern.tags if pattern else None
+    listing = Listing.freeze(folder, heartbeat.over(found), config.limit, tags_of)
+    if pattern and listing.untagged:
+        warn(f"--tags {pattern} does not match {listing.untagged} of {listing.images} images")
     for line in unlisted.lines():
         warn(line)
     clock.lap("list")

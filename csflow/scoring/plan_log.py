@@ -19,10 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from csflow.errors import WrongUse
-from csflow.inputs.listing import LISTING
 from csflow.output.layout import Output
 from csflow.output.schemas import KEY_COLUMNS
-from csflow.scoring.frozen_listing import Listing, rebatched
+from csflow.scoring.frozen_listing import FROZEN, Listing, rebatched
 from csflow.storage import Location, read_all
 
 SHARD_STEP, MAX_SHARD_SIZE = 32, 256
@@ -31,7 +30,7 @@ takes the same time, full or not. It also gives an actor enough work while Ray D
 ten times a second."""
 SHARD_SIZE_WITH_TILES = 8
 """Size of shards of images that are cut into tiles: one such image may take as long as hundreds of others."""
-PLANNED = [*KEY_COLUMNS, "image_modified_at"]
+PLANNED = [*KEY_COLUMNS, "image_modified_at", "tags"]
 """What a plan has of each image."""
 LAST = "\U0010ffff"
 """A URI above all others: the last URI of an entry that does not state one."""
@@ -64,9 +63,9 @@ class PlannedShard:
     def images(self) -> pa.Table:
         """The images of the shard, in the columns `PLANNED`."""
         images = pq.ParquetFile(io.BytesIO(self.part.read())).read_row_group(self.row_group)
-        # The plans of an older csflow have no times.
+        # The plans of an older csflow have no times and no tags.
         for name in set(PLANNED) - set(images.schema.names):
-            kind = LISTING.field(name)
+            kind = FROZEN.field(name)
             images = images.append_column(kind, pa.nulls(len(images), kind.type))
         return images.select(PLANNED)
 

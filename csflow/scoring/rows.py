@@ -3,7 +3,7 @@
 Dimension letters: B batch, H height, W width, S levels of the pyramid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,12 +23,17 @@ if TYPE_CHECKING:  # the edge runtime has neither torch nor what reads model dir
     from csflow.regions import Regions
 
 
+Tags = Mapping[str, str] | Sequence[tuple[str, str]]
+"""What a plant calls an image, by the names that it chose, as Arrow takes and gives a map."""
+
+
 class ScorableImage(NamedTuple):
     image_uri: str
     image_version: str
     decoded: DecodedImage
     modified_at: datetime | None = None
     """When the image was last changed; None if nothing says."""
+    tags: Tags | None = None
 
 
 class Judged(NamedTuple):
@@ -127,6 +132,7 @@ def score_rows(
         "image_modified_at": [image.modified_at for image in images],
         "model_name": [model_name] * len(images),
         "image_taken_at": [image.decoded.taken_at for image in images],
+        "tags": [image.tags for image in images],
     }
     if region_rule:
         from csflow.regions import find_regions  # with SciPy, which the edge runtime does without
@@ -143,6 +149,7 @@ def error_row(
     run_id: str,
     modified_at: datetime | None = None,
     model_name: str | None = None,
+    tags: Tags | None = None,
 ) -> dict[str, Any]:
     """A row in the `ERRORS` schema."""
     return {
@@ -155,6 +162,7 @@ def error_row(
         "failed_at": datetime.now(UTC),
         "image_modified_at": modified_at,
         "model_name": model_name,
+        "tags": tags,
     }
 
 

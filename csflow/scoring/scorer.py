@@ -28,7 +28,15 @@ from csflow.process import ProcessCpu, Stages, peak_memory_bytes
 from csflow.redaction import redact
 from csflow.scoring.config import ScoringSettings
 from csflow.scoring.plan_log import PlannedShard
-from csflow.scoring.rows import RegionRule, ScorableImage, error_row, judge, require_scores, score_rows
+from csflow.scoring.rows import (
+    RegionRule,
+    ScorableImage,
+    Tags,
+    error_row,
+    judge,
+    require_scores,
+    score_rows,
+)
 from csflow.storage import Location, to_parquet
 
 READ_THREADS, READ_THREADS_PER_CPU = 8, 2
@@ -64,8 +72,8 @@ class _Notes:
     """What is noted while a shard is scored."""
 
     stages: Stages = field(default_factory=Stages)
-    modified_at: Mapping[str, datetime | None] = field(default_factory=dict)
-    """When each image was last changed, by URI."""
+    planned: Mapping[str, tuple[datetime | None, Tags | None]] = field(default_factory=dict)
+    """When each image was last changed, and its tags, by URI."""
     errors: list[dict[str, Any]] = field(default_factory=list)
     """Rows of images that cannot be scored."""
     helped: int = 0
@@ -129,7 +137,8 @@ class ShardScorer:
         began_at = datetime.now(UTC)
         images = shard.images()
         uris = images["image_uri"].to_pylist()
-        notes = _Notes(modified_at=dict(zip(uris, images["image_modified_at"].to_pylist(), strict=True)))
+        planned = zip(images["image_modified_at"].to_pylist(), images["tags"].to_pylist(), strict=True)
+        notes = _Notes(planned=dict(zip(uris, planned, strict=True)))
         loaded = self._loader.load(
             uris,
             images["image_version"].to_pylist(),
@@ -167,7 +176,7 @@ class ShardScorer:
         for image in images:
             notes.stages.add(image.stages)
             notes.helped += image.is_helped
-            modified_at = notes.modified_at[image.image_uri]
+            modified_at, tags = notes.planned[image.image_uri]
             if isinstance(image.content, ImageError):
                 row = error_row(
                     image.image_uri,
@@ -176,12 +185,13 @@ class ShardScorer:
                     self._settings.run_id,
                     modified_at=modified_at,
                     model_name=self._model_name,
+                    tags=tags,
                 )
                 notes.errors.append(row)
             else:
                 if image.content.range_used is not None:
                     notes.ranges_used.append(image.content.range_used)
-                yield ScorableImage(image.image_uri, image.image_version, image.content, modified_at)
+                yield ScorableImage(image.image_uri, image.image_version, image.content, modified_at, tags)
 
     def _scored(
         self, images: Iterable[ScorableImage], stages: Stages
