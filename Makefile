@@ -1,4 +1,5 @@
 # make demo   trains on real photographs, scores them all, asks a question in SQL, writes a report
+# make plant  trains and scores two products of a made-up plant by one table of routes
 # make test   runs all tests
 # make lint   style and types
 # make tools  checkers of cluster/ and an emulator of Azure's storage, which PyPI does not have
@@ -19,7 +20,7 @@ $(ENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: demo test soak lint docs tools azurite wheel sbom lock clean
+.PHONY: demo plant test soak lint docs tools azurite wheel sbom lock clean
 demo: $(ENV)/installed
 	$(BIN)/python -m csflow.demo cells demo/cells
 	$(BIN)/csflow train --input demo/cells/functional/train --output demo/model --overwrite --epochs 3
@@ -28,6 +29,14 @@ demo: $(ENV)/installed
 	$(BIN)/csflow evaluate --scores demo/scores --labels demo/cells/labels.csv
 	$(BIN)/python -m csflow.demo query demo/scores
 	$(BIN)/csflow report --scores demo/scores --output demo/report.html
+
+plant: $(ENV)/installed
+	$(BIN)/python -m csflow.demo plant demo/plant
+	$(BIN)/csflow train --routes demo/plant/plant.yaml --input demo/plant/good --output demo/plant/models \
+	    --overwrite --epochs 3
+	rm -rf demo/plant/scores  # of earlier models
+	$(BIN)/csflow score --routes demo/plant/plant.yaml --input demo/plant/night --output demo/plant/scores
+	$(BIN)/python -m csflow.demo lines demo/plant/scores
 
 test: $(ENV)/installed
 	$(BIN)/python -m pytest

@@ -34,6 +34,7 @@ import torch
 from ray.cluster_utils import Cluster
 
 import csflow.scoring.job
+import csflow.scoring.pool
 from csflow.config import parse
 from csflow.errors import ExitStatus
 from csflow.images import DecodedImage
@@ -42,6 +43,7 @@ from csflow.model import Form, Scores
 from csflow.preprocessing import whole
 from csflow.process import IdleClock, Stages
 from csflow.scoring.config import ScoreConfig
+from csflow.scoring.kept_models import KeptModels
 from csflow.scoring.scorer import ShardScorer
 
 NODES = (1, 2, 4)
@@ -65,6 +67,10 @@ class FixedCostScorer(ShardScorer):
         super().__init__(*arguments)
         self._loader: Any = BlankLoader()
         self._detector: Any = FixedCostDetector(self._detector.form, SECONDS_PER_IMAGE)
+
+
+class FixedCostActor(KeptModels):
+    scorer = FixedCostScorer
 
 
 class FixedCostDetector:
@@ -125,7 +131,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     os.environ["PYTHONPATH"] = str(plant.ROOT)
-    csflow.scoring.job.ScoringActor = FixedCostScorer
+    csflow.scoring.pool.ScoringActor = FixedCostActor
     rates: dict[tuple[int, str], list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="csflow-cluster-") as name:
         folder = Path(name)

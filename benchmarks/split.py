@@ -27,10 +27,11 @@ import results
 from fixed_cost import DECODE_S, FixedCostSettings
 
 import cluster
-import csflow.scoring.job
+import csflow.scoring.pool
 from csflow.cluster import WorkerResources, helpers
 from csflow.preprocessing import Preprocessing
 from csflow.scoring.config import ScoringSettings
+from csflow.scoring.kept_models import KeptModels
 from csflow.scoring.scorer import ShardScorer
 
 SCORE_S = 0.002
@@ -43,11 +44,15 @@ STEADY = slice(5, 9)
 class FixedCostScorer(ShardScorer):
     """A scorer on a GPU that sleeps, behind real loaders and helpers."""
 
-    def __init__(self, settings: ScoringSettings, resources: WorkerResources) -> None:
+    def __init__(self, settings: ScoringSettings, resources: WorkerResources, *_: object) -> None:
         super().__init__(settings, replace(resources, gpus=0, decode="beside"))
         self._detector: Any = cluster.FixedCostDetector(self._detector.form, SCORE_S)
         loader = FixedCostSettings({}, Preprocessing((256, 256)))
         self._loader = loader.loader(8, helpers(loader, resources))
+
+
+class FixedCostActor(KeptModels):
+    scorer = FixedCostScorer
 
 
 def score(cpu_nodes: int, decode: str, arguments: list[str], output: Path) -> dict[str, float]:
@@ -72,7 +77,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     os.environ["PYTHONPATH"] = f"{plant.ROOT}{os.pathsep}{plant.ROOT / 'benchmarks'}"
-    csflow.scoring.job.ScoringActor = FixedCostScorer
+    csflow.scoring.pool.ScoringActor = FixedCostActor
     rates: dict[tuple[int, str, str], list[float]] = defaultdict(list)
     variants = [(0, "beside"), *((nodes, "auto") for nodes in CPU_NODES)]
     with tempfile.TemporaryDirectory(prefix="csflow-split-") as name:

@@ -86,16 +86,28 @@ def _of_ended(records: Sequence[RunRecord]) -> Iterator[Sample]:
     """Metrics of the latest run and of the latest that was done, among records with the oldest first."""
     done = [record for record in records if record.exit_status in (ExitStatus.DONE, ExitStatus.DRIFT)]
     yield "csflow_run_last_done_timestamp_seconds", {}, done[-1].ended_at.timestamp() if done else 0
-    if records:
-        model = {"model_id": records[-1].model.model_id}
-        for name, labels, value in _of_record(records[-1]):
-            yield name, model | labels, value
+    if not records:
+        return
+    latest = records[-1]
+    # A run with routes has a series for each of its models, and its own have no model.
+    whole = {"model_id": latest.model.model_id if latest.model else ""}
+    for name, labels, value in _of_run(latest):
+        yield name, {**whole, **labels}, value
+    for one in latest.by_model():
+        for name, labels, value in _of_model(one):
+            yield name, {"model_id": one.model.model_id, **labels}, value
 
 
-def _of_record(record: RunRecord) -> Iterator[tuple[str, dict[str, str], float]]:
+def _of_run(record: RunRecord) -> Iterator[Sample]:
     yield "csflow_run_ended_timestamp_seconds", {}, record.ended_at.timestamp()
     yield "csflow_run_duration_seconds", {}, (record.ended_at - record.started_at).total_seconds()
     yield "csflow_run_exit_status", {}, record.exit_status
+    yield "csflow_run_images_per_second", {}, record.images_per_second
+    for stage, seconds in record.seconds_in_workers.items():
+        yield "csflow_run_stage_seconds", {"stage": stage}, seconds
+
+
+def _of_model(record: RunRecord) -> Iterator[Sample]:
     counts = record.counts
     yield "csflow_run_images", {"state": "listed"}, counts.listed
     yield "csflow_run_images", {"state": "scored"}, counts.scored
@@ -103,9 +115,6 @@ def _of_record(record: RunRecord) -> Iterator[tuple[str, dict[str, str], float]]
     yield "csflow_run_images", {"state": "missing"}, counts.missing
     for code, images in counts.errors_in_this_run.items():
         yield "csflow_run_errors", {"code": code}, images
-    yield "csflow_run_images_per_second", {}, record.images_per_second
-    for stage, seconds in record.seconds_in_workers.items():
-        yield "csflow_run_stage_seconds", {"stage": stage}, seconds
     if record.drift:
         yield "csflow_run_low_p_value_share", {}, record.drift.share_below_5_percent
         yield "csflow_run_drift_distance", {}, record.drift.ks_statistic

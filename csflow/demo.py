@@ -5,6 +5,11 @@ Solar Energy 185 (2019), https://github.com/zae-bayern/elpv-dataset (images: CC 
 
     python -m csflow.demo cells demo/cells     # write the photographs and labels.csv
     python -m csflow.demo query demo/scores    # ask DuckDB for the worst cells
+
+A made-up plant of the same cells has two products, two lines and two cameras (docs/howto/plant.md):
+
+    python -m csflow.demo plant demo/plant     # write its photographs and its table of routes
+    python -m csflow.demo lines demo/plant/scores  # ask DuckDB for each line and camera
 """
 
 import argparse
@@ -15,7 +20,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from PIL import Image, ImageFilter
+
 TRAINING_CELLS = 1000
+GOOD_PARTS, NIGHT_PARTS, DEFECTIVE_PARTS = 150, 60, 15
+"""Parts of each product of the made-up plant: good ones to train on, all of its night, and the defective of
+these. Both cameras see each part."""
 
 QUERY = """\
 SELECT split_part(image_uri, '/cells/', 2)        AS cell,
@@ -26,6 +36,25 @@ SELECT split_part(image_uri, '/cells/', 2)        AS cell,
 FROM read_parquet('{scores}/scores/*/*/*.parquet', hive_partitioning = true)
 ORDER BY anomaly_score DESC
 LIMIT 8"""
+
+LINES = """\
+SELECT tags['product'] AS product, tags['line'] AS line, tags['camera'] AS camera, count(*) AS images,
+       count_if(is_anomalous) AS anomalous, round(avg(p_value), 3) AS mean_p_value
+FROM read_parquet('{scores}/scores/*/*/*.parquet')
+GROUP BY ALL
+ORDER BY ALL"""
+
+ROUTES = """\
+routes:
+  - name: mono
+    images: "{folder}/*/{{line}}/{{product}}/{{part}}_{{camera}}.png"
+    where: {{product: mono}}
+    model: {folder}/models/mono
+  - name: poly
+    images: "{folder}/*/{{line}}/{{product}}/{{part}}_{{camera}}.png"
+    where: {{product: poly}}
+    model: {folder}/models/poly
+"""
 
 
 def write_cells(folder: Path) -> None:
@@ -60,11 +89,46 @@ def write_cells(folder: Path) -> None:
     print(f"{len(cells)} cells in {folder}: {trained_on} to train on, {len(labels)} in labels.csv")
 
 
-def query(scores: str) -> None:
+def write_plant(folder: Path) -> None:
+    """Writes photographs of good parts and of a night, and `plant.yaml`, the table of their routes.
+
+    Mono- and polycrystalline cells are two products. The camera `top` sees a whole cell, `side` a darker and
+    blurred half of it. Defective cells are on line 2 only.
+    """
+    cells = sorted(photographs())
+    random.Random(0).shuffle(cells)
+    images = 0
+    for product in ("mono", "poly"):
+        good = [source for source, probability, kind in cells if kind == product and probability == 0]
+        bad = [source for source, probability, kind in cells if kind == product and probability == 1]
+        night = good[GOOD_PARTS : GOOD_PARTS + NIGHT_PARTS - DEFECTIVE_PARTS]
+        for number, source in enumerate(good[:GOOD_PARTS]):
+            images += _photograph(source, folder / "good" / f"line-{1 + number % 2}" / product)
+        for number, source in enumerate([*night, *bad[:DEFECTIVE_PARTS]]):
+            line = 2 if number >= len(night) else 1 + number % 2
+            images += _photograph(source, folder / "night" / f"line-{line}" / product)
+    (folder / "plant.yaml").write_text(ROUTES.format(folder=folder))
+    print(f"{images} photographs and plant.yaml in {folder}")
+
+
+def _photograph(cell: Path, folder: Path) -> int:
+    """What both cameras make of a cell; returns how many photographs that are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with Image.open(cell) as seen:
+        whole = seen.convert("L")
+    half = whole.crop((0, 0, whole.width, whole.height // 2)).filter(ImageFilter.GaussianBlur(1))
+    views = {"top": whole, "side": half.point(lambda value: value * 0.7)}
+    part = cell.stem.removeprefix("cell")
+    for camera, view in views.items():
+        view.save(folder / f"{part}_{camera}.png")
+    return len(views)
+
+
+def query(scores: str, question: str) -> None:
     """Prints an SQL question over the Parquet files and DuckDB's answer."""
     import duckdb
 
-    sql = QUERY.format(scores=scores.rstrip("/"))
+    sql = question.format(scores=scores.rstrip("/"))
     print(f"{sql};\n")
     print(duckdb.sql(sql))
 
@@ -84,10 +148,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("step", choices=["cells", "query"])
+    parser.add_argument("step", choices=["cells", "query", "plant", "lines"])
     parser.add_argument("folder")
     arguments = parser.parse_args()
     if arguments.step == "cells":
         write_cells(Path(arguments.folder))
+    elif arguments.step == "plant":
+        write_plant(Path(arguments.folder))
     else:
-        query(arguments.folder)
+        query(arguments.folder, {"query": QUERY, "lines": LINES}[arguments.step])

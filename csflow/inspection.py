@@ -122,8 +122,9 @@ def _last_run(location: Location) -> Iterator[Line]:
         f"{counts.listed:,} listed, {counts.scored_in_this_run:,} scored by this run, "
         f"{counts.permanent_errors:,} permanent errors, {counts.missing:,} missing",
     )
-    if record.drift:
-        yield "drift", record.drift.words
+    for one in record.by_model():
+        if one.drift:
+            yield "drift", f"{f'{one.model.label}: ' if record.model is None else ''}{one.drift.words}"
 
 
 def _count(number: int, unit: str) -> str:

@@ -30,6 +30,8 @@ FORMAT_WITHOUT_TILES = 4
 READABLE_VERSIONS = (1, 2, 3, 4, 5)
 """Version 1 has no rounding shifts; models before version 3 have no whitening and only one score, before
 version 4 one average of energies and no windows, and before version 5 no tiles."""
+PROCESS_BYTES = 1 << 30
+"""What a worker takes without a model: libraries and activations."""
 ROUNDING = "rounding."
 """Prefix of the names of `rounding_shifts` among the detector's tensors."""
 BACKBONE = "backbone."
@@ -296,7 +298,7 @@ def load_model(location: Location | str) -> Model:
 
 def worker_bytes(state: Mapping[str, Any]) -> int:
     """Memory that a process needs for a detector: libraries, its tensors twice, and activations."""
-    return (1 << 30) + 2 * sum(int(value.nbytes) for value in state.values())
+    return PROCESS_BYTES + 2 * sum(int(value.nbytes) for value in state.values())
 
 
 def format_version(is_tiled: bool) -> int:

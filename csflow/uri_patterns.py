@@ -8,9 +8,9 @@ pattern take as much as they can: in `{part}_{camera}` the camera has no undersc
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
-from itertools import pairwise, product
-from typing import NamedTuple
+from functools import cache, cached_property
+from itertools import product
+from typing import Literal, NamedTuple
 
 from csflow.errors import WrongUse
 from csflow.inputs.manifests import canonical_uri
@@ -19,6 +19,23 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TOKEN = re.compile(r"\{([^{}]*)\}|(\*\*)|(\*)|([{}])|([^{}*]+)")
 _OTHER = "\0"
 """Stands for all characters that two patterns do not name."""
+
+
+class _Token(NamedTuple):
+    """A text, a wildcard, or a tag, which has a name and maybe a fixed text."""
+
+    kind: Literal["text", "*", "**", "tag"]
+    text: str = ""
+    name: str = ""
+
+    @property
+    def is_literal(self) -> bool:
+        return bool(self.text)
+
+    def expression(self) -> str:
+        wild = {"**": ".*", "*": "[^/]*"}.get(self.kind, "[^/]+")
+        expression = re.escape(self.text) if self.is_literal else wild
+        return f"(?P<{self.name}>{expression})" if self.name else expression
 
 
 class _Step(NamedTuple):
@@ -44,7 +61,7 @@ class UriPattern:
         # URIs of a listing are absolute, and so is a pattern, unless it begins with any text.
         absolute = text if text.startswith("*") else canonical_uri(text)
         self._tokens = list(_tokens(absolute, text))
-        self.names = tuple(name for kind, name in self._tokens if kind == "name")
+        self.names = tuple(token.name for token in self._tokens if token.name)
         """The tags that it gives."""
 
     def tags(self, image_uri: str) -> dict[str, str] | None:
@@ -55,39 +72,47 @@ class UriPattern:
     def holding(self, values: Mapping[str, Sequence[str]]) -> "list[UriPattern]":
         """Patterns that together match the URIs whose tags have one of these values each."""
         names = [name for name in self.names if name in values]
-        return [
-            self._with(dict(zip(names, some, strict=True)))
-            for some in product(*(values[name] for name in names))
-        ]
+        fitting = ([value for value in values[name] if "/" not in value] for name in names)
+        return [self._with(dict(zip(names, some, strict=True))) for some in product(*fitting)]
 
     def _with(self, values: Mapping[str, str]) -> "UriPattern":
         """The pattern with these texts in place of these names."""
         other = UriPattern.__new__(UriPattern)
         other.text, other.names = self.text, self.names
-        other._tokens = [
-            ("text", values[name]) if kind == "name" and name in values else (kind, name)
-            for kind, name in self._tokens
-        ]
+        other._tokens = [token._replace(text=values.get(token.name, token.text)) for token in self._tokens]
         return other
 
     @cached_property
     def _regex(self) -> re.Pattern[str]:
-        spelled = {"name": "(?P<{}>[^/]+)", "**": ".*", "*": "[^/]*"}
-        parts = (
-            spelled[kind].format(text) if kind in spelled else re.escape(text) for kind, text in self._tokens
-        )
-        return re.compile("".join(parts), re.DOTALL)
+        return re.compile("".join(token.expression() for token in self._tokens), re.DOTALL)
 
     @cached_property
     def _steps(self) -> list[_Step]:
         """The pattern character by character."""
-        steps = []
-        for kind, text in self._tokens:
-            if kind == "text":
-                steps += [_Step(character) for character in text]
-            else:
-                steps.append(_Step(None, crosses_slashes=kind == "**", is_optional=kind != "name"))
+        steps: list[_Step] = []
+        for token in self._tokens:
+            wildcard = _Step(None, crosses_slashes=token.kind == "**", is_optional=token.kind != "tag")
+            steps += [_Step(character) for character in token.text] or [wildcard]
         return steps
+
+    @cached_property
+    def _folders(self) -> "list[tuple[_Step, ...]] | None":
+        """The steps between slashes; None if a wildcard may go on over slashes."""
+        if any(step.crosses_slashes for step in self._steps):
+            return None
+        ends = [place for place, step in enumerate(self._steps) if step.literal == "/"]
+        return [
+            tuple(self._steps[start:end])
+            for start, end in zip([0, *(end + 1 for end in ends)], [*ends, None], strict=True)
+        ]
+
+    def may_meet(self, other: "UriPattern") -> bool:
+        """False if no URI can match both; quicker than to look for one, where tags stay between slashes."""
+        if self._folders is None or other._folders is None:
+            return True
+        if len(self._folders) != len(other._folders):
+            return False
+        return all(map(_have_in_common, self._folders, other._folders))
 
     def __str__(self) -> str:
         return self.text
@@ -102,7 +127,17 @@ def example(
 
     None if there is no such URI. It is searched for among the states of the patterns' automata.
     """
-    groups = [_Automaton(matched), _Automaton(but_not)] + ([] if also is None else [_Automaton(also)])
+    sets = [matched, but_not, *([] if also is None else [also])]
+    return _example([_Automaton([pattern._steps for pattern in some]) for some in sets])
+
+
+@cache
+def _have_in_common(one: tuple[_Step, ...], two: tuple[_Step, ...]) -> bool:
+    return _example([_Automaton([one]), _Automaton([]), _Automaton([two])]) is not None
+
+
+def _example(groups: "Sequence[_Automaton]") -> str | None:
+    """A shortest text that all automata accept, but the second one does not."""
     named = set().union(*(group.alphabet for group in groups))
     alphabet = [_OTHER, "/", *sorted(named - {"/"})]
     start = tuple(group.start for group in groups)
@@ -127,8 +162,8 @@ _State = frozenset[tuple[int, int]]
 class _Automaton:
     """Several patterns as one automaton. A state has the places (pattern, step) that a text may lead to."""
 
-    def __init__(self, patterns: Sequence[UriPattern]) -> None:
-        self._steps = [pattern._steps for pattern in patterns]
+    def __init__(self, patterns: Sequence[Sequence[_Step]]) -> None:
+        self._steps = patterns
         literals = (step.literal for steps in self._steps for step in steps)
         self.alphabet = {literal for literal in literals if literal is not None}
         self.start = self._closed((number, 0) for number in range(len(patterns)))
@@ -167,12 +202,12 @@ def _spelled(
     return "".join(reversed(characters))
 
 
-def _tokens(absolute: str, text: str) -> Iterator[tuple[str, str]]:
-    """The kinds and texts of a pattern's parts. Raises WrongUse, with the text as it was written."""
-    kinds: list[str] = []
+def _tokens(absolute: str, text: str) -> Iterator[_Token]:
+    """The parts of a pattern. Raises WrongUse, with the text as it was written."""
+    before = _Token("text")
     names: set[str] = set()
     for match in _TOKEN.finditer(absolute):
-        name, doubled, star, brace, literal = match.groups()
+        name, doubled, _, brace, literal = match.groups()
         if brace or (name is not None and not _NAME.fullmatch(name)):
             raise WrongUse(
                 f"{text}: the name of a tag stands in braces, such as {{line}}, and has letters, digits and "
@@ -180,9 +215,12 @@ def _tokens(absolute: str, text: str) -> Iterator[tuple[str, str]]:
             )
         if name in names:
             raise WrongUse(f"{text} has the tag {name} twice; write * for the second")
-        names |= {name} - {None}
-        kind = "name" if name else doubled or star or "text"
-        kinds.append(kind)
-        yield kind, name or literal or ""
-    if any(first == second == "name" for first, second in pairwise(kinds)):
-        raise WrongUse(f"{text}: two tags stand side by side; put text between them")
+        if name:
+            token = _Token("tag", name=name)
+            names.add(name)
+        else:
+            token = _Token("text", literal) if literal else _Token("**" if doubled else "*")
+        if before.kind == token.kind == "tag":
+            raise WrongUse(f"{text}: two tags stand side by side; put text between them")
+        yield token
+        before = token

@@ -193,7 +193,10 @@ def names(frame: pd.DataFrame) -> Counter[str]:
 
 
 SHARD_ROW: dict[str, Any] = {
+    "model_id": "0" * 16,
     "failure": None,
+    "is_of_model": False,
+    "loads": 0,
     "is_published": True,
     "images": 10,
     "helped": 0,

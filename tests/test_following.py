@@ -1,5 +1,6 @@
 """When a scoring run stops before its end, told by the rows that come back from its shards; no cluster."""
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from csflow.cluster import WorkerResources
 from csflow.config import parse
 from csflow.errors import Failed
 from csflow.output.layout import Output
-from csflow.scoring import job
+from csflow.scoring import pool
 from csflow.scoring.config import ScoreConfig, ScoringSettings
 from csflow.scoring.heartbeat import Heartbeat
 from csflow.scoring.plan_log import PlannedShard
@@ -43,19 +44,22 @@ def follow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Captu
         def map_shards(work: list[dict[str, Any]], *_: object, **__: object) -> Iterator[dict[str, Any]]:
             rows = passes[len(given)]
             given.append(len(work))
-            yield from ({"shard": shard["name"]} | row for shard, row in zip(work, rows, strict=False))
+            for group, row in zip(work, rows, strict=False):
+                (shard,) = json.loads(group["shards"])
+                yield SHARD_ROW | {"shard": shard["name"]} | row
 
-        monkeypatch.setattr(job, "map_shards", map_shards)
-        monkeypatch.setattr(job, "has_room", lambda resources: has_room)
+        monkeypatch.setattr(pool, "map_shards", map_shards)
+        monkeypatch.setattr(pool, "has_room", lambda resources: has_room)
         location = Location(str(tmp_path))
-        planned = [PlannedShard(f"{n:03}", "2026-11-02", location, n) for n in range(shards)]
+        planned = [PlannedShard(f"{n:03}", "2026-11-02", location, n, "0" * 16) for n in range(shards)]
         arguments = {"model": "m", "input": "i", "output": "o"} | settings
         flags = [flag for name, value in arguments.items() for flag in (f"--{name}", str(value))]
         scoring = ScoringSettings(location, Output(location, "0" * 16), "run", True, 0.01, None)
         tally = Tally()
         heartbeat = Heartbeat(location, "run", datetime.now(UTC))
         resources = WorkerResources(workers=1, cpus=1, gpus=0)
-        job._score_shards(planned, scoring, resources, parse(ScoreConfig, None, flags), tally, heartbeat)
+        config, tallies = parse(ScoreConfig, None, flags), {"0" * 16: Tally()}
+        pool.ScoringPool(config, [scoring], planned, resources, tally, tallies, heartbeat).score()
         return tally, capsys.readouterr().out, given
 
     return run

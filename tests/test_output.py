@@ -48,7 +48,7 @@ def scores(*rows: dict[str, Any]) -> bytes:
         "model_name": "",
     }
     row |= {"scale_scores": [], "anomaly_map": None, "map_box": None, "is_anomalous": False}
-    row |= {"regions": None}
+    row |= {"regions": None, "tags": [("line", "4")]}
     return to_parquet(pa.Table.from_pylist([row | some for some in rows], SCORES))
 
 
@@ -182,12 +182,12 @@ def test_columns_that_older_files_lack_are_null_and_others_are_missed_by_name(ou
     write_scores(output, {"image_uri": "a.png"})
     file = output.scores_file("1", "2026-11-02")
     whole = read_parquet(file)
-    file.write(to_parquet(whole.drop_columns(["global_score", "map_threshold", "regions"])))
+    file.write(to_parquet(whole.drop_columns(["global_score", "map_threshold", "regions", "tags"])))
     opened = open_scores(output.location)
     assert opened.scores.schema.names == [*SCORES.names, "date"]
     (row,) = opened.scores.to_table().to_pylist()
     assert (row["global_score"], row["map_threshold"], row["local_score"]) == (None, None, 0)
-    assert row["regions"] is None
+    assert row["regions"] is row["tags"] is None
     output.scores_file("2", "2026-11-02").write(to_parquet(whole))
     file.write(to_parquet(whole.drop_columns(["run_id", "p_value"])))
     with pytest.raises(WrongUse, match=rf"{file.name} lacks the columns p_value, run_id; was it"):

@@ -57,12 +57,13 @@ def test_run_json_has_the_keys_that_its_readers_know(tmp_path: Path) -> None:
         *("configuration", "counts", "not_listed", "skipped", "precisions", "forms", "drift"),
         *("peak_memory_bytes", "images_per_second", "seconds", "seconds_to_first_image"),
         *("seconds_in_workers", "images_helped", "cpu_seconds_in_workers", "libraries"),
+        *("models", "not_loaded", "unrouted", "models_loaded"),
     ]
     assert content["format_version"] == 1
     assert content["model"].keys() == {"location", "model_id", "model_name"}
     assert content["counts"].keys() == {
         *("listed", "scored", "permanent_errors", "missing", "scored_in_this_run", "anomalous_in_this_run"),
-        *("errors_in_this_run", "failed_shards_in_this_run", "not_listed"),
+        *("errors_in_this_run", "failed_shards_in_this_run", "unrouted", "not_listed"),
     }
     assert content["drift"].keys() == {
         *("ks_statistic", "ks_p_value", "share_below_5_percent", "sample", "heldout"),

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import copy_some
 from PIL import Image
+from small_models import save_small
 
 from csflow.cluster import WorkerResources
 from csflow.errors import ErrorCode
@@ -24,8 +25,8 @@ from csflow.inputs.listing import list_images
 from csflow.inputs.loading import ImageLoader
 from csflow.inputs.reading import ImageReader
 from csflow.maps import box_of, map_of, resample
-from csflow.model import Architecture, Detector, Form, Scores
-from csflow.model_directory import CALIBRATION, load_model, read_model, save_model
+from csflow.model import Form, Scores
+from csflow.model_directory import load_model, read_model
 from csflow.output.layout import Output
 from csflow.output.schemas import ERRORS, SCORES
 from csflow.preprocessing import Fit, Preprocessing
@@ -47,17 +48,6 @@ PATIENCE_S = 120
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Location:
     return save_small(tmp_path_factory.mktemp("small") / "model", "stretch")
-
-
-def save_small(folder: Path, fit: Fit) -> Location:
-    location = Location(str(folder))
-    architecture = Architecture(
-        "tf_efficientnet_lite0", (128, 128), hidden_channels=8, kernel_sizes=(1,), fit=fit
-    )
-    row = {"image_uri": "good.png", "image_version": "1", "anomaly_score": 0.5}
-    calibration = pa.Table.from_pylist([row], schema=CALIBRATION)
-    save_model(location, Detector(architecture), calibration, training={}, data={}, metrics={}, card={})
-    return location
 
 
 @pytest.fixture

@@ -333,7 +333,7 @@ def test_plans_that_an_earlier_csflow_left_are_found_in_parts_of_64_shards(
 def test_images_of_a_plan_that_an_earlier_csflow_left_have_no_time(tmp_path: Path) -> None:
     part = Location(str(tmp_path / "part.parquet"))
     part.write(to_parquet(pa.table({"image_uri": ["a"], "image_version": ["1"]})))
-    images = PlannedShard("1-ab-000000", "2026-11-02", part, 0).images()
+    images = PlannedShard("1-ab-000000", "2026-11-02", part, 0, "a").images()
     assert images.schema.field("image_modified_at") == LISTING.field("image_modified_at")
     (image,) = images.to_pylist()
     assert image == {"image_uri": "a", "image_version": "1", "image_modified_at": None, "tags": None}
@@ -341,7 +341,7 @@ def test_images_of_a_plan_that_an_earlier_csflow_left_have_no_time(tmp_path: Pat
 
 def test_a_shard_comes_to_an_actor_as_a_row_without_the_options_of_its_store() -> None:
     options = {"secret": "wJalrXUtnFEMI"}
-    shard = PlannedShard("1-ab-000007", "2026-11-02", Location("s3://plant/part", options), 7)
+    shard = PlannedShard("1-ab-000007", "2026-11-02", Location("s3://plant/part", options), 7, "a")
     assert options["secret"] not in str(shard.to_row())
     assert PlannedShard.from_row(shard.to_row(), options) == shard
 

@@ -4,7 +4,7 @@ import os
 from typing import Any, TypeVar
 
 from csflow.config import JobConfig, configured
-from csflow.errors import ExitStatus, Incomplete
+from csflow.errors import ExitStatus, Incomplete, WrongUse
 from csflow.evaluation import EvaluateConfig
 from csflow.evaluation.job import measure
 from csflow.exporting.config import ExportConfig
@@ -31,6 +31,8 @@ def train(config: ConfigFile = None, /, **settings: Any) -> Model:
         Incomplete: the training ended before its end; call it again with `resume=True`.
     """
     settings_read = configured(TrainConfig, config, _plain(settings))
+    if settings_read.routes is not None:
+        raise WrongUse("routes train several models, and this function returns one; run `csflow train`")
     if run_training(settings_read) == ExitStatus.INCOMPLETE:
         raise Incomplete(f"training of {settings_read.output} is incomplete; continue it with resume=True")
     return load(settings_read.output, storage_options=settings_read.storage_options)

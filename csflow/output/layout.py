@@ -25,6 +25,12 @@ _PARTITION = re.compile(r"/model_id=([^/]+)/date=(\d{4}-\d{2}-\d{2})/[^/]+$")
 Kind = Literal["scores", "errors"]
 
 
+def scores_folder(output: Location, model_id: str | None = None) -> Location:
+    """The folder of the scores of one model, or of all."""
+    scores = output / "scores"
+    return scores / f"model_id={model_id}" if model_id else scores
+
+
 def scores_path(model_id: str, date: str, shard: str) -> str:
     """The scores file of a shard, below the output."""
     return f"scores/model_id={model_id}/date={date}/part-{shard}.parquet"
@@ -74,7 +80,7 @@ class Output:
 
     def listing_folder(self, run_id: str) -> Location:
         """The folder of a run's frozen listing."""
-        return run_folder(self.location, run_id) / "listing"
+        return listing_folder(self.location, run_id)
 
     def plan_entry(self, number: int) -> Location:
         """The file of a plan's entry in the log of plans."""
@@ -138,6 +144,11 @@ def output_files(output: Location, kind: Kind) -> list[OutputFile]:
 def run_folder(output: Location, run_id: str) -> Location:
     """The folder in which a run keeps its record and its listing."""
     return output / "_runs" / run_id
+
+
+def listing_folder(output: Location, run_id: str) -> Location:
+    """The folder of a run's frozen listing, or, if there are routes, of one such folder for each model."""
+    return run_folder(output, run_id) / "listing"
 
 
 def new_run_id(started_at: datetime) -> str:

@@ -13,7 +13,7 @@ import pyarrow.dataset as ds
 from csflow.errors import WrongUse
 from csflow.literal_paths import arrow_filesystem
 from csflow.output.layout import SCORES_FILES, Kind, output_files, run_ids
-from csflow.output.runs import RunRecord, read_record
+from csflow.output.runs import RecordOfModel, RunRecord, read_record
 from csflow.output.schemas import ERRORS, KEY_COLUMNS, SCORES
 from csflow.storage import Location
 
@@ -108,7 +108,9 @@ def open_errors(output: ScoringOutput, run_id: str | None = None) -> list[ErrorG
         columns=["image_uri", "image_version", "scored_at"],
         filter=pc.field("image_uri").isin(failed["image_uri"].combine_chunks()),
     )
-    both = failed.join(scored, "image_uri", join_type="inner", right_suffix="_scored")
+    # Arrow joins no maps, which `tags` are.
+    attempts = failed.select(["image_uri", "image_version", "failed_at"])
+    both = attempts.join(scored, "image_uri", join_type="inner", right_suffix="_scored")
     is_same = pc.equal(both["image_version"], both["image_version_scored"])
     recovered = both.filter(pc.or_(is_same, pc.greater(both["scored_at"], both["failed_at"])))
     is_open = pc.invert(pc.is_in(failed["image_uri"], recovered["image_uri"].combine_chunks()))
@@ -120,9 +122,15 @@ def open_errors(output: ScoringOutput, run_id: str | None = None) -> list[ErrorG
     return sorted(groups, key=lambda group: -group.images)
 
 
-def last_records(output: ScoringOutput) -> list[RunRecord]:
+def last_records(output: ScoringOutput) -> list[RecordOfModel]:
     """Records of this model among the last `RUNS_LOOKED_AT` runs, latest first; runs cut off have none."""
-    return [record for record in _records(output.root) if record.model.model_id == output.model_id]
+    return [record for record in _of_models(output.root) if record.model.model_id == output.model_id]
+
+
+def _of_models(root: Location) -> Iterator[RecordOfModel]:
+    """The records, of runs with several models one for each."""
+    for record in _records(root):
+        yield from record.by_model()
 
 
 def _records(root: Location) -> Iterator[RunRecord]:
@@ -135,7 +143,7 @@ def _records(root: Location) -> Iterator[RunRecord]:
 def _labels(root: Location, model_ids: Iterable[str]) -> str:
     """The models as people know them, as far as run records tell."""
     known: dict[str, str] = {}
-    for record in _records(root):
+    for record in _of_models(root):
         known.setdefault(record.model.model_id, record.model.label)
     return ", ".join(known.get(model_id, model_id) for model_id in model_ids)
 

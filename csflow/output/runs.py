@@ -46,8 +46,27 @@ class Counts(Record):
     errors_in_this_run: dict[str, int]
     """Number of errors of this run, by error code."""
     failed_shards_in_this_run: int = 0
+    unrouted: int = 0
+    """Number of images that no rule of `--routes` matches; they are not in `listed`."""
     not_listed: int = 0
     """Number of files and folders of the input that cannot be listed; images in them are not in `listed`."""
+
+
+class OfModel(Record):
+    """What a run did with one of its models."""
+
+    location: str
+    model_id: str
+    model_name: str | None = None
+    rules: list[str] = []
+    """Names of the rules of `--routes` that name the model."""
+    counts: Counts
+    drift: Drift | None
+
+    def as_alone(self) -> dict[str, Any]:
+        """The fields of a `RunRecord` that this model had if it were the only one of the run."""
+        model = ScoredWith(location=self.location, model_id=self.model_id, model_name=self.model_name)
+        return {"model": model, "counts": self.counts, "drift": self.drift}
 
 
 class RunRecord(Record):
@@ -60,7 +79,8 @@ class RunRecord(Record):
     exit_status: int
     started_at: datetime
     ended_at: datetime
-    model: ScoredWith
+    model: ScoredWith | None
+    """The model of the run; null if it had several, or could have."""
     configuration: dict[str, Any]
     """The settings, without storage options, which may hold secrets."""
     counts: Counts
@@ -75,6 +95,7 @@ class RunRecord(Record):
     """How workers computed the model: `device`, `precision`, `batch_size` (images in a pass), and
     `fallbacks`, which say what ran more slowly than it could and why."""
     drift: Drift | None
+    """Null if the run had several models, or could have; then each has its own."""
     peak_memory_bytes: dict[str, int]
     """Peak memory of the `driver` and of the largest `worker`."""
     images_per_second: float
@@ -91,10 +112,31 @@ class RunRecord(Record):
     cpu_seconds_in_workers: dict[str, float] = {}
     libraries: dict[str, str]
     """Versions of libraries, by name."""
+    models: list[OfModel] = []
+    """Every model of the run, with its own counts and drift."""
+    not_loaded: dict[str, str] = {}
+    """Why models cannot be loaded, by their addresses. Their images are counted as missing."""
+    unrouted: list[str] = []
+    """Some of the images that no rule matches."""
+    models_loaded: int = 0
+    """How often a worker loaded a model."""
+
+    def by_model(self) -> "list[RecordOfModel]":
+        """The record as each of its models sees it, with its own counts and drift in place of all."""
+        shared = {name: getattr(self, name) for name in type(self).model_fields}
+        if self.model is not None:
+            return [RecordOfModel(**shared)]
+        return [RecordOfModel(**shared | some.as_alone()) for some in self.models]
 
     def write(self, output: Location) -> None:
         text = json.dumps(self.model_dump(), indent=2, default=datetime.isoformat)
         (run_folder(output, self.run_id) / "run.json").write(f"{text}\n".encode())
+
+
+class RecordOfModel(RunRecord):
+    """A record as one model sees it."""
+
+    model: ScoredWith
 
 
 class Progress(Record):

@@ -17,7 +17,7 @@ from csflow.output.reading import (
     open_errors,
     open_scores,
 )
-from csflow.output.runs import RunRecord
+from csflow.output.runs import RecordOfModel
 from csflow.report.config import ReportConfig
 from csflow.storage import Location
 
@@ -37,7 +37,7 @@ class Archive:
     images: pa.Table
     """The latest score of each image, with the columns `COLUMNS`."""
     errors: list[ErrorGroup]
-    runs: list[RunRecord]
+    runs: list[RecordOfModel]
     """Records of the last runs, latest first."""
     calibration_scores: NDArray[np.float64] | None
     """Scores of the held-out images; None if the model directory was not found."""
@@ -59,7 +59,7 @@ def open_archive(config: ReportConfig) -> Archive:
 
 
 def _calibration_scores(
-    config: ReportConfig, model_id: str, runs: list[RunRecord]
+    config: ReportConfig, model_id: str, runs: list[RecordOfModel]
 ) -> NDArray[np.float64] | None:
     if config.model is not None:
         scores = find_heldout_scores(Location(config.model, config.storage_options), model_id)

@@ -1,6 +1,6 @@
 """Names the scoring actor for the driver, which imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -22,12 +22,12 @@ def calls_per_scorer(resources: WorkerResources, is_tiled: bool) -> int:
 
 
 class ScoringActor:
-    """Is a `ShardScorer` in its worker. So the driver need not import torch, which is slow and large."""
+    """Is a `KeptModels` in its worker. So the driver need not import torch, which is slow and large."""
 
-    def __init__(self, settings: ScoringSettings, resources: WorkerResources) -> None:
-        from csflow.scoring.scorer import ShardScorer
+    def __init__(self, settings: Sequence[ScoringSettings], resources: WorkerResources, most: int) -> None:
+        from csflow.scoring.kept_models import KeptModels
 
-        self._scorer = ShardScorer(settings, on_this_node(resources))
+        self._models = KeptModels(settings, on_this_node(resources), most)
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
-        return self._scorer(batch)
+        return self._models(batch)

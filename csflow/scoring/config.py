@@ -1,12 +1,13 @@
 """Settings of the scoring job, and those of them that its actors receive."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from csflow.config import FALSE_POSITIVE_RATE, Decode, ListingConfig, Locations, Moment, Patterns
 from csflow.decode_limits import DEFAULT_LIMITS, MAX_PIXELS, DecodeLimits
+from csflow.errors import WrongUse
 from csflow.precision import Device, PrecisionSetting
 
 if TYPE_CHECKING:  # with pyarrow and fsspec --help would take a second
@@ -19,8 +20,14 @@ FALSE_REGIONS = 0.1
 class ScoreConfig(ListingConfig):
     """Settings of `jobs/score.py`."""
 
-    model: str
-    """Model directory, the --output of training or import, or a pointer to one, made by `csflow promote`."""
+    model: str | None = None
+    """Model directory, the --output of training or import, or a pointer to one, made by `csflow promote`.
+    [default: none; required without --routes]"""
+    routes: str | list[dict[str, Any]] | None = None
+    """YAML file that says which images go to which model, and gives them tags. In --config it may also be
+    the rules themselves. [default: all images go to --model]"""
+    unrouted: Literal["error", "ignore"] = "error"
+    """What images are that no rule of --routes matches: with `error` the run ends with exit status 3."""
     input: Locations
     """Folders, files, globs, archives or manifests of images; one or more."""
     output: str
@@ -71,6 +78,8 @@ class ScoreConfig(ListingConfig):
     strict: bool = False
     """Images whose files are damaged inside have the errors `truncated` or `corrupt`, even if they can be
     decoded: JPEGs that end early, PNGs with wrong checksums. Takes up to half as long again for JPEGs."""
+    models_kept: int = Field(4, ge=1)
+    """Largest number of models that an actor keeps in memory at once."""
     start_timeout: float = Field(1800.0, gt=0)
     """If the cluster has no node for a worker at the start, and no shard finishes within this many seconds,
     the run ends with exit status 3."""
@@ -78,6 +87,14 @@ class ScoreConfig(ListingConfig):
     """If no shard finishes for this many seconds, the run ends with exit status 3 instead of hanging."""
     exit_on_drift: bool = False
     """End with exit status 4 instead of 0 if the scores have drifted from the calibration."""
+
+    @model_validator(mode="after")
+    def _one_way_to_name_models(self) -> "ScoreConfig":
+        if self.model is None and self.routes is None:
+            raise WrongUse("--model is required, or --routes; see --help")
+        if self.routes is not None and (self.model or self.tags):
+            raise WrongUse(f"--routes names models and tags; leave out --{'model' if self.model else 'tags'}")
+        return self
 
 
 @dataclass(frozen=True)

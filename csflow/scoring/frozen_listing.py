@@ -60,6 +60,11 @@ class Listing:
         for part in self.folder.find(".parquet"):
             yield from read_parquet(part, FROZEN).to_batches(max_chunksize=65_536)
 
+    def first_uris(self, number: int) -> list[str]:
+        """So many of the URIs, or all if there are fewer."""
+        first = next(self.batches(), None)
+        return [] if first is None else first["image_uri"].slice(0, number).to_pylist()
+
     @cached_property
     def keys(self) -> KeySet:
         """Keys of the listed image versions, with their positions, as plan and account need them."""

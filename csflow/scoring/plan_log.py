@@ -50,15 +50,22 @@ class PlannedShard:
     part: Location
     """The file of the plan that holds the shard."""
     row_group: int
+    model_id: str
 
     def to_row(self) -> dict[str, Any]:
-        """The shard as a row of a Ray dataset."""
-        return {"name": self.name, "date": self.date, "part": self.part.url, "row_group": self.row_group}
+        """The shard as it travels to a worker."""
+        return {
+            "name": self.name,
+            "date": self.date,
+            "part": self.part.url,
+            "row_group": self.row_group,
+            "model_id": self.model_id,
+        }
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], storage_options: Mapping[str, Any]) -> "PlannedShard":
         part = Location(str(row["part"]), storage_options)
-        return cls(str(row["name"]), str(row["date"]), part, int(row["row_group"]))
+        return cls(str(row["name"]), str(row["date"]), part, int(row["row_group"]), str(row["model_id"]))
 
     def images(self) -> pa.Table:
         """The images of the shard, in the columns `PLANNED`."""
@@ -95,7 +102,7 @@ class Plan:
             file = output.plan_part(self.folder, part)
             for number in some:
                 row_group = number % SHARDS_PER_PART
-                yield PlannedShard(self.shard_name(number), self.date, file, row_group)
+                yield PlannedShard(self.shard_name(number), self.date, file, row_group, output.model_id)
 
     def shard_name(self, number: int) -> str:
         """The name of the shard with this number."""

@@ -3,8 +3,8 @@
 import json
 import platform
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, astuple, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 
@@ -12,14 +12,17 @@ import csflow
 from csflow.calibration import Drift, flaggable
 from csflow.errors import ExitStatus
 from csflow.inputs.unlisted import Unlisted, failures_in_words, in_words
-from csflow.output.layout import Output
-from csflow.output.runs import Counts, RunRecord, ScoredWith
+from csflow.output.layout import scores_folder
+from csflow.output.runs import Counts, OfModel, RunRecord
 from csflow.process import peak_memory_bytes, process_started_at
 from csflow.scoring.config import ScoreConfig
+from csflow.scoring.models import ModelRun, Models
 from csflow.scoring.plan import Account
 from csflow.scoring.tally import Tally
 from csflow.storage import Location
 
+UNROUTED_NAMED = 10
+"""Largest number of images to name that no rule matches."""
 LIBRARIES = ("ray", "torch", "timm", "pyarrow", "pillow", "tifffile", "fsspec", "s3fs", "obstore")
 
 
@@ -38,30 +41,27 @@ class Clock:
         self.last = now
 
 
-def exit_status(account: Account, unlisted: Unlisted, drift: Drift | None, config: ScoreConfig) -> ExitStatus:
+def exit_status(counts: Counts, is_drifted: bool, config: ScoreConfig) -> ExitStatus:
     """The exit status of a run, given the content of its output and what of its input is not listed."""
     # Judged on the whole listing: one bad image may be all that is new tonight.
-    failed = account.permanent_errors + account.missing
-    if unlisted.failed or account.missing or failed > config.max_error_rate * account.listed:
+    failed = counts.permanent_errors + counts.missing
+    is_left = counts.missing or counts.not_listed or (counts.unrouted and config.unrouted == "error")
+    if is_left or failed > config.max_error_rate * counts.listed:
         return ExitStatus.INCOMPLETE
-    if config.exit_on_drift and drift and drift.has_drifted:
+    if config.exit_on_drift and is_drifted:
         return ExitStatus.DRIFT
     return ExitStatus.DONE
 
 
 def run_record(
-    run_id: str,
-    status: ExitStatus,
-    config: ScoreConfig,
-    model: Location,
-    output: Output,
-    model_name: str | None,
-    account: Account,
-    unlisted: Unlisted,
-    tally: Tally,
-    drift: Drift | None,
-    clock: Clock,
+    run_id: str, config: ScoreConfig, models: Models, unlisted: Unlisted, tally: Tally, clock: Clock
 ) -> RunRecord:
+    of_models = [_of_model(one) for one in models.runs]
+    alone = of_models[0] if models.routes is None else None
+    unrouted = models.unrouted.images if models.unrouted else 0
+    counts = _counts(_account(models), tally, unrouted=unrouted, not_listed=unlisted.failed)
+    is_drifted = any(one.drift.has_drifted for one in of_models if one.drift)
+    status = exit_status(counts, is_drifted, config)
     forms = [json.loads(form) for form in sorted(tally.forms)]
     return RunRecord(
         run_id=run_id,
@@ -69,21 +69,18 @@ def run_record(
         exit_status=status,
         started_at=clock.started_at,
         ended_at=datetime.now(UTC),
-        model=ScoredWith(location=model.url, model_id=output.model_id, model_name=model_name),
+        model=alone.as_alone()["model"] if alone else None,
+        models=of_models,
+        not_loaded=_not_loaded(models),
+        unrouted=models.unrouted.first_uris(UNROUTED_NAMED) if models.unrouted else [],
+        models_loaded=tally.models_loaded,
         configuration=config.model_dump(mode="json", exclude={"storage_options"}),
-        counts=Counts(
-            **asdict(account),
-            scored_in_this_run=tally.scored,
-            anomalous_in_this_run=tally.anomalous,
-            errors_in_this_run=dict(tally.error_codes),
-            failed_shards_in_this_run=tally.failed_shards,
-            not_listed=unlisted.failed,
-        ),
+        counts=counts,
         not_listed=unlisted.failures,
         skipped=unlisted.skipped,
         precisions=sorted({form["precision"] for form in forms}),
         forms=forms,
-        drift=drift,
+        drift=alone.drift if alone else None,
         peak_memory_bytes={"driver": peak_memory_bytes(), "worker": tally.peak_worker_bytes},
         images_per_second=round(tally.images / clock.seconds["score"], 3),
         seconds=_rounded(clock.seconds),
@@ -96,36 +93,93 @@ def run_record(
     )
 
 
-def summary(record: RunRecord, output: Output) -> str:
+def _of_model(one: ModelRun) -> OfModel:
+    return OfModel(
+        location=one.directory.url,
+        model_id=one.model.model_id,
+        model_name=one.model.name,
+        rules=one.rules,
+        counts=_counts(one.account, one.tally),
+        drift=one.drift(),
+    )
+
+
+def _account(models: Models) -> Account:
+    """The accounts of all models together. Images of models that cannot be loaded are listed and missing."""
+    left = sum(broken.listing.images for broken in models.broken)
+    accounts = [*(one.account for one in models.runs), Account(left, 0, 0, left)]
+    return Account(*(sum(numbers) for numbers in zip(*map(astuple, accounts), strict=True)))
+
+
+def _counts(account: Account, tally: Tally, unrouted: int = 0, not_listed: int = 0) -> Counts:
+    return Counts(
+        **asdict(account),
+        scored_in_this_run=tally.scored,
+        anomalous_in_this_run=tally.anomalous,
+        errors_in_this_run=dict(tally.error_codes),
+        failed_shards_in_this_run=tally.failed_shards,
+        unrouted=unrouted,
+        not_listed=not_listed,
+    )
+
+
+def _not_loaded(models: Models) -> dict[str, str]:
+    """Why models cannot be loaded, by their addresses: found out by the driver, or by a worker."""
+    by_driver = {str(broken.address): broken.reason for broken in models.broken if broken.listing.images}
+    by_worker = {one.directory.url: one.tally.not_loaded for one in models.runs if one.tally.not_loaded}
+    return by_driver | by_worker
+
+
+def summary(record: RunRecord, output: Location) -> str:
     """A few lines for the terminal."""
     counts, first = record.counts, record.seconds_to_first_image
-    before = counts.scored - counts.scored_in_this_run
     codes = ", ".join(f"{code} {n}" for code, n in sorted(counts.errors_in_this_run.items()))
     lines = [
-        f"scored    {counts.scored_in_this_run} images, {counts.anomalous_in_this_run} anomalous "
-        f"({before} were scored before)",
+        f"scored    {_scored(counts)}",
         f"errors    {codes or 'none'}",
         f"rate      {record.images_per_second:.1f} images/s"
         + (f"; first image scored {first:.0f} s after the start" if first is not None else ""),
     ]
     if record.seconds_in_workers.get("score"):
         lines.append(f"loading   {_where_time_went(record)}")
-    if drift := record.drift:
-        lines += [f"drift     {drift.words}", f"distance  {_distance(drift)}"]
+    for one in record.by_model():
+        of = "" if record.model else f"{one.model.label}: "
+        if of:
+            lines.append(f"model     {of}{_scored(one.counts)}")
+        if drift := one.drift:
+            lines += [f"drift     {of}{drift.words}", f"distance  {of}{_distance(drift)}"]
     for form in record.forms:
         lines += [f"slower    on {form['device']}: {fallback}" for fallback in form["fallbacks"]]
     if record.skipped:
         lines.append(f"skipped   {in_words(record.skipped)}")
-    lines.append(f"output    {output.folder('scores')}")
-    if counts.not_listed:
-        lines.append(f"INCOMPLETE: {failures_in_words(counts.not_listed, record.not_listed)}")
-    if counts.missing:
-        lines.append(f"INCOMPLETE: {counts.missing} images are missing; the same command continues")
-    elif record.exit_status == ExitStatus.INCOMPLETE and not counts.not_listed:
-        lines.append(
-            f"INCOMPLETE: {counts.permanent_errors} of {counts.listed} images have a permanent error"
-        )
+    if counts.unrouted:
+        lines.append(f"unrouted  {counts.unrouted} images match no rule, such as {record.unrouted[0]}")
+    model_id = record.model.model_id if record.model else None
+    lines.append(f"output    {scores_folder(output, model_id)}")
+    lines += [f"INCOMPLETE: {why}" for why in _why_incomplete(record)]
     return "\n".join(lines)
+
+
+def _why_incomplete(record: RunRecord) -> Iterator[str]:
+    counts = record.counts
+    for address, reason in record.not_loaded.items():
+        yield f"model {address} cannot be loaded: {reason}"
+    if counts.not_listed:
+        yield failures_in_words(counts.not_listed, record.not_listed)
+    if is_unrouted := counts.unrouted and record.configuration["unrouted"] == "error":
+        yield f"{counts.unrouted} images match no rule; add one to --routes, or pass --unrouted ignore"
+    if counts.missing:
+        yield f"{counts.missing} images are missing; the same command continues"
+    elif record.exit_status == ExitStatus.INCOMPLETE and not counts.not_listed and not is_unrouted:
+        yield f"{counts.permanent_errors} of {counts.listed} images have a permanent error"
+
+
+def _scored(counts: Counts) -> str:
+    before = counts.scored - counts.scored_in_this_run
+    return (
+        f"{counts.scored_in_this_run} images, {counts.anomalous_in_this_run} anomalous "
+        f"({before} were scored before)"
+    )
 
 
 def _distance(drift: Drift) -> str:

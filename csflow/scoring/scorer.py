@@ -43,6 +43,7 @@ READ_THREADS, READ_THREADS_PER_CPU = 8, 2
 """Number of reading threads in a worker: at least the first, since most of them wait for the store."""
 RESULT = pa.schema(
     [
+        pa.field("model_id", pa.string()),
         pa.field("shard", pa.string()),
         pa.field("images", pa.int64()),
         pa.field("scored", pa.int64()),
@@ -63,6 +64,8 @@ RESULT = pa.schema(
         pa.field("form", pa.string()),  # of the worker's model, as JSON
         pa.field("peak_memory_bytes", pa.int64()),  # of the worker process so far
         pa.field("failure", pa.string()),  # why the whole shard failed, if it did
+        pa.field("is_of_model", pa.bool_()),  # whether that is because its model cannot be loaded
+        pa.field("loads", pa.int64()),  # by the actor since its last row
     ]
 )
 
@@ -82,6 +85,15 @@ class _Notes:
     """Of images of more than 8 bits a sample."""
 
 
+class WorkerProcess:
+    """What the models of an actor share: its device, the turn to compute, and the account of its CPU time."""
+
+    def __init__(self, resources: WorkerResources) -> None:
+        self.device = process.set_up(resources.cpus, resources.gpus)
+        self.turn = threading.Lock()
+        self.cpu = ProcessCpu()
+
+
 class ShardScorer:
     """The scoring pass in an actor. Several threads call it at once.
 
@@ -90,9 +102,17 @@ class ShardScorer:
     model.
     """
 
-    def __init__(self, settings: ScoringSettings, resources: WorkerResources) -> None:
+    def __init__(
+        self, settings: ScoringSettings, resources: WorkerResources, worker: WorkerProcess | None = None
+    ) -> None:
+        """Loads the model.
+
+        Args:
+            worker: what it shares with other models in this process.
+        """
         self._settings = settings
-        self._device = process.set_up(resources.cpus, resources.gpus)
+        worker = worker or WorkerProcess(resources)
+        self._device = worker.device
         model = read_model(settings.model)
         if model.model_id != settings.output.model_id:
             raise RuntimeError(
@@ -115,15 +135,16 @@ class ShardScorer:
             threads = max(READ_THREADS, READ_THREADS_PER_CPU * resources.cpus)
             loader = LoaderSettings(storage_options, preprocessing, limits=settings.limits)
             self._loader = loader.loader(threads, helpers(loader, resources))
-        self._model_lock = threading.Lock()
-        self._process_cpu = ProcessCpu()
+        self._model_lock = worker.turn
+        self._process_cpu = worker.cpu
         self._start_cpu_seconds = self._process_cpu.take()[0]
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         """Scores the one shard in the batch; returns a row in the `RESULT` schema."""
         storage_options = self._settings.output.location.storage_options
         shard = PlannedShard.from_row({name: column[0] for name, column in batch.items()}, storage_options)
-        row: dict[str, Any] = {"shard": shard.name, "is_published": False}
+        row: dict[str, Any] = {"model_id": self._settings.output.model_id, "shard": shard.name}
+        row |= {"is_published": False, "is_of_model": False, "loads": 0}
         try:
             target = self._settings.output.scores_file(shard.name, shard.date)
             if not target.exists():

@@ -26,9 +26,9 @@ class StopRules:
         Raises:
             Failed: the first shards all failed as a whole, so the rest would fail too.
         """
-        done = len(tally.shards)
+        done, failed = (number - tally.without_model for number in (len(tally.shards), tally.failed_shards))
         self.failed_in_a_row = self.failed_in_a_row + 1 if failure else 0
-        if tally.failed_shards == done == min(self.shards, FAILED_SHARDS_TO_STOP):
+        if failed == done == min(self.shards, FAILED_SHARDS_TO_STOP):
             raise Failed(f"the first {done} shards failed, nothing of them was written; the last: {failure}")
         if self.failed_in_a_row == FAILED_SHARDS_IN_A_ROW:
             return f"the last {FAILED_SHARDS_IN_A_ROW} shards failed, see above"

@@ -20,8 +20,8 @@ ERROR_RATE_MINIMUM_IMAGES = 100
 class Tally:
     """Adds up the result rows of shards (`csflow.scoring.scorer.RESULT`)."""
 
-    shards: set[str] = field(default_factory=set)
-    """Names of the shards that came back."""
+    shards: set[tuple[str, str]] = field(default_factory=set)
+    """Model ids and names of the shards that came back."""
     images: int = 0
     scored: int = 0
     anomalous: int = 0
@@ -30,6 +30,12 @@ class Tally:
     p_values_below_5_percent: int = 0
     failed_shards: int = 0
     """Number of shards that failed as a whole, not because of an image."""
+    without_model: int = 0
+    """Those of them whose model could not be loaded."""
+    not_loaded: str | None = None
+    """Why, for the first of them."""
+    models_loaded: int = 0
+    """How often a worker loaded a model."""
     error_codes: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Seconds by stage, summed over workers, and for reading and decoding over threads, too."""
@@ -41,13 +47,18 @@ class Tally:
     """How workers computed the model, as JSON; several on a mixed cluster."""
     peak_worker_bytes: int = 0
     range_use: RangeUse = field(default_factory=RangeUse)
+    sample_size: int = SAMPLE_SIZE
     sample: list[tuple[float, float]] = field(default_factory=list)
-    """Anomaly and global score of each image; a random sample if there are more than `SAMPLE_SIZE`."""
+    """Anomaly and global score of each image; a random sample if there are more than `sample_size`."""
     generator: random.Random = field(default_factory=lambda: random.Random(0), repr=False)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        self.shards.add(row["shard"])
+        self.shards.add((row["model_id"], row["shard"]))
         self.failed_shards += bool(row["failure"])
+        if row["is_of_model"]:
+            self.without_model += 1
+            self.not_loaded = self.not_loaded or row["failure"]
+        self.models_loaded += row["loads"]
         if not row["is_published"]:
             return
         self._add_to_sample(list(zip(row["anomaly_scores"], row["global_scores"], strict=True)))
@@ -78,22 +89,18 @@ class Tally:
     def _add_to_sample(self, scores: Sequence[tuple[float, float]]) -> None:
         """Reservoir sampling: every image so far is in the sample with the same probability."""
         for seen, value in enumerate(scores, start=self.scored + 1):
-            if len(self.sample) < SAMPLE_SIZE:
+            if len(self.sample) < self.sample_size:
                 self.sample.append(value)
-            elif (position := self.generator.randrange(seen)) < SAMPLE_SIZE:
+            elif (position := self.generator.randrange(seen)) < self.sample_size:
                 self.sample[position] = value
 
 
 class LiveMetrics:
     """The figures of a tally as Ray metrics, which Ray's agents offer to Prometheus while the job runs."""
 
-    def __init__(self, model_id: str) -> None:
-        tags = {"model_id": model_id}
-
+    def __init__(self) -> None:
         def counter(name: str, description: str, *tag: str) -> metrics.Counter:
-            new = metrics.Counter(f"csflow_{name}", description, tag_keys=("model_id", *tag))
-            new.set_default_tags(tags)
-            return new
+            return metrics.Counter(f"csflow_{name}", description, tag_keys=("model_id", *tag))
 
         self._images = counter("images", "Images by outcome: scored, or the error code.", "outcome")
         self._seconds = counter("stage_seconds", "Seconds of workers by stage.", "stage")
@@ -102,12 +109,13 @@ class LiveMetrics:
     def add(self, row: Mapping[str, Any]) -> None:
         if not row["is_published"]:
             return
+        model = {"model_id": row["model_id"]}
         outcomes = {"scored": row["scored"]} | dict(row["error_codes"])
         for outcome, images in outcomes.items():
             if images:
-                self._images.inc(images, {"outcome": outcome})
+                self._images.inc(images, model | {"outcome": outcome})
         if row["p_values_below_5_percent"]:
-            self._low.inc(row["p_values_below_5_percent"])
+            self._low.inc(row["p_values_below_5_percent"], model)
         for stage, seconds in row["seconds"]:
             if seconds > 0:
-                self._seconds.inc(seconds, {"stage": stage})
+                self._seconds.inc(seconds, model | {"stage": stage})

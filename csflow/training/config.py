@@ -37,7 +37,12 @@ class TrainConfig(ListingConfig):
     AUROC of the trained model on these images, and that of a simple model without a flow, a Gaussian of each
     position. They take no part in the training."""
     output: str
-    """Model directory to write."""
+    """Model directory to write; with --routes a folder of such, each with the name of its rule."""
+    routes: str | list[dict[str, Any]] | None = None
+    """YAML file that says which images go to which model, the same as for scoring: trains one model per rule.
+    In --config it may also be the rules themselves. [default: one model of all images]"""
+    only: Patterns = Field([])
+    """Names of the rules of --routes whose models are to be trained. [default: all]"""
     name: ModelName | None = None
     """What to call the model, usually the product or the camera that it is for. The name is stored with every
     score, so that queries can tell products apart. Models of one name replace each other over time."""
@@ -171,6 +176,16 @@ class TrainConfig(ListingConfig):
             raise WrongUse(
                 f"--recipe {self.recipe} compares whole images, and --tile cuts them; leave one out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _for_one_model_only(self) -> "TrainConfig":
+        if self.routes is None and self.only:
+            raise WrongUse("--only names rules of --routes; give both")
+        if self.routes is not None and (
+            one := [s for s in ("name", "evaluate") if getattr(self, s) is not None]
+        ):
+            raise WrongUse(f"--{one[0]} is of one model, and --routes trains several; leave it out")
         return self
 
     @property

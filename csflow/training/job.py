@@ -32,6 +32,7 @@ from csflow.training.config import TrainConfig, check_calibration
 from csflow.training.features import extract
 from csflow.training.labelled import LabelledImages
 from csflow.training.outliers import ClosedForm, outlier_files, trimmed_images
+from csflow.training.plant import train_by_routes
 from csflow.training.resumption import check_replacement
 from csflow.training.rounding import ALL_THE_SAME, TOO_ALIKE, moves_p_values, some_pixels
 from csflow.training.run import Run
@@ -45,6 +46,13 @@ LINES_SHOWN = 10
 
 def train(config: TrainConfig) -> ExitStatus:
     """Runs the job. Raises WrongUse before any cluster work starts if a setting or input is wrong."""
+    if config.routes is not None:
+        return train_by_routes(config, _list_images, _train)
+    return _train(config)
+
+
+def _train(config: TrainConfig, listed: pa.Table | None = None) -> ExitStatus:
+    """Trains one model, on images that are listed already, or on those of `--input`."""
     output = Location(config.output, config.storage_options)
     check_free(output, config.overwrite or config.resume)
     replaces_unasked = config.resume and not config.overwrite and holds_model(output)
@@ -54,7 +62,7 @@ def train(config: TrainConfig) -> ExitStatus:
     check_shares(config.validation, config.holdout)
     output.check_writable()
     detector = build_detector(config)
-    images = _list_images(config)
+    images = _list_images(config) if listed is None else listed
     check_enough(images.num_rows)
     config = config.with_calibration(images.num_rows)
     is_cross = config.calibration == "cross"

@@ -1,0 +1,120 @@
+"""Trains a model for each rule of a table of routes, one after the other, over one listing and one cache."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from csflow.console import say, warn
+from csflow.errors import ExitStatus, Failed, WrongUse
+from csflow.model_directory import check_free, holds_model, read_config
+from csflow.routes import Routes, read_routes
+from csflow.storage import Location
+from csflow.training.config import TrainConfig
+from csflow.training.resumption import repeats
+from csflow.training.shards import fingerprint
+from csflow.training.split import check_enough
+
+
+@dataclass(frozen=True)
+class _Training:
+    """The training of one model, which one rule or several name."""
+
+    rules: list[str]
+    config: TrainConfig
+    """As for a training of this model alone."""
+
+    @property
+    def output(self) -> Location:
+        return Location(self.config.output, self.config.storage_options)
+
+    def is_done(self, images: pa.Table) -> bool:
+        """Whether its output holds what this training gives."""
+        listed = fingerprint(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
+        return holds_model(self.output) and repeats(read_config(self.output), self.config, listed)
+
+
+def train_by_routes(
+    config: TrainConfig,
+    list_images: Callable[[TrainConfig], pa.Table],
+    train: Callable[[TrainConfig, pa.Table], ExitStatus],
+) -> ExitStatus:
+    """Trains the models of all rules, or of those that `--only` names. One that fails stops no other.
+
+    Args:
+        train: trains one model on listed images.
+
+    Raises:
+        WrongUse: table or settings are wrong, or a rule has too few images; nothing has been trained then.
+        Failed: some were not trained.
+    """
+    assert config.routes is not None
+    routes = read_routes(config.routes, config.storage_options)
+    trainings = _trainings(config, routes)
+    for one in trainings:
+        check_free(one.output, config.overwrite or config.resume)
+    images = _apart(list_images(config), routes)
+    for one in trainings:
+        _check_enough(one, images[one.rules[0]].num_rows)
+    statuses, failed = [], []
+    for one in trainings:
+        own, names = images[one.rules[0]], ", ".join(one.rules)
+        if config.resume and one.is_done(own):
+            say(f"rule {names}: {one.output} is trained")
+            continue
+        say(f"rule {names}: {own.num_rows} images, for {one.output}")
+        try:
+            statuses.append(train(one.config, own))
+        except (WrongUse, Failed) as error:
+            warn(f"rule {names} was not trained: {error}")
+            failed.append(names)
+    if failed:
+        raise Failed(
+            f"{len(failed)} of {len(trainings)} models were not trained ({'; '.join(failed)}), see above"
+        )
+    return ExitStatus.INCOMPLETE if ExitStatus.INCOMPLETE in statuses else ExitStatus.DONE
+
+
+def _trainings(config: TrainConfig, routes: Routes) -> list[_Training]:
+    """A training for each model of the table, or for those with a rule that `--only` names."""
+    if unknown := set(config.only) - {rule.name for rule in routes.rules}:
+        known = ", ".join(rule.name for rule in routes.rules)
+        raise WrongUse(f"--only {min(unknown)} is no rule of --routes, whose rules are {known}")
+    by_model: dict[str, list[str]] = defaultdict(list)
+    for rule in routes.rules:
+        by_model[rule.model].append(rule.name)
+    wanted = [names for names in by_model.values() if not config.only or set(names) & set(config.only)]
+    return [_Training(names, _alone(config, names[0])) for names in wanted]
+
+
+def _alone(config: TrainConfig, rule: str) -> TrainConfig:
+    """The settings of a training of one rule's model. Features are in one cache for all."""
+    if "/" in rule or rule.startswith((".", "_")):
+        raise WrongUse(f"--routes: rule {rule}: its model goes to a folder of this name; choose a plain one")
+    folder = config.output.rstrip("/")
+    own = {"output": f"{folder}/{rule}", "name": rule, "work_dir": config.work_dir or f"{folder}/_work"}
+    return config.model_copy(update=own | {"routes": None, "only": []})
+
+
+def _apart(listed: pa.Table, routes: Routes) -> dict[str, pa.Table]:
+    """The images of each rule, those of all rules of one model together; says how many have none."""
+    rows: dict[str, list[int]] = defaultdict(list)
+    unrouted = []
+    for row, uri in enumerate(listed["image_uri"].to_pylist()):
+        if routed := routes.of(uri):
+            rows[routes.rules[routed[0]].model].append(row)
+        else:
+            unrouted.append(uri)
+    if unrouted:
+        warn(f"{len(unrouted)} of {listed.num_rows} images match no rule, such as {unrouted[0]}")
+    return {rule.name: listed.take(pa.array(rows[rule.model], pa.int64())) for rule in routes.rules}
+
+
+def _check_enough(one: _Training, images: int) -> None:
+    try:
+        check_enough(images)
+    except WrongUse as error:
+        raise WrongUse(
+            f"--routes: rule {', '.join(one.rules)}: {error}; or leave it out with --only"
+        ) from None
