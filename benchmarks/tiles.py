@@ -32,7 +32,7 @@ DEFECTS = 6
 """Of a defective image."""
 MODELS: dict[str, dict[str, Any]] = {
     "squeezed": {"image_size": [256]},
-    "tiled": {"tile": 512, "overlap": 64},
+    "tiled": {"tile": 512, "overlap": 64, "tiles_per_image": 8},
 }
 
 
@@ -142,7 +142,7 @@ def measure_strips(work: Path) -> None:
     """Prints time and memory for strips of growing length."""
     some = cells()
     print("| strip | megapixels | s per megapixel | peak memory, GB |\n|---|---|---|---|")
-    for height in (5_000, 12_500, 50_000):
+    for height in (3_000, 12_500, 50_000):
         folder = work / f"strip-{height}"
         folder.mkdir(exist_ok=True)
         strip_HW = np.pad(plate(some, np.random.default_rng(1), height), ((0, 0), (0, 96)), mode="reflect")
@@ -169,11 +169,9 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder of data, models and scores")
     parser.add_argument(
-        "--train", type=int, default=40, help="normal images to learn from and to calibrate with"
+        "--train", type=int, default=30, help="normal images to learn from and to calibrate with"
     )
-    parser.add_argument(
-        "--test", type=int, default=10, help="normal, and as many defective images to test on"
-    )
+    parser.add_argument("--test", type=int, default=5, help="normal, and as many defective images to test on")
     parser.add_argument("--strips", action="store_true", help="measure strips")
     arguments = parser.parse_args()
     if arguments.strips:

@@ -31,7 +31,11 @@ BATCH_SIZE = 8
 
 
 def heldout_calibration(
-    detector: Detector, inputs: Sequence[str], config: ListingConfig, setting: str
+    detector: Detector,
+    inputs: Sequence[str],
+    config: ListingConfig,
+    setting: str,
+    limits: DecodeLimits = DEFAULT_LIMITS,
 ) -> tuple[pa.Table, int] | None:
     """Scores of normal images in the `CALIBRATION` schema, and the number of images that cannot be read.
 
@@ -42,6 +46,7 @@ def heldout_calibration(
         inputs: folders, files, archives or manifests of images.
         config: how they are listed and read.
         setting: the flag that names them, for messages.
+        limits: of each image.
 
     Returns:
         None if some images could not be read this time.
@@ -63,6 +68,7 @@ def heldout_calibration(
             images,
             config.storage_options,
             lambda done: progress.update(done, f"{done / progress.seconds:.1f} images/s"),
+            limits,
         )
     detector.to("cpu")
     for image in failed:

@@ -1,10 +1,12 @@
 """Recalibration: the same weights get new held-out images, and so new p-values and thresholds."""
 
 import numpy as np
+from pydantic import Field
 
 import csflow
 from csflow.calibration import p_values
 from csflow.config import ListingConfig, Locations
+from csflow.decode_limits import MAX_PIXELS, DecodeLimits
 from csflow.errors import ExitStatus
 from csflow.heldout import heldout_calibration
 from csflow.model import Architecture
@@ -40,6 +42,8 @@ class RecalibrateConfig(ListingConfig):
     manifests."""
     output: str
     """Model directory to write; its model_id is a new one."""
+    max_pixels: int = Field(MAX_PIXELS, ge=1)
+    """Images of more pixels than this are left out as `too_large`."""
     overwrite: bool = False
     """Replace a model that --output already holds."""
 
@@ -49,8 +53,8 @@ def recalibrate(config: RecalibrateConfig) -> ExitStatus:
     source, output = (Location(url, config.storage_options) for url in (config.model, config.output))
     check_free(output, config.overwrite)
     output.check_writable()
-    old = load_model(source)
-    result = heldout_calibration(old.detector, config.input, config, "--input")
+    old, limits = load_model(source), DecodeLimits(config.max_pixels)
+    result = heldout_calibration(old.detector, config.input, config, "--input", limits)
     if result is None:
         return ExitStatus.INCOMPLETE
     table, unreadable = result

@@ -25,6 +25,7 @@ from csflow.model import (
 )
 from csflow.model_directory import load_model, read_config
 from csflow.preprocessing import Preprocessing, Tiling
+from csflow.recalibration import RecalibrateConfig, recalibrate
 from csflow.training.config import TrainConfig
 
 TILED = Preprocessing((128, 128), tiling=Tiling(overlap=32))
@@ -260,3 +261,15 @@ def test_scores_have_native_maps_and_regions_in_pixels_of_the_original(tile_mode
     assert result.anomaly_score == pytest.approx(row.anomaly_score, rel=1e-4)
     np.testing.assert_allclose(result.anomaly_map.ravel(), row.anomaly_map, rtol=1e-3)
     assert list(result.map_box) == list(row.map_box)
+
+
+def test_a_model_of_tiles_is_recalibrated_on_whole_images_of_any_size(tile_model, plates, tmp_path):
+    arguments = ["--model", tile_model, "--input", plates, "--output", tmp_path / "again"]
+    largest = max(Image.open(file).width * Image.open(file).height for file in plates.iterdir())
+    config = parse(RecalibrateConfig, None, [*map(str, arguments), "--max_pixels", str(largest - 1)])
+    assert recalibrate(config) == ExitStatus.DONE
+    before, after = (load_model(str(folder)).calibration.table for folder in (tile_model, tmp_path / "again"))
+    assert 0 < after.num_rows < 24  # without the largest
+    scores = dict(zip(after["image_uri"].to_pylist(), after["anomaly_score"].to_pylist(), strict=True))
+    for uri, score in zip(before["image_uri"].to_pylist(), before["anomaly_score"].to_pylist(), strict=True):
+        assert scores.get(uri, score) == pytest.approx(score, rel=1e-3)
