@@ -133,13 +133,14 @@ class Run:
     output: str
 
 
-def run(command: Sequence[str], server: S3Server) -> Run:
-    """Runs a command with the processor time of all its processes accounted for; raises if it fails."""
+def run(command: Sequence[str], server: S3Server, root: Path = ROOT) -> Run:
+    """Runs a command of a source tree with the processor time of all its processes accounted for; raises if
+    it fails."""
     before = cpu_seconds_of(server.process.pid)
     started = time.perf_counter()
-    environment = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": str(root)}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     spent: dict[int, tuple[str, float]] = {}
     watcher = threading.Thread(target=_watch, args=(process, spent))

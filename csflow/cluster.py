@@ -42,6 +42,8 @@ def connect() -> None:
     """Joins the cluster that RAY_ADDRESS names (`ray job submit` sets it), else the cluster that runs on this
     machine, else starts Ray for this process."""
     level = logging.INFO if is_verbose() else logging.ERROR
+    # Else Ray Data starts one more worker process, only to count how it is used.
+    os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
     if not ray.is_initialized():
         with _quiet_backend():
             ray.init(logging_level=level, log_to_driver=is_verbose(), include_dashboard=False)
