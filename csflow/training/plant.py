@@ -32,7 +32,8 @@ class _Training:
     def is_done(self, images: pa.Table) -> bool:
         """Whether its output holds what this training gives."""
         listed = fingerprint(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
-        return holds_model(self.output) and repeats(read_config(self.output), self.config, listed)
+        config = self.config.with_calibration(images.num_rows)
+        return holds_model(self.output) and repeats(read_config(self.output), config, listed)
 
 
 def train_by_routes(
