@@ -485,7 +485,7 @@ def test_an_architecture_that_cannot_be_built_is_damage(detector, tmp_path, chan
     values = detector.architecture.to_json() | change
     odd = copy.copy(detector)
     odd.architecture = SimpleNamespace(
-        to_json=lambda: {name: value for name, value in values.items() if value is not ...}
+        tiling=None, to_json=lambda: {name: value for name, value in values.items() if value is not ...}
     )
     save(Location(str(tmp_path)), odd)
     with pytest.raises(WrongUse, match=rf"is damaged \({complaint}"):
