@@ -45,9 +45,9 @@ def run(config: ScoreConfig) -> RunRecord:
     models = Models.find(config)
     for broken in models.broken:
         warn(broken.line())
+    output.check_writable(exclusively=True)
     if (output / COMPACTED).exists():
         raise WrongUse(f"--output {output} holds compacted scores; choose the output that they are from")
-    output.check_writable(exclusively=True)
     heartbeat = Heartbeat(output, run_id, clock.started_at)
     clock.lap("start")
     heartbeat.begin("list")
