@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -222,7 +222,7 @@ def map_shards(
     resources: WorkerResources,
     calls_per_worker: int = 1,
     retries: int = SHARD_RETRIES,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Runs every shard through a pool of actors, and yields one result row per shard as shards finish.
 
     A shard whose actor died more than `retries` times yields no row.
@@ -255,35 +255,46 @@ def map_shards(
     yield from results.iter_rows()
 
 
-def with_timeout(rows: Iterator[T], seconds: float | None, first: float | None = None) -> Iterator[T]:
-    """Yields the rows of an iterator that may hang.
+def with_timeout(
+    rows: Generator[T, None, None], seconds: float | None, first: float | None = None
+) -> Iterator[T]:
+    """Yields the rows of a generator that may hang, which runs in a thread.
+
+    If the caller stops early, the generator is closed when its next row comes, and gives back what it holds.
 
     Args:
         first: seconds until the first row, if they are others.
 
     Raises:
-        TimeoutError: the next row takes longer. The iterator stays behind in its thread.
+        TimeoutError: the next row takes longer. The generator stays behind in its thread.
     """
     timeout = seconds if first is None else first
-    results: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(maxsize=1)
+    results: queue.SimpleQueue[tuple[T] | BaseException | None] = queue.SimpleQueue()
+    is_wanted = True
 
     def pull() -> None:
         try:
             for row in rows:
+                if not is_wanted:
+                    rows.close()
+                    return
                 results.put((row,))
             results.put(None)
         except BaseException as error:
             results.put(error)
 
     threading.Thread(target=pull, daemon=True).start()
-    while True:
-        try:
-            result = results.get(timeout=timeout)
-        except queue.Empty:
-            raise TimeoutError from None
-        timeout = seconds
-        if result is None:
-            return
-        if isinstance(result, BaseException):
-            raise result
-        yield result[0]
+    try:
+        while True:
+            try:
+                result = results.get(timeout=timeout)
+            except queue.Empty:
+                raise TimeoutError from None
+            timeout = seconds
+            if result is None:
+                return
+            if isinstance(result, BaseException):
+                raise result
+            yield result[0]
+    finally:
+        is_wanted = False

@@ -40,7 +40,7 @@ from conftest import (
 from PIL import Image
 
 from csflow.calibration import p_values
-from csflow.cluster import WorkerResources, with_timeout
+from csflow.cluster import WorkerResources, map_shards, with_timeout
 from csflow.errors import ExitStatus, WrongUse
 from csflow.images import decode
 from csflow.inputs.listing import list_images
@@ -663,9 +663,24 @@ def test_rows_that_do_not_come_end_the_wait():
     with pytest.raises(TimeoutError):
         next(got)
     never.set()
-    assert list(with_timeout(iter([1, 2]), seconds=60)) == [1, 2]
+    assert list(with_timeout((n for n in [1, 2]), seconds=60)) == [1, 2]
     with pytest.raises(ZeroDivisionError):
         list(with_timeout((1 // 0 for _ in [1]), seconds=60))
+
+
+def test_a_run_that_stops_early_gives_its_workers_back(ray_cluster):
+    class Echo:
+        def __call__(self, batch: dict[str, object]) -> dict[str, object]:
+            return batch
+
+    one_worker = WorkerResources(workers=1, cpus=1, gpus=0)
+    rows = with_timeout(map_shards([{"n": n} for n in range(8)], Echo, [], one_worker), seconds=120)
+    next(rows)
+    rows.close()
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != 2:
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.1)
 
 
 def test_drift_is_stated_and_ends_the_run_with_a_status_of_its_own_when_asked(

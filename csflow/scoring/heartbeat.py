@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -35,7 +35,7 @@ class Heartbeat:
         """
         self._write(step=step, done=0, of=of)
 
-    def over(self, items: Iterable[T]) -> Iterator[T]:
+    def over(self, items: Iterable[T]) -> Generator[T, None, None]:
         """The items of the step. Each that comes is something done."""
         for item in items:
             self._progress = self._progress.model_copy(update={"done": self._progress.done + 1})

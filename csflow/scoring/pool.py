@@ -1,7 +1,7 @@
 """Scores shards with a pool of actors, until all are scored or a run is to stop early."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,7 +79,7 @@ class ScoringPool:
         rows = map_shards(work, ScoringActor, arguments, self._resources, calls, retries)
         return self._follow(self._heartbeat.over(rows), awaited)
 
-    def _follow(self, rows: Iterator[dict[str, Any]], awaited: WorkerResources | None) -> bool:
+    def _follow(self, rows: Generator[dict[str, Any], None, None], awaited: WorkerResources | None) -> bool:
         """Counts results as they arrive, shows progress; returns whether all arrived. Raises as `StopRules`.
 
         Args:
