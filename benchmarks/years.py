@@ -41,13 +41,11 @@ from csflow.storage import Location, to_parquet
 
 IMAGES = 1000
 OUTPUT = Output(Location("s3://years/output"), "0" * 16)
-ROW = dict.fromkeys(SCORES.names, 0) | {
-    "model_name": None,
+ROW = {field.name: None if field.nullable else 0 for field in SCORES} | {
     "scale_scores": [0.0] * 3,
     "anomaly_map": [0.0] * 16,
     "run_id": "night",
     "is_anomalous": False,
-    "map_box": None,
 }
 
 
@@ -118,9 +116,9 @@ def server() -> Iterator[Path]:
 def listing(nights: range) -> Listing:
     """The frozen listing of the images of some nights, on the local disk."""
     uris = [f"s3://years/images/{night:04d}/{n:04d}.jpg" for night in nights for n in range(IMAGES)]
-    table = pa.table({"image_uri": uris, "image_version": ["1"] * len(uris), "size_bytes": [1] * len(uris)})
-    folder = Location(tempfile.mkdtemp())
-    return Listing.freeze(folder, table.cast(LISTING).to_batches(), None)
+    rows = [{"image_uri": uri, "image_version": "1", "size_bytes": 1} for uri in uris]
+    table = pa.Table.from_pylist(rows, LISTING)
+    return Listing.freeze(Location(tempfile.mkdtemp()), table.to_batches(), None)
 
 
 def score_night(night: int) -> None:
