@@ -1,5 +1,6 @@
 """The command line: settings, wrong use, and `ray job submit`."""
 
+import os
 import re
 import runpy
 import shutil
@@ -179,6 +180,17 @@ def test_flags_win_over_the_config_file(tmp_path):
     assert job.returncode == 2
     assert "modle in --config is not a setting" in job.stderr
     assert len(job.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("own", "seen"), [({}, "3000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
+def test_threads_of_workers_that_wait_soon_sleep_unless_the_user_decides(own, seen):
+    code = "import os; from csflow.cluster import connect, run_task; connect(); "
+    code += "print(run_task(os.getenv, 'GOMP_SPINCOUNT'))"
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    environment |= {"RAY_ADDRESS": "local"} | own
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert ended.stdout.splitlines()[-1:] == [seen], ended.stderr
 
 
 def submit(*entrypoint: object) -> subprocess.CompletedProcess[str]:
