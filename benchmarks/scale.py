@@ -33,7 +33,7 @@ from results import record
 
 from csflow.inputs.listing import list_images
 from csflow.model_directory import read_model
-from csflow.output.layout import Output
+from csflow.output.layout import Output, listing_folder
 from csflow.output.schemas import SCORES
 from csflow.process import peak_memory_bytes
 from csflow.scoring.frozen_listing import Listing
@@ -157,7 +157,7 @@ def plan(model: str, archive: str, output_folder: str) -> dict[str, float]:
     """Lists and plans as the job does, then fills the shards; seconds by step and peak memory before that."""
     output = Output(Location(output_folder), read_model(Location(model)).model_id)
     started = time.perf_counter()
-    listing = Listing.freeze(output.listing_folder("first"), list_images([archive], {}), None)
+    listing = Listing.freeze(listing_folder(output.location, "first"), list_images([archive], {}), None)
     listed = time.perf_counter()
     shards = make_plan(listing, OutcomeReader(output), "first", retry_errors=False)
     planned = time.perf_counter()

@@ -17,7 +17,7 @@ from pydantic import Field
 from csflow.config import JobConfig
 from csflow.console import Progress, warn
 from csflow.errors import ExitStatus, WrongUse
-from csflow.output.layout import COMPACTED, Kind, Output, ShardFile, output_files
+from csflow.output.layout import COMPACTED, Kind, Output, ShardFile, scored_models
 from csflow.output.reading import dataset
 from csflow.output.schemas import SCHEMAS
 from csflow.scoring.plan_log import PlanLog
@@ -111,14 +111,16 @@ def _check_target(source: Location, target: Location) -> None:
 
 def _outputs(source: Location, model_id: str | None) -> Iterator[Output]:
     """The output of each model, or of the one that is asked for."""
-    models = {file.model_id for file in output_files(source, "scores")}
+    models = scored_models(source)
     if model_id is not None and model_id not in models:
-        raise WrongUse(f"{source} has no scores of model {model_id}; it has {', '.join(sorted(models))}")
-    return (Output(source, each) for each in sorted(models) if model_id in (None, each))
+        raise WrongUse(f"{source} has no scores of model {model_id}; it has {', '.join(models)}")
+    return (Output(source, each) for each in models if model_id in (None, each))
 
 
 def _days(output: Output, before: str) -> Iterator[_Day]:
-    plans = PlanLog(output).read()
+    planned: dict[str, set[str]] = defaultdict(set)
+    for plan in PlanLog(output).read():
+        planned[plan.date] |= {plan.shard_name(number) for number in range(plan.shards)}
     every_file: dict[str, dict[Kind, list[ShardFile]]] = defaultdict(lambda: {"scores": [], "errors": []})
     for kind in SCHEMAS:
         for file in output.files(kind):
@@ -126,10 +128,7 @@ def _days(output: Output, before: str) -> Iterator[_Day]:
     for day, files in sorted(every_file.items()):
         if day < before:
             scored = {file.shard for file in files["scores"]}
-            planned = {
-                plan.shard_name(number) for plan in plans if plan.date == day for number in range(plan.shards)
-            }
-            yield _Day(output, day, files, len(planned - scored))
+            yield _Day(output, day, files, len(planned[day] - scored))
 
 
 def _compact_day(day: _Day, target: Location, size: int, counts: _Counts) -> None:

@@ -14,8 +14,7 @@
   (`csflow.wide_samples`).
 - CMYK becomes RGB by the plain formula. CMYK JPEGs are taken as inverted, as Adobe writes them.
 - Letterboxes are filled on each side with the mean colour of the adjoining row or column (`_padded`). An
-image
-  that is cut into tiles is continued by its reflection.
+  image that is cut into tiles is continued by its reflection.
 
 Models of decoding version 1 are given the pixels that they were trained with: without the colours of wholly
 transparent images, without sBIT and MaxSampleValue, and with all TIFFs read by Pillow.

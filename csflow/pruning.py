@@ -7,7 +7,7 @@ from typing import Literal
 
 from csflow.config import JobConfig
 from csflow.errors import ExitStatus, WrongUse
-from csflow.output.layout import Output, output_files, run_folder, run_ids, run_started_at
+from csflow.output.layout import Output, run_folder, run_ids, run_started_at, scored_models
 from csflow.scoring.plan_log import PlanLog
 from csflow.storage import Location
 
@@ -37,11 +37,11 @@ def prune(config: PruneConfig) -> ExitStatus:
         WrongUse: there are no scores, or none of the model that is to be dropped.
     """
     location = Location(config.scores, config.storage_options)
-    models = {file.model_id for file in output_files(location, "scores")}
+    models = scored_models(location)
     if not models:
         raise WrongUse(f"{location} holds no scores; --scores takes the --output of a scoring job")
     if config.drop_model is not None and config.drop_model not in models:
-        raise WrongUse(f"{location} has no scores of {config.drop_model}; it has {', '.join(sorted(models))}")
+        raise WrongUse(f"{location} has no scores of {config.drop_model}; it has {', '.join(models)}")
 
     def delete(places: Iterable[Location], what: str, remove: Callable[[Location], None]) -> None:
         number = 0
@@ -54,7 +54,7 @@ def prune(config: PruneConfig) -> ExitStatus:
 
     if config.runs_before:
         delete(_runs_before(location, config.runs_before), "runs", Location.remove_folder)
-    for model_id in sorted(models - {config.drop_model}):
+    for model_id in sorted({*models} - {config.drop_model}):
         output = Output(location, model_id)
         delete(_leftovers(output), f"leftovers of plans of model {model_id}", Location.remove)
     if config.drop_model:

@@ -11,7 +11,7 @@ from scored_output import write_record
 
 from csflow.errors import WrongUse
 from csflow.output import reading
-from csflow.output.layout import Output
+from csflow.output.layout import Output, listing_folder
 from csflow.output.reading import (
     last_records,
     latest_per_image,
@@ -67,7 +67,9 @@ def test_plans_and_listings_lie_beside_the_data(output: Output, tmp_path: Path) 
     plans = tmp_path / "_plans" / f"model_id={MODEL}"
     assert output.plan_entry(7).path == str(plans / "000007.json")
     assert output.plan_part("000007-ab", 12).path == str(plans / "000007-ab" / "part-000012.parquet")
-    assert output.listing_folder("20261102T0-a").path == str(tmp_path / "_runs" / "20261102T0-a" / "listing")
+    assert listing_folder(output.location, "20261102T0-a").path == str(
+        tmp_path / "_runs" / "20261102T0-a" / "listing"
+    )
 
 
 def test_the_same_failures_go_to_the_same_file_and_others_to_another(output: Output) -> None:
@@ -165,7 +167,8 @@ def test_scores_of_one_model_are_opened_with_its_errors_and_its_runs_alone(
         write_errors(each, failed(f"failed {uri}"))
     for run_id, model_id in (("1", MODEL), ("2", MODEL), ("4", OTHER), ("5", MODEL)):
         write_record(tmp_path, run_id, model=ScoredWith(location="/models/cells", model_id=model_id))
-    output.listing_folder("3").fs.makedirs(output.listing_folder("3").path)
+    listing = listing_folder(output.location, "3")
+    listing.fs.makedirs(listing.path)
     opened = open_scores(output.location, MODEL)
     assert opened.scores.to_table()["image_uri"].to_pylist() == ["a.png"]
     assert opened.errors is not None

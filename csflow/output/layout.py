@@ -78,10 +78,6 @@ class Output:
         ]
         return [file for file in found if dates is None or file.date in dates]
 
-    def listing_folder(self, run_id: str) -> Location:
-        """The folder of a run's frozen listing."""
-        return listing_folder(self.location, run_id)
-
     def plan_entry(self, number: int) -> Location:
         """The file of a plan's entry in the log of plans."""
         return self.folder("_plans") / f"{number:06d}.json"
@@ -139,6 +135,11 @@ def output_files(output: Location, kind: Kind) -> list[OutputFile]:
         for file, match in matches
         if match
     ]
+
+
+def scored_models(output: Location) -> list[str]:
+    """The ids of the models that have scores, sorted."""
+    return sorted({file.model_id for file in output_files(output, "scores")})
 
 
 def run_folder(output: Location, run_id: str) -> Location:

@@ -90,7 +90,7 @@ def run(config: ScoreConfig) -> RunRecord:
 
 
 def _settings(
-    config: ScoreConfig, model: Location, output: Output, run_id: str, is_tiled: bool = False
+    config: ScoreConfig, model: Location, output: Output, run_id: str, is_tiled: bool
 ) -> ScoringSettings:
     return ScoringSettings(
         model=model,
