@@ -229,5 +229,5 @@ def test_jobs_pass_the_limits_on_to_their_workers(tmp_path: Path) -> None:
     config = parse(ScoreConfig, None, ["--model", "m", *flags])
     expected = DecodeLimits(1_000, is_strict=True)
     place = Location(str(tmp_path))
-    assert scoring_settings(config, place, Output(place, "m1"), "run").limits == expected
+    assert scoring_settings(config, place, Output(place, "m1"), "run", is_tiled=False).limits == expected
     assert parse(TrainConfig, None, flags).limits == expected

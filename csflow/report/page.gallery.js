@@ -127,6 +127,14 @@ class Gallery {
     if (card) this.view(card);
   }
 
+  // At once, not on the dialog's event "close": it comes later, and a key in between would judge another card.
+  leave() {
+    this.dialog.close();
+    const position = Number(this.dialog.dataset.position);
+    this.turnTo(Math.floor(position / PAGE));
+    this.found[position]?.querySelector("button")?.focus();
+  }
+
   listen() {
     byId("find").form.addEventListener("submit", (event) => event.preventDefault());
     for (const id of ["find", "show", "order"]) byId(id).addEventListener("input", () => this.refresh());
@@ -135,12 +143,8 @@ class Gallery {
     byId("next").addEventListener("click", () => this.step(1));
     byId("viewer-previous").addEventListener("click", () => this.step(-1));
     byId("viewer-next").addEventListener("click", () => this.step(1));
-    byId("viewer-close").addEventListener("click", () => this.dialog.close());
-    this.dialog.addEventListener("close", () => {
-      const position = Number(this.dialog.dataset.position);
-      this.turnTo(Math.floor(position / PAGE));
-      this.found[position]?.querySelector("button")?.focus();
-    });
+    byId("viewer-close").addEventListener("click", () => this.leave());
+    this.dialog.addEventListener("cancel", () => this.leave()); // Escape
     this.list.addEventListener("click", (event) => {
       const pictures = event.target.closest(".pictures");
       if (pictures) this.view(pictures.closest("li"));
