@@ -167,10 +167,15 @@ def on_this_node(resources: WorkerResources) -> WorkerResources:
     """
     if not resources.gpus or resources.decode != "beside":
         return resources
-    here = ray.get_runtime_context().get_node_id()
-    node = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    node = _this_node()
     share = int(node["CPU"]) * resources.gpus // int(node["GPU"])
     return replace(resources, cpus=max(resources.cpus, share))
+
+
+def _this_node() -> dict[str, float]:
+    """What the node of this process has."""
+    here = ray.get_runtime_context().get_node_id()
+    return next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
 
 
 def _fit(nodes: Sequence[Mapping[str, float]], workers: int, gpus: int) -> WorkerResources:
@@ -213,7 +218,30 @@ def helpers(settings: LoaderSettings, resources: WorkerResources) -> Helpers | N
             ray.kill(actor)
 
     pixel_bytes = 3 * math.prod(settings.preprocessing.image_size)
-    return Helpers(helper, pixel_bytes, are_always_wanted=resources.decode == "cluster")
+    return Helpers(helper, pixel_bytes, resources.decode == "cluster", _store_share(resources))
+
+
+def _store_share(resources: WorkerResources) -> int:
+    """Bytes of the object store of this node that a worker may fill: its share of a half.
+
+    The images that wait for the worker are there, and the rest is for those that are on their way.
+    """
+    node = _this_node()
+    workers = node["GPU"] if resources.gpus else node["CPU"] // resources.cpus
+    return int(node["object_store_memory"] / 2 / workers)
+
+
+def spilled_bytes() -> int:
+    """Bytes that the object stores of the present nodes have moved to disk so far, for whatever job; 0 if Ray
+    does not tell."""
+    try:
+        # There is no public way to ask. Ray Data asks so for its own summary.
+        from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+        state = get_state_from_address(ray.get_runtime_context().gcs_address)
+        return int(get_memory_info_reply(state).store_stats.spilled_bytes_total)
+    except Exception:  # a node that is just going, another version of Ray: no reason to fail a run
+        return 0
 
 
 def in_thread(function: Callable[[], T]) -> T:

@@ -122,6 +122,11 @@ class IdleClock:
         """Context in which a user waits."""
         return self._changed(0, 1)
 
+    @property
+    def users(self) -> int:
+        """Number of users at this moment."""
+        return self._users
+
     def seconds(self) -> float:
         """Seconds so far in which there were users, and all of them waited."""
         with self._lock:

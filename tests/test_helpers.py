@@ -16,7 +16,7 @@ import pytest
 
 from csflow.errors import ErrorCode
 from csflow.inputs import helpers, loading
-from csflow.inputs.helpers import Helpers, Images, Load
+from csflow.inputs.helpers import Helpers, Images, Load, Pending
 from csflow.inputs.listing import list_images
 from csflow.inputs.loaded import LoadedImage
 from csflow.inputs.loading import HelpingLoader, ImageLoader, LoaderSettings
@@ -180,6 +180,23 @@ def test_helpers_come_if_all_wait_for_more_than_a_twentieth_of_the_time(monkeypa
     now[0] = 30.0
     some.review(1.5, queue, lambda pending: None)
     assert called.wait(PATIENCE_S)
+
+
+def test_the_images_of_all_calls_under_way_have_a_largest_size(gate):
+    at_work, queue = threading.Event(), SimpleQueue()
+
+    def elsewhere(some: Images) -> list[LoadedImage]:
+        if some:
+            at_work.set()
+            gate.wait(PATIENCE_S)
+        return HELPER.load(some)
+
+    some = Helpers(helping(elsewhere), PIXEL_BYTES, are_always_wanted=True, most_bytes=100 * PIXEL_BYTES)
+    queue.put(Pending("a.png", "1-1"))
+    some.review(0, queue, lambda pending: None)
+    assert at_work.wait(PATIENCE_S)
+    # One call has what a helper can use, two have half of the hundred each, less what their own threads have.
+    assert [some.images_ahead(calls, own=4) for calls in (1, 2, 20, 40)] == [48, 46, 1, 0]
 
 
 def test_a_slow_store_calls_helpers(images, monkeypatch):

@@ -40,7 +40,7 @@ from conftest import (
 from PIL import Image
 
 from csflow.calibration import p_values
-from csflow.cluster import WorkerResources, map_shards, with_timeout
+from csflow.cluster import WorkerResources, map_shards, spilled_bytes, with_timeout
 from csflow.errors import ExitStatus, WrongUse
 from csflow.images import decode
 from csflow.inputs.listing import list_images
@@ -681,6 +681,14 @@ def test_a_run_that_stops_early_gives_its_workers_back(ray_cluster):
     while ray.available_resources().get("CPU") != 2:
         assert time.monotonic() < deadline, ray.available_resources()
         time.sleep(0.1)
+
+
+def test_what_object_stores_move_to_disk_is_known(ray_cluster):
+    before = spilled_bytes()
+    # More than the cluster's 500 MB.
+    kept = [ray.put(np.zeros(60 << 20, np.uint8)) for _ in range(12)]
+    assert spilled_bytes() - before >= 2 * 60 << 20
+    del kept
 
 
 def test_drift_is_stated_and_ends_the_run_with_a_status_of_its_own_when_asked(

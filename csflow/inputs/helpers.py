@@ -59,7 +59,11 @@ class Helpers:
     """Threads that pass images on to other processes."""
 
     def __init__(
-        self, helper: Callable[[], AbstractContextManager[Load]], pixel_bytes: int, are_always_wanted: bool
+        self,
+        helper: Callable[[], AbstractContextManager[Load]],
+        pixel_bytes: int,
+        are_always_wanted: bool,
+        most_bytes: int = 1 << 30,
     ) -> None:
         """Starts none yet.
 
@@ -68,8 +72,10 @@ class Helpers:
                 the process raises if it is lost.
             pixel_bytes: size of a decoded image.
             are_always_wanted: whether to start helpers before a model waits.
+            most_bytes: largest size of all images that helpers may have under way.
         """
         self._helper = helper
+        self._most_images = most_bytes // pixel_bytes
         self._chunk = max(1, min(MOST_CHUNK_IMAGES, CHUNK_BYTES // pixel_bytes))
         self._are_always_wanted = are_always_wanted
         self._pool = ThreadPoolExecutor(MOST_HELPERS, thread_name_prefix="image-helper")
@@ -77,10 +83,14 @@ class Helpers:
         self._asked_for = self._at_work = 0
         self._reviewed, self._idle_seconds = time.monotonic(), 0.0
 
-    @property
-    def images_ahead(self) -> int:
-        """How many images more than a loader's own threads they can have under way."""
-        return 3 * self._chunk * self._at_work
+    def images_ahead(self, calls: int, own: int) -> int:
+        """How many images more than its own threads each call of a loader is to have under way.
+
+        Args:
+            calls: number of calls at once.
+            own: number of images that a call has under way for its own threads, which helpers may take, too.
+        """
+        return max(0, min(3 * self._chunk * self._at_work, self._most_images // calls - own))
 
     def review(
         self, idle_seconds: float, queue: SimpleQueue[Pending], give_back: Callable[[Pending], None]

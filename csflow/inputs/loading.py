@@ -110,7 +110,7 @@ class ImageLoader:
             ahead = max(1, min(ahead, room))
         if self._helpers:
             self._helpers.review(self.idle.seconds(), self._queue, self._load_here)
-            ahead += self._helpers.images_ahead
+            ahead += self._helpers.images_ahead(max(1, self.idle.users), ahead)
         for image in islice(images, max(0, ahead - len(waiting))):
             pending = Pending(*image)
             waiting.append(pending)

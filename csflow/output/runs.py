@@ -109,6 +109,8 @@ class RunRecord(Record):
     `helped_read` and `helped_decode` of other CPUs; `score`; `wait`, when a model had no image to score."""
     images_helped: int = 0
     """Number of images that helpers on other CPUs read and decoded."""
+    spilled_bytes: int = 0
+    """Bytes that Ray's object stores moved to disk while images were scored, those of other jobs included."""
     cpu_seconds_in_workers: dict[str, float] = {}
     libraries: dict[str, str]
     """Versions of libraries, by name."""

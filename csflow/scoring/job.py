@@ -5,7 +5,7 @@ from itertools import islice
 import pyarrow as pa
 
 from csflow.calibration import lowest_rate, why_none_is_flagged
-from csflow.cluster import WorkerResources, connect, described, share_out
+from csflow.cluster import WorkerResources, connect, described, share_out, spilled_bytes
 from csflow.console import say, warn
 from csflow.decode_limits import DecodeLimits
 from csflow.duration import in_words, is_measured, scoring_seconds
@@ -75,7 +75,9 @@ def run(config: ScoreConfig) -> RunRecord:
         say(f"scoring with {described(resources)}{_expected_duration(models, resources)}")
         settings = [_settings(config, one.directory, one.output, run_id, one.is_tiled) for one in models.runs]
         tallies = {one.model.model_id: one.tally for one in models.runs}
+        spilled_before = spilled_bytes()
         ScoringPool(config, settings, shards, resources, tally, tallies, heartbeat).score()
+        tally.spilled_bytes = max(0, spilled_bytes() - spilled_before)
     if dark := tally.range_use.warning(are_all=True):
         warn(dark)
     clock.lap("score")

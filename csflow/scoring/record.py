@@ -87,6 +87,7 @@ def run_record(
         seconds_to_first_image=_seconds_to_first_image(tally),
         seconds_in_workers=_rounded(tally.seconds),
         images_helped=tally.helped,
+        spilled_bytes=tally.spilled_bytes,
         cpu_seconds_in_workers=_rounded(tally.cpu_seconds),
         libraries={"csflow": csflow.__version__, "python": platform.python_version()}
         | {name: version(name) for name in LIBRARIES},
@@ -142,6 +143,11 @@ def summary(record: RunRecord, output: Location) -> str:
     ]
     if record.seconds_in_workers.get("score"):
         lines.append(f"loading   {_where_time_went(record)}")
+    if record.spilled_bytes:
+        lines.append(
+            f"spilled   {record.spilled_bytes / 1e6:.0f} MB went from Ray's object stores to disk and back; "
+            "give nodes more --object-store-memory"
+        )
     for one in record.by_model():
         of = "" if record.model else f"{one.model.label}: "
         if of:

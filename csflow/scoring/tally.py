@@ -46,6 +46,8 @@ class Tally:
     forms: set[str] = field(default_factory=set)
     """How workers computed the model, as JSON; several on a mixed cluster."""
     peak_worker_bytes: int = 0
+    spilled_bytes: int = 0
+    """Bytes that Ray's object stores moved to disk meanwhile."""
     range_use: RangeUse = field(default_factory=RangeUse)
     sample_size: int = SAMPLE_SIZE
     sample: list[tuple[float, float]] = field(default_factory=list)
