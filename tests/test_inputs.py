@@ -231,6 +231,40 @@ def test_s3_pages_of_many_folders_are_all_listed(
         assert list(found) == list(listing("s3://inputs/p", options=bucket.options))
 
 
+def test_a_large_s3_folder_is_divided_by_the_beginnings_of_names_and_no_image_is_listed_twice(
+    bucket: faulty_s3.FaultyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbered = [f"image-{number:03d}.png" for number in range(0, 1000, 17)]
+    # Names that begin others, are sorted by their bytes, differ in the last character, or lie below.
+    odd = [
+        "image-0.png",
+        "image-05.png.png",
+        "image-9/1.png",
+        "image-9/2.png",
+        "ähnlich.png",
+        "\U0001f4f7.png",
+    ]
+    odd += [f"{character}.png" for character in "abcdefghijklmnopqrstuvwxyz"]
+    names = sorted(f"p/{name}" for name in numbered + odd)
+    for name in names:
+        bucket.put(name, b"x")
+    real = objects.ObjectStore.call_s3
+
+    def small_pages(self: objects.ObjectStore, method: str, **request: Any) -> Any:
+        return real(self, method, **({"MaxKeys": 3} | request))
+
+    monkeypatch.setattr(objects.ObjectStore, "call_s3", small_pages)
+    monkeypatch.setattr(folders, "PAGES_IN_A_ROW", 2)
+    orders = []
+    for listings_at_once in (2, 4, 16, 16):
+        monkeypatch.setattr(folders, "LISTINGS_AT_ONCE", listings_at_once)
+        found = pa.Table.from_batches(list_images(["s3://inputs/p"], bucket.options))
+        assert sorted(found["image_uri"].to_pylist()) == [f"s3://inputs/{name}" for name in names]
+        orders.append(found["image_uri"].to_pylist())
+    assert orders[-1] == orders[-2]
+    assert any("prefix=p%2Fimage-1" in request for request in bucket.requests)
+
+
 def test_listing_comes_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("csflow.inputs.listing.BATCH_ROWS", 2)
     for number in range(5):

@@ -1,10 +1,11 @@
 """Walks folders, prefixes and glob patterns of any store: every file below, with its version, in order."""
 
 import re
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from csflow.inputs.unlisted import Unlisted
 from csflow.inputs.uris import is_s3, local_path, path_in, root_of, scheme_of, split_s3, uri_of
 
 LISTINGS_AT_ONCE = 16
+PAGES_IN_A_ROW = 10
+"""A folder that has had so many pages is divided."""
+LAST_CHARACTER = "\U0010ffff"
 PATTERN_MARKS = "*?["
 
 Description = dict[str, Any]
 """Description of files by fsspec or S3: of one file, or of a page of a listing."""
 Page = Callable[..., Description]
-"""Lists a page of an S3 folder, given the folder and further parameters of `list_objects_v2`."""
+"""Lists a page of an S3 prefix, given the prefix and further parameters of `list_objects_v2`."""
 
 
 def is_folder(store: ObjectStore, uri: str) -> bool:
@@ -137,7 +141,7 @@ def _walk_s3(
     """Lists several parts of the prefix at once, 1000 objects per request, and keeps none in memory."""
     bucket, root = _split_prefix(uri)
 
-    def fetch(folder: str, **request: str) -> Description:
+    def fetch(folder: str, **request: Any) -> Description:
         try:
             page: Description = store.call_s3("list_objects_v2", Bucket=bucket, Prefix=folder, **request)
         except ImageError as failure:
@@ -177,21 +181,48 @@ def _split_up(fetch: Page, root: str, takes: Takes) -> tuple[list[Description], 
 
 
 def _list_at_once(fetch: Page, pool: ThreadPoolExecutor, folders: Iterable[str]) -> Iterator[Description]:
-    """Pages of the folders in turn: the next page of one folder is fetched while others' pages are used."""
+    """Pages of the folders in turn: the next page of one folder is fetched while others' pages are used.
 
-    def begin(folder: str, **after: str) -> tuple[str, Future[Description]]:
-        return folder, pool.submit(fetch, folder, **after)
-
-    waiting = iter(folders)
-    under_way = deque(begin(folder) for folder in islice(waiting, LISTINGS_AT_ONCE))
-    while under_way:
-        folder, future = under_way.popleft()
+    What is left of a folder of many pages is divided by the beginnings of names, if few folders are left.
+    """
+    waiting: deque[tuple[str, dict[str, str]]] = deque((folder, {}) for folder in folders)
+    under_way: deque[tuple[str, int, Future[Description]]] = deque()
+    while waiting or under_way:
+        while waiting and len(under_way) < LISTINGS_AT_ONCE:
+            prefix, after = waiting.popleft()
+            under_way.append((prefix, 1, pool.submit(fetch, prefix, **after)))
+        prefix, number, future = under_way.popleft()
         page = future.result()
         if page["IsTruncated"]:
-            under_way.append(begin(folder, ContinuationToken=page["NextContinuationToken"]))
-        else:
-            under_way += (begin(new) for new in islice(waiting, 1))
+            if number >= PAGES_IN_A_ROW and not waiting and len(under_way) + 1 < LISTINGS_AT_ONCE:
+                waiting.extend(_divided(fetch, prefix, page["Contents"][-1]["Key"]))
+            else:
+                token = page["NextContinuationToken"]
+                under_way.append((prefix, number + 1, pool.submit(fetch, prefix, ContinuationToken=token)))
         yield page
+
+
+def _divided(fetch: Page, prefix: str, last: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Divides the keys below a prefix that come after the key `last`: longer prefixes, and the prefix itself,
+    with the parameters that leave out other keys."""
+
+    def next_key(beginning: str) -> str | None:
+        """The first key below the prefix after all that begin so."""
+        page = fetch(prefix, StartAfter=beginning + LAST_CHARACTER, MaxKeys=1)
+        return page["Contents"][0]["Key"] if page.get("Contents") else None
+
+    # The more characters of `last`, the more keys come after all that begin so. The first that leaves any is
+    # the one in which the keys differ.
+    lengths = range(len(prefix) + 1, len(last))
+    length = len(prefix) + 1 + bisect_left(lengths, True, key=lambda n: next_key(last[:n]) is not None)
+    beginning = last[:length]
+    yield beginning, {"StartAfter": last}
+    for _ in range(LISTINGS_AT_ONCE):
+        if (key := next_key(beginning)) is None:
+            return
+        beginning = key[:length]
+        yield beginning, {}
+    yield prefix, {"StartAfter": beginning + LAST_CHARACTER}
 
 
 def _matches(store: ObjectStore, pattern: str) -> dict[str, Description]:
