@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ray
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 
 from csflow.cluster import WorkerResources, connect, map_shards, on_this_node, share_out
 
@@ -66,21 +67,32 @@ def printed_by(scenario: str) -> list[str]:
     return [word for row in rows for word in row]
 
 
-def test_a_node_that_joins_takes_part_and_one_that_cannot_start_an_actor_ends_nothing():
+def test_a_node_that_joins_takes_part_until_its_notice_and_one_that_cannot_start_an_actor_ends_nothing():
     scenario = """
 cluster.add_node(num_cpus=1)
 os.environ["RAY_ADDRESS"] = cluster.address
 connect()
 resources = share_out(None, worker_bytes=1 << 20)
-for row in run(150, resources, fails_once=str(folder / "failed")):
-    if row["shard"] == 10:
-        cluster.add_node(num_cpus=1)
+shards, joined, notice = {}, None, 0
+for row in run(300, resources, fails_once=str(folder / "failed")):
     print("row", row["shard"], row["node"])
+    shards[row["node"]] = shards.get(row["node"], 0) + 1
+    if row["shard"] == 10:
+        joined = cluster.add_node(num_cpus=1)
+    if not notice and joined and shards.get(joined.node_id, 0) == 20:
+        # As a cloud tells of a spot node that it takes back.
+        client = ray._raylet.GcsClient(address=cluster.address)
+        preempted = autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION
+        assert client.drain_node(joined.node_id, preempted, "spot", (int(time.time()) + 600) * 1000)[0]
+        notice = sum(shards.values())
+print("row", notice, joined.node_id)
 """
-    words = printed_by(scenario)
-    assert sorted(map(int, words[::2])) == list(range(150))
-    assert len(set(words[1::2])) == 2
-    assert min(Counter(words[1::2]).values()) >= 20
+    *words, notice, joined = printed_by(scenario)
+    assert sorted(map(int, words[::2])) == list(range(300))
+    nodes = words[1::2]
+    assert min(Counter(nodes[: int(notice)]).values()) == 20
+    assert joined not in nodes[-40:]
+    assert 20 <= Counter(nodes)[joined] < 300 - int(notice)
 
 
 def test_more_workers_than_gpus_are_workers_with_a_gpu_and_each_has_its_share_of_cpus():
