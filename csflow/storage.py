@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +23,8 @@ from csflow.literal_paths import remove_folder
 
 CONFLICT_RETRIES = 5
 NO_GCSFS = "install csflow[gcs]"
+CHAIN = re.compile(r"[\w+.-]+(://[^:]*)?::[A-Za-z][\w+.-]*://")
+"""A URL of several file systems, such as `simplecache::s3://…`: writes to it are not create-only."""
 READS_AT_ONCE = 16
 """Number of files that are read at a time where many are to be read."""
 
@@ -29,7 +32,12 @@ READS_AT_ONCE = 16
 def filesystem(
     url: str, storage_options: Mapping[str, Any] | None = None
 ) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URL, and the path inside it. Raises WrongUse for a scheme without a driver."""
+    """The file system of a URL, and the path inside it.
+
+    Raises:
+        WrongUse: a scheme without a driver, or a chain of schemes.
+    """
+    refuse_chain(url)
     options: dict[str, Any] = {}
     if "://" in url and not url.startswith("file://"):
         # Listings are planning input: a cached one would hide what other processes wrote.
@@ -38,10 +46,17 @@ def filesystem(
         for scheme in ("gs", "gcs"):
             fsspec.register_implementation(scheme, "gcsfs.core.GCSFileSystem", clobber=True, errtxt=NO_GCSFS)
     try:
-        fs, path = fsspec.core.url_to_fs(url, **options)
+        # In a name, too, fsspec would take `::` for a chain.
+        fs, path = fsspec.core.url_to_fs(url.partition("::")[0], **options)
     except (ValueError, ImportError) as error:
         raise WrongUse(f"{url}: {error}") from None
-    return fs, path
+    return fs, path if "::" not in url else str(fs._strip_protocol(url))
+
+
+def refuse_chain(url: str) -> None:
+    """Raises WrongUse for what fsspec calls a chained URL."""
+    if CHAIN.match(url):
+        raise WrongUse(f"{url} chains file systems (::), which csflow does not; name the store's own URL")
 
 
 @dataclass(frozen=True)
@@ -182,6 +197,8 @@ class Location:
             probe.write(b"")
             is_exclusive = not exclusively or probe._refuses_a_second_create()
             probe.fs.rm_file(probe.path)
+        except WrongUse:
+            raise
         except Exception as error:
             raise WrongUse(
                 f"{self.url} cannot be written to ({_reason(error.__cause__ or error)}); create it or grant "

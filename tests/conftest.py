@@ -79,6 +79,20 @@ def s3_endpoint() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def localstack() -> Iterator[emulators.Emulator]:
+    """A server that speaks S3's protocol and is not moto, with one bucket."""
+    with emulators.localstack() as emulator:
+        yield emulator
+
+
+@pytest.fixture(scope="session")
+def rclone() -> Iterator[emulators.Emulator]:
+    """A server that speaks S3's protocol but for conditional writes, with one bucket."""
+    with emulators.rclone() as emulator:
+        yield emulator
+
+
+@pytest.fixture(scope="session")
 def google() -> Iterator[emulators.Emulator]:
     """A server that speaks Google Cloud Storage's protocol, with one bucket."""
     with emulators.google() as emulator:

@@ -1,9 +1,12 @@
-"""Servers on this machine that speak the protocols of Google Cloud Storage and Azure Blob Storage."""
+"""Servers on this machine that speak the protocols of S3, Google Cloud Storage and Azure Blob Storage."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 from azure.storage.blob import BlobServiceClient
 from faulty_s3 import FaultyFront
@@ -34,6 +38,44 @@ class Emulator:
     direct: dict[str, Any]
     """Storage options by which the driver finds the server itself."""
     front: FaultyFront
+
+
+@contextmanager
+def localstack() -> Iterator[Emulator]:
+    """LocalStack's S3, which `make tools` installs; it has no code of moto and heeds conditions of writes."""
+    program = ROOT / ".tools/localstack/bin/python"
+    if not program.exists():
+        pytest.skip("LocalStack is not installed; `make tools` installs it")
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory() as folder:
+        variables = {"SERVICES": "s3", "EAGER_SERVICE_LOADING": "1", "STRICT_SERVICE_LOADING": "1"}
+        variables |= {"GATEWAY_LISTEN": address, "LOCALSTACK_HOST": address, "FILESYSTEM_ROOT": folder}
+        # It would fetch a certificate, and send statistics.
+        variables |= {"SKIP_SSL_CERT_DOWNLOAD": "1", "DISABLE_EVENTS": "1"}
+        command = [str(program), "-m", "localstack.runtime.main"]
+        with _server(command, port, **variables), _front(port) as front:
+            key = {"key": "testing", "secret": "testing"}
+            options = [key | {"endpoint_url": url} for url in (front.url, f"http://{address}")]
+            client = boto3.client(
+                "s3", endpoint_url=f"http://{address}", aws_access_key_id="testing",
+                aws_secret_access_key="testing", region_name="us-east-1",
+            )  # fmt: skip
+            client.create_bucket(Bucket=BUCKET)
+            yield Emulator(f"s3://{BUCKET}", *options, front)
+
+
+@contextmanager
+def rclone() -> Iterator[Emulator]:
+    """rclone's S3 over a local folder, which answers conditional writes as if they had no condition."""
+    program, port = str(Path(sys.executable).with_name("rclone")), free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / BUCKET).mkdir()
+        command = [program, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", "testing,testing"]
+        with _server([*command, "--config", "", "--quiet", folder], port), _front(port) as front:
+            key = {"key": "testing", "secret": "testing"}
+            options = [key | {"endpoint_url": url} for url in (front.url, f"http://127.0.0.1:{port}")]
+            yield Emulator(f"s3://{BUCKET}", *options, front)
 
 
 @contextmanager
@@ -92,8 +134,8 @@ def _front(port: int) -> Iterator[FaultyFront]:
 
 
 @contextmanager
-def _server(command: list[str], port: int) -> Iterator[None]:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+def _server(command: list[str], port: int, **variables: str) -> Iterator[None]:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | variables)
     try:
         deadline = time.monotonic() + 120
         while not _is_listening(port):

@@ -33,8 +33,9 @@ def one_thread() -> Iterator[None]:
 class PlainLoop:
     """Scores bytes; remembers what it has scored, since many tests use the same photographs."""
 
-    def __init__(self, model: Path) -> None:
-        self._detector = load_model(Location(str(model))).detector
+    def __init__(self, model: Path | Location) -> None:
+        location = Location(str(model)) if isinstance(model, Path) else model
+        self._detector = load_model(location).detector
         self._outcomes: dict[bytes, float | ErrorCode] = {}
 
     def outcome(self, data: bytes) -> float | ErrorCode:

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import secrets
 import threading
 from collections.abc import Callable
@@ -11,15 +12,17 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from test_inputs import contents, listing, png
 
 from csflow import storage
 from csflow.cluster import WorkerResources, _fit, share_out
 from csflow.errors import StorageFailed, WrongUse
+from csflow.inputs.listing import list_images
 from csflow.literal_paths import arrow_filesystem
 from csflow.storage import Location
 
 
-@pytest.fixture(params=["local", "s3", "google", "azure"])
+@pytest.fixture(params=["local", "s3", "localstack", "google", "azure"])
 def folder(request: pytest.FixtureRequest, tmp_path) -> Location:
     """A new folder on a disk and in each object store whose conditional writes csflow relies on."""
     if request.param == "local":
@@ -86,6 +89,39 @@ def test_arrow_and_ray_remove_what_they_name(folder):
     fs.delete_dir_contents((folder / "none").path, missing_dir_ok=True)
     with pytest.raises(FileNotFoundError):
         fs.delete_dir_contents((folder / "none").path)
+
+
+def test_two_colons_in_a_name_are_part_of_it(folder):
+    (folder / "a::b" / "c::s3").write(b"content")
+    assert (folder / "a::b").path == f"{folder.path}/a::b"
+    assert [file.url for file in folder.find("")] == [f"{folder.url}/a::b/c::s3"]
+    assert (folder / "a::b" / "c::s3").read() == b"content"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "simplecache::s3://plant/a",
+        "zip://*.png::s3://plant/a.zip",
+        "filecache::zip://x::https://plant/a.zip",
+    ],
+)
+def test_chains_of_file_systems_are_refused(url):
+    for act in (Location(url).exists, lambda: next(list_images([url], {}))):
+        with pytest.raises(WrongUse, match=f"^{re.escape(url)} chains file systems"):
+            act()
+
+
+def test_a_store_that_ignores_conditions_is_refused_as_output_and_read_as_input(rclone):
+    folder = Location(f"{rclone.url}/a", rclone.options)
+    with pytest.raises(WrongUse, match=r"is in a store without conditional writes \(If-None-Match\)"):
+        folder.check_writable(exclusively=True)
+    assert folder.find("") == []
+    uris = [(folder / f"{number}.png").url for number in range(3)]
+    for number, uri in enumerate(uris):
+        Location(uri, rclone.options).write(png(number))
+    found = listing(folder.url, options=rclone.options)
+    assert contents(found, rclone.options) == {uri: png(number) for number, uri in enumerate(uris)}
 
 
 def test_a_relative_path_means_the_same_to_every_process(tmp_path, monkeypatch):

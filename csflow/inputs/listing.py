@@ -22,6 +22,7 @@ from csflow.inputs.selection import EVERYTHING, Selection
 from csflow.inputs.store_errors import image_error
 from csflow.inputs.unlisted import Reason, Unlistable, Unlisted
 from csflow.inputs.uris import as_text, is_s3, scheme_of, split_s3
+from csflow.storage import refuse_chain
 
 LISTING = pa.schema(
     [
@@ -137,6 +138,7 @@ class _Listing:
     def find(self, uri: str) -> Iterator[StoredObject] | None:
         """Looks an input up at once, and lists its images lazily; None if it cannot be listed."""
         uri = as_text(uri)
+        refuse_chain(uri)
         try:
             with _explaining(uri):
                 return self._find(manifests.canonical_uri(uri))
