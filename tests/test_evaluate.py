@@ -30,7 +30,7 @@ from csflow import __version__
 from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
 from csflow.evaluation import EvaluateConfig, evaluate, image_metrics
-from csflow.evaluation.labels import Label, mvtec_labels, read_labels
+from csflow.evaluation.labels import Label, check_mask_schemes, mvtec_labels, read_labels
 from csflow.evaluation.masks import decode_mask
 from csflow.evaluation.pixel_metrics import FPR_LIMIT, PixelHistograms, upsample
 from csflow.evaluation.ranking import Ranking, bootstrap_intervals, share
@@ -615,6 +615,20 @@ def test_a_label_table_names_masks_and_the_latest_map_of_an_image_counts(
     (tmp_path / "labels.csv").write_text("\n".join(lines))
     assert_exact(run(tmp_path, labels=str(tmp_path / "labels.csv"))["pixels"], pixel_labels)
     assert "masks               6 images, " in capsys.readouterr().out
+
+
+def test_a_label_table_names_masks_of_its_own_scheme_and_of_its_images_schemes_alone(tmp_path: Path) -> None:
+    write_scores(tmp_path / "out", {"/d/a.png": 1.0, "/d/b.png": 2.0})
+    table = Location(str(tmp_path / "labels.csv"))
+    table.write(
+        b"image_uri,label,mask_uri\n/d/a.png,0,\ns3://d/c.png,1,s3://d/m.png\n/d/b.png,1,s3://d/m.png\n"
+    )
+    with pytest.raises(WrongUse, match=r"names the mask s3://d/m\.png, .*; .* pass --allow_schemes s3$"):
+        run(tmp_path, labels=table.url)
+    check_mask_schemes(read_labels(table), table, ["s3"])
+    check_mask_schemes({"s3://d/c.png": Label(True, mask_uri="s3a://d/m.png")}, table, [])
+    with pytest.raises(WrongUse, match="whose scheme file is neither"):
+        check_mask_schemes({"s3://d/c.png": Label(True, mask_uri="/m.png")}, Location("gs://d/l.csv"), ["s3"])
 
 
 def test_defective_images_without_a_mask_are_left_out_of_pixel_metrics_and_counted(

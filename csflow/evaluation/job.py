@@ -8,9 +8,16 @@ import pyarrow.dataset as ds
 from pydantic import Field
 
 from csflow.calibration import why_none_is_flagged
-from csflow.config import JobConfig, Seed
+from csflow.config import JobConfig, Schemes, Seed
 from csflow.errors import ExitStatus, WrongUse
-from csflow.evaluation.labels import Label, LabelledScore, among, mvtec_labels, read_labels
+from csflow.evaluation.labels import (
+    Label,
+    LabelledScore,
+    among,
+    check_mask_schemes,
+    mvtec_labels,
+    read_labels,
+)
 from csflow.evaluation.pixel_metrics import PixelHistograms
 from csflow.evaluation.pixel_pass import Masks, pixel_metrics
 from csflow.evaluation.ranking import Ranking, bootstrap_intervals, share
@@ -40,6 +47,9 @@ class EvaluateConfig(JobConfig):
     """Model whose scores are measured, needed if --scores holds several models."""
     pixel_metrics: bool = True
     """Compute pixel AUROC and AUPRO of the anomaly maps, and recall of the regions, if there are masks."""
+    allow_schemes: Schemes = Field([])
+    """Schemes of the masks that --labels may name beside those of the table itself and of the masks' images,
+    such as `s3` or `https`; `file` for local paths. [default: no others]"""
     bootstrap: int = Field(1000, ge=100)
     """Number of bootstrap resamples for the 95 % intervals."""
     seed: Seed = 0
@@ -106,7 +116,9 @@ def _labels_and_scores(
     if (config.labels is None) == (config.layout is None):
         raise WrongUse("evaluation needs either --labels (a table) or --layout mvtec")
     if config.labels is not None:
-        labels = read_labels(Location(config.labels, config.storage_options))
+        location = Location(config.labels, config.storage_options)
+        labels = read_labels(location)
+        check_mask_schemes(labels, location, config.allow_schemes)
     else:
         labels = mvtec_labels(_image_uris(dataset))
         if not labels:

@@ -2,7 +2,7 @@
 
 import posixpath
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -13,6 +13,7 @@ import pyarrow.dataset as ds
 
 from csflow.errors import WrongUse
 from csflow.inputs.manifests import canonical_uri
+from csflow.inputs.uris import scheme_of
 from csflow.storage import Location
 
 REQUIRED = {"image_uri": pa.string(), "label": pa.string()}
@@ -77,6 +78,23 @@ def read_labels(location: Location, flag: str = "--labels") -> dict[str, Label]:
     return labels
 
 
+def check_mask_schemes(labels: Mapping[str, Label], location: Location, allow_schemes: Sequence[str]) -> None:
+    """Raises WrongUse if a table names a mask that it may not: its author decides what the job reads.
+
+    Args:
+        location: of the table, whose scheme is allowed, as is that of a mask's image.
+        allow_schemes: further ones.
+    """
+    allowed = {scheme_of(location.url), *(scheme_of(f"{name}://") for name in allow_schemes)}
+    for uri, label in labels.items():
+        mask = label.mask_uri
+        if mask and (scheme := scheme_of(mask)) not in {*allowed, scheme_of(uri)}:
+            raise WrongUse(
+                f"--labels {location} names the mask {mask}, whose scheme {scheme} is neither that of the "
+                f"table nor of the image; if the table may, pass --allow_schemes {scheme}"
+            )
+
+
 def mvtec_labels(image_uris: Iterable[str]) -> dict[str, Label]:
     """Labels by image URI of the test images among these, from the folders of `EvaluateConfig.layout`."""
     labels = {}
@@ -123,5 +141,5 @@ def _read_table(location: Location, flag: str) -> pa.Table:
         if pa.types.is_boolean(dataset.schema.field("label").type):
             found["label"] = pa.bool_()
         return dataset.to_table(columns=list(found)).cast(pa.schema(found))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise WrongUse(f"{flag} {location} cannot be read: {error}") from None
