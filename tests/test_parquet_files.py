@@ -10,14 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as pe
 import pytest
+from small_models import save_small
 from test_inputs import contents, failure, parquet_of, png, write
 from test_unlisted import listed
 
 from csflow.errors import ErrorCode, WrongUse
+from csflow.evaluation.labels import read_labels
 from csflow.inputs import rows
 from csflow.inputs.child_process import Child, ChildDied
 from csflow.inputs.selection import Selection
 from csflow.inputs.unlisted import Reason, Unlisted
+from csflow.model_directory import read_model
+from csflow.storage import Location
 
 IMAGES = [png(1), png(2), png(1)]
 BYTES = pa.array(IMAGES, pa.binary())
@@ -33,14 +37,14 @@ class PlainKeys(pe.KmsClient):  # type: ignore[misc]
         return base64.b64decode(key)
 
 
-def with_encrypted_columns(path: Path, column: str = "image") -> Path:
+def with_encrypted_columns(path: Path, column: str = "image", **others: list[int]) -> Path:
     """Its footer is plain, but says of the column only that it is encrypted: pyarrow ends the process."""
     configuration = pe.EncryptionConfiguration(
         footer_key="f", column_keys={"c": [column]}, plaintext_footer=True
     )
     factory = pe.CryptoFactory(lambda _: PlainKeys())
     properties = factory.file_encryption_properties(pe.KmsConnectionConfig(), configuration)
-    table = pa.table({column: BYTES if column == "image" else ["a.png"] * 3})
+    table = pa.table({column: BYTES if column == "image" else ["a.png"] * 3} | others)
     with pq.ParquetWriter(path, table.schema, encryption_properties=properties) as file:
         file.write_table(table)
     return path
@@ -54,6 +58,15 @@ def test_a_file_that_kills_who_opens_it_is_crashed_and_the_rest_is_listed(tmp_pa
         error = failure(str(bad), found.pop(str(bad)))
         assert error.code == ErrorCode.CRASHED
         assert list(contents(found).values()) == IMAGES
+
+
+def test_a_model_and_a_label_table_with_such_a_file_are_refused_in_one_line(tmp_path: Path) -> None:
+    with_encrypted_columns(Path(save_small(tmp_path / "model").path) / "calibration.parquet", "anomaly_score")
+    with pytest.raises(WrongUse, match=r"^model .* is damaged \(OSError: Cannot decrypt ColumnMetadata"):
+        read_model(str(tmp_path / "model"))
+    with_encrypted_columns(tmp_path / "labels.parquet", "image_uri", label=[0, 1, 0])
+    with pytest.raises(WrongUse, match=r"^--labels .* cannot be read: Cannot decrypt ColumnMetadata"):
+        read_labels(Location(str(tmp_path / "labels.parquet")))
 
 
 def test_an_image_of_such_a_file_that_a_manifest_names_is_crashed(tmp_path: Path) -> None:

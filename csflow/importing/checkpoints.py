@@ -67,21 +67,26 @@ class ForeignModel:
 
 def read_foreign(checkpoint: Mapping[str, Any]) -> ForeignModel:
     """The flow of a state dict, or of a Lightning checkpoint around one. Raises ForeignModelError."""
-    state = _tensors(checkpoint.get("state_dict", checkpoint))
+    state = tensors_of(checkpoint)
     blocks = _blocks(state)
     source = "anomalib" if "cross_convolution1.gamma0" in blocks[0] else "official"
     _check_clamp(checkpoint.get("hyper_parameters"))
     try:
         entering = [[tensors[f"{n}.conv_scale0_0.weight"] for n in _names(tensors)] for tensors in blocks]
+        if not all(weight.numel() for weight in entering[0]):
+            raise ValueError("weights without values")
         kernel_sizes = tuple(weights[0].shape[2] for weights in entering)
         hidden_channels, channels = entering[0][0].shape[0], sum(weight.shape[1] for weight in entering[0])
-        flow = CrossScaleFlow(channels, SCALES, hidden_channels, kernel_sizes)
+        # Without memory: the sizes are those of single tensors, and need not fit the others.
+        with torch.device("meta"):
+            flow = CrossScaleFlow(channels, SCALES, hidden_channels, kernel_sizes)
         flow.load_state_dict(
             {
                 f"blocks.{b}.{name}": value
                 for b, tensors in enumerate(blocks)
                 for name, value in _convert_block(tensors, permutations(source, b, channels)).items()
-            }
+            },
+            assign=True,
         )
     except (IndexError, KeyError, RuntimeError, ValueError) as error:
         raise ForeignModelError(f"its tensors are not those of a three-scale CS-Flow: {error}") from None
@@ -126,7 +131,9 @@ def load_extractor(backbone: Backbone, extractor: Mapping[str, Tensor]) -> None:
             module.running_var += _TORCHVISION_EPS - module.eps
 
 
-def _tensors(state: Any) -> dict[str, Tensor]:
+def tensors_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict, or of that in a Lightning checkpoint. Raises ForeignModelError."""
+    state = checkpoint.get("state_dict", checkpoint)
     if not isinstance(state, Mapping):
         raise ForeignModelError("its state_dict is none")
     return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
@@ -158,12 +165,12 @@ def _convert_block(tensors: Mapping[str, Tensor], drawn: Sequence[Tensor]) -> di
     """The state dict of csflow's `CouplingBlock`."""
     converted = {f"permutation_{s}": permutation_C for s, permutation_C in enumerate(drawn)}
     for ours, theirs in zip(("subnetwork_first", "subnetwork_second"), _names(tensors), strict=True):
-        gamma = [tensors[f"{theirs}.gamma{s}"].reshape(()) for s in range(SCALES)]
+        gamma = [tensors[f"{theirs}.gamma{s}"].float().reshape(()) for s in range(SCALES)]
         converted[f"{ours}.gamma_S"] = torch.stack(gamma)
         for layer, names in _LAYERS.items():
             for s, name in enumerate(names):
                 for kind in ("weight", "bias"):
-                    converted[f"{ours}.{layer}.{s}.{kind}"] = tensors[f"{theirs}.{name}.{kind}"]
+                    converted[f"{ours}.{layer}.{s}.{kind}"] = tensors[f"{theirs}.{name}.{kind}"].float()
     return converted
 
 
@@ -193,11 +200,17 @@ def _extractor(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _transforms(config: Any) -> dict[str, Mapping[str, Any]]:
     """All transforms that a stored preprocessing describes."""
     found: dict[str, Mapping[str, Any]] = {}
-    if isinstance(config, Mapping):
-        if "class_path" in config and isinstance(config.get("init_args"), Mapping):
-            found[str(config["class_path"]).rpartition(".")[2]] = config["init_args"]
-        config = list(config.values())
-    if isinstance(config, list):
-        for value in config:
-            found |= _transforms(value)
+    waiting, seen = [config], set()
+    while waiting:
+        value = waiting.pop()
+        # A pickle may hold one list a thousand times in another, and so on.
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            if "class_path" in value and isinstance(value.get("init_args"), Mapping):
+                found.setdefault(str(value["class_path"]).rpartition(".")[2], value["init_args"])
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
     return found

@@ -16,11 +16,18 @@ from csflow.config import ListingConfig, Locations, ModelName, Side
 from csflow.console import say, warn
 from csflow.errors import ExitStatus, WrongUse
 from csflow.heldout import heldout_calibration
-from csflow.importing.checkpoints import SCALES, ForeignModel, ForeignModelError, load_extractor, read_foreign
+from csflow.importing.checkpoints import (
+    SCALES,
+    ForeignModel,
+    ForeignModelError,
+    load_extractor,
+    read_foreign,
+    tensors_of,
+)
 from csflow.model import PAPER_STAGE, Architecture, BackboneError, Detector, load_weights
 from csflow.model_directory import check_free, save_model
 from csflow.storage import Location
-from csflow.weights import find_weights
+from csflow.weights import find_weights, is_inflated, load_pickled
 
 BACKBONES = {"official": "tf_efficientnet_b5", "anomalib": "efficientnet_b5"}
 IMAGE_SIZES = {"official": (768, 768), "anomalib": (256, 256)}
@@ -187,7 +194,7 @@ def _load(location: Location, data: bytes) -> Mapping[str, Any]:
     try:
         if location.url.endswith(".safetensors"):
             return safetensors.torch.load(data)
-        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        loaded = load_pickled(data)
     except Exception as error:
         objects = _foreign_objects(data)
         if not objects:
@@ -202,6 +209,8 @@ def _load(location: Location, data: bytes) -> Mapping[str, Any]:
         ) from None
     if not isinstance(loaded, Mapping):
         raise WrongUse(f"--checkpoint {location} is no state dict; save model.state_dict()")
+    if is_inflated(tensors_of(loaded).values(), len(data)):
+        raise WrongUse(f"--checkpoint {location} describes tensors of more bytes than it has; save them anew")
     return loaded
 
 
