@@ -34,8 +34,8 @@ def check_undamaged(image_file: type[ImageFile], data: bytes) -> None:
     """Raises ImageError if a file that Pillow decodes is damaged inside, as far as its format tells.
 
     Decoders fill in what is missing: grey in a JPEG, anything in a lossy WebP. Formats know the sizes of
-    their parts, PNG its checksums, and libjpeg warns of codes that end early or make no sense. A WebP whose
-    tail is zeros cannot be told from a picture: flat colour is coded as zeros, too.
+    their parts, PNG its checksums, and libjpeg warns of codes that end early or make no sense. In a lossless
+    WebP, a tail of zeros cannot be told from a picture: flat colour is coded as zeros, too.
     """
     if _CUT_SHORT[image_file](data):
         raise ImageError(ErrorCode.TRUNCATED, "the file is shorter than its parts say")
@@ -48,6 +48,8 @@ def check_undamaged(image_file: type[ImageFile], data: bytes) -> None:
             raise ImageError(ErrorCode.TRUNCATED if is_short else ErrorCode.CORRUPT, str(error)) from None
     if image_file is PngImageFile and (kind := _damaged_chunk(data)):
         raise ImageError(ErrorCode.CORRUPT, f"the checksum of the PNG's chunk {kind} is wrong")
+    if image_file is WebPImageFile and _ends_in_zeros(data):
+        raise ImageError(ErrorCode.CORRUPT, "the WebP ends in more zeros than flat colour is coded as")
 
 
 def _damaged_chunk(data: bytes) -> str | None:
@@ -62,6 +64,25 @@ def _damaged_chunk(data: bytes) -> str | None:
             break
         position = end + 4
     return None
+
+
+def _ends_in_zeros(data: bytes) -> bool:
+    """Whether the coded picture of a lossy WebP ends in more zero bytes than blocks of one colour take."""
+    position = 12
+    while position + 8 <= len(data):
+        kind, length = struct.unpack_from("<4sI", data, position)
+        picture = data[position + 8 : position + 8 + length]
+        if kind == b"VP8 " and len(picture) >= 10:
+            width, height = (size & 0x3FFF for size in struct.unpack_from("<HH", picture, 6))
+            blocks = -(-width // 16) * -(-height // 16)
+            zeros = length - len(picture.rstrip(b"\0"))
+            return zeros > WEBP_ZEROS_OF_BLOCK * blocks + WEBP_ZEROS_AT_END
+        position += 8 + length + length % 2
+    return False
+
+
+WEBP_ZEROS_OF_BLOCK, WEBP_ZEROS_AT_END = 1, 16
+"""libwebp codes 16 x 16 pixels of one colour as 0.71 bytes at most (at quality 100, method 0)."""
 
 
 def _jpeg_cut_short(data: bytes) -> bool:

@@ -185,6 +185,7 @@ def damaged() -> dict[str, tuple[bytes, ErrorCode]]:
     """Files that decode, with what --strict says of them."""
     whole = jpeg(photograph(200, 300))
     half = len(whole) // 2
+    webp = encoded(Image.fromarray(photograph(200, 300)), "WEBP", lossless=False)
     png = bytearray(SMALL["PNG"])
     length = struct.unpack_from(">I", png, png.index(b"IDAT") - 4)[0]
     png[png.index(b"IDAT") + 4 + length] ^= 1
@@ -199,6 +200,7 @@ def damaged() -> dict[str, tuple[bytes, ErrorCode]]:
             ErrorCode.CORRUPT,
         ),
         "PNG without its end": (SMALL["PNG"][:-12], ErrorCode.TRUNCATED),
+        "WebP with a tail of zeros": (webp[: len(webp) // 2] + bytes(len(webp) // 2), ErrorCode.CORRUPT),
     }
 
 
@@ -217,7 +219,18 @@ def test_strict_decoding_takes_whole_files() -> None:
     multi_picture = encoded(
         Image.fromarray(photograph(40, 48)), "MPO", save_all=True, append_images=[Image.new("RGB", (9, 9))]
     )
-    for data in (*SMALL.values(), cmyk.getvalue(), multi_picture, jpeg(photograph(9, 9)) + b"trailing bytes"):
+    # Flat colour is coded as zeros: of all settings, these give the most for each block.
+    flat = [
+        encoded(Image.new("RGB", size, "grey"), "WEBP", lossless=False, quality=100, method=0)
+        for size in ((1, 1), (64, 64), (1000, 700))
+    ]
+    for data in (
+        *SMALL.values(),
+        *flat,
+        cmyk.getvalue(),
+        multi_picture,
+        jpeg(photograph(9, 9)) + b"trailing bytes",
+    ):
         np.testing.assert_array_equal(decode(data, is_strict=True).pixels_HWC, decode(data).pixels_HWC)
 
 
