@@ -1,11 +1,12 @@
-"""Whether what surrounds the model scales: a scoring job over 1, 2 and 4 simulated Ray nodes.
+"""Whether what surrounds the model scales: a scoring job over 1, 2, 4 and 8 simulated Ray nodes.
 
     python benchmarks/cluster.py
 
 The nodes are Ray's own, one CPU and one scoring actor each, on this machine. The actors are csflow's, but
 reading gives blank images and a forward pass sleeps for a fixed time per image, so that the two real cores
 can stand for many. Listing, plan, actors, files and account are the real ones. Efficiency is the images per
-second of n nodes over n times those of one, from when every actor has begun until the first has run out.
+second of n nodes over n times those of one: from when every actor has begun until the first has run out, and
+from the first image to the last. Each node has the same number of images, in shards of the same size.
 """
 
 import argparse
@@ -14,9 +15,9 @@ import secrets
 import statistics
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ import pyarrow.parquet as pq
 import ray
 import results
 import torch
+from fixed_cost import Unit, wait_until
 from ray.cluster_utils import Cluster
 
 import csflow.scoring.job
+import csflow.scoring.plan_log
 import csflow.scoring.pool
 from csflow.config import parse
 from csflow.errors import ExitStatus
@@ -46,7 +49,9 @@ from csflow.scoring.config import ScoreConfig
 from csflow.scoring.kept_models import KeptModels
 from csflow.scoring.scorer import ShardScorer
 
-NODES = (1, 2, 4)
+NODES = (1, 2, 4, 8)
+SHARD_SIZE = 64
+"""A real node is faster, and has larger shards, which take about as long."""
 SECONDS_PER_IMAGE = 0.01
 
 
@@ -74,16 +79,23 @@ class FixedCostActor(KeptModels):
 
 
 class FixedCostDetector:
+    """Computes beside the thread that calls it, as a GPU does."""
+
     def __init__(self, form: Form, seconds_per_image: float) -> None:
         self.form = form
-        self._seconds = seconds_per_image
+        self._unit = Unit(seconds_per_image)
 
     def submit(self, pixels_BHWC: torch.Tensor) -> Callable[[], Scores]:
-        time.sleep(self._seconds * len(pixels_BHWC))
+        done_at = self._unit.take(len(pixels_BHWC))
         score_B, maps = torch.rand(len(pixels_BHWC)), torch.rand(len(pixels_BHWC), 8, 8)
         scale_BS, averages_BAHW = torch.rand(len(pixels_BHWC), 3), maps[:, None][:, :0]
         scores = Scores(score_B, score_B, score_B, scale_BS, maps, averages_BAHW)
-        return lambda: scores
+
+        def finished() -> Scores:
+            wait_until(done_at)
+            return scores
+
+        return finished
 
 
 def blank_images(folder: Path, images: int) -> list[str]:
@@ -92,21 +104,36 @@ def blank_images(folder: Path, images: int) -> list[str]:
     uris = [f"{folder}/{i:06d}.png" for i in range(images)]
     manifest = folder / "images.parquet"
     pq.write_table(pa.table({"image_uri": uris, "image_version": ["1"] * len(uris)}), manifest)
-    return ["--model", str(model), "--input", str(manifest), "--max_error_rate", "1"]
+    return ["--model", str(model), "--input", str(manifest)]
 
 
-def run_job(nodes: Sequence[Mapping[str, int]], arguments: Sequence[str], output: Path) -> None:
-    """Runs the job on a cluster of nodes that have this."""
+def run_job(
+    nodes: Sequence[Mapping[str, int]],
+    arguments: Sequence[str],
+    output: Path,
+    meanwhile: Callable[[Cluster], object] = lambda cluster: None,
+) -> None:
+    """Runs the job on a cluster of nodes that have this, in a thread, and something else beside it."""
     cluster = Cluster()
     try:
         for node in nodes:
-            cluster.add_node(**node)
+            cluster.add_node(**node, include_dashboard=False)
         cluster.wait_for_nodes()
-        ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
+        with ThreadPoolExecutor() as pool:
+            job = pool.submit(score_on, cluster.address, arguments, output)
+            meanwhile(cluster)  # a node can be added in the main thread only
+            job.result()
+    finally:
+        cluster.shutdown()
+
+
+def score_on(address: str, arguments: Sequence[str], output: Path) -> None:
+    """Runs the job on the cluster at this address."""
+    ray.init(address=address, logging_level="error", log_to_driver=False)
+    try:
         status = csflow.scoring.job.score(parse(ScoreConfig, None, [*arguments, "--output", str(output)]))
     finally:
         ray.shutdown()
-        cluster.shutdown()
     assert status == ExitStatus.DONE
 
 
@@ -123,37 +150,47 @@ def score(nodes: int, arguments: Sequence[str], output: Path) -> dict[str, float
     return {"while all work": while_all_work, "first to last": len(times) / (times.max() - times.min())}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", type=int, default=6400)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    os.environ["PYTHONPATH"] = str(plant.ROOT)
-    csflow.scoring.pool.ScoringActor = FixedCostActor
-    rates: dict[tuple[int, str], list[float]] = defaultdict(list)
-    with tempfile.TemporaryDirectory(prefix="csflow-cluster-") as name:
-        folder = Path(name)
-        arguments = blank_images(folder, options.images)
-        for _ in range(options.rounds):
-            for nodes in NODES:
-                for kind, rate in score(nodes, arguments, folder / secrets.token_hex(4)).items():
-                    rates[nodes, kind].append(rate)
-                    print(nodes, kind, f"{rate:.1f}", file=sys.stderr, flush=True)
-    kinds = ("while all work", "first to last")
-    lines = ["| nodes | images/s, all at work | efficiency | images/s, first to last image | efficiency |"]
-    lines.append("|---|---|---|---|---|")
-    for nodes in NODES:
+def efficiency(rates: Mapping[tuple[int, str], Sequence[float]], kinds: Mapping[str, str]) -> list[str]:
+    """A table of rates by number of nodes and kind, with heads for the kinds, and of their ratios to those of
+    one node."""
+    lines = ["".join(["| nodes |", *(f" {head} | efficiency |" for head in kinds.values())])]
+    lines.append(f"|---|{'---|---|' * len(kinds)}")
+    for nodes in sorted({nodes for nodes, _ in rates}):
         row = [str(nodes)]
         for kind in kinds:
             ratios = [a / b / nodes for a, b in zip(rates[nodes, kind], rates[1, kind], strict=True)]
             row += [f"{statistics.median(rates[nodes, kind]):.1f}", f"{statistics.median(ratios):.3f}"]
         lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=6400, help="for each node")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    os.environ["PYTHONPATH"] = f"{plant.ROOT}{os.pathsep}{plant.ROOT / 'benchmarks'}"
+    csflow.scoring.pool.ScoringActor = FixedCostActor
+    csflow.scoring.plan_log.MAX_SHARD_SIZE = SHARD_SIZE
+    rates: dict[tuple[int, str], list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory(prefix="csflow-cluster-") as name:
+        folder = Path(name)
+        arguments = blank_images(folder, options.images * max(NODES))
+        for _ in range(options.rounds):
+            for nodes in NODES:
+                some = [*arguments, "--limit", str(options.images * nodes)]
+                for kind, rate in score(nodes, some, folder / secrets.token_hex(4)).items():
+                    rates[nodes, kind].append(rate)
+                    print(nodes, kind, f"{rate:.1f}", file=sys.stderr, flush=True)
+    heads = {"while all work": "images/s, all at work", "first to last": "images/s, first to last image"}
+    lines = efficiency(rates, heads)
     lines += [
         "",
-        f"{options.images} images of {1000 * SECONDS_PER_IMAGE:.0f} ms, medians of {options.rounds} rounds. "
-        "The second pair includes the actors' uneven start on two real cores, and the end.",
+        f"{options.images} images of {1000 * SECONDS_PER_IMAGE:.0f} ms for each node, medians of "
+        f"{options.rounds} rounds. The second pair includes the actors' uneven start on two real cores, and "
+        "the end.",
     ]
     command = f"python benchmarks/cluster.py --images {options.images} --rounds {options.rounds}"
     results.record("Simulated cluster of fixed-cost scorers", "\n".join(lines), command)

@@ -160,7 +160,7 @@ def run(command: Sequence[str], server: S3Server, root: Path = ROOT) -> Run:
 def _watch(process: subprocess.Popen[str], spent: dict[int, tuple[str, float]]) -> None:
     """Notes the processor time of a process and all that descend from it, until it ends."""
     while process.poll() is None:
-        for pid in _descendants(process.pid):
+        for pid in descendants(process.pid):
             try:
                 kind = "driver" if pid == process.pid else _kind(pid)
                 spent[pid] = (kind, cpu_seconds_of(pid))
@@ -169,7 +169,8 @@ def _watch(process: subprocess.Popen[str], spent: dict[int, tuple[str, float]]) 
         time.sleep(1)  # looking costs time, too
 
 
-def _descendants(root: int) -> set[int]:
+def descendants(root: int) -> set[int]:
+    """Ids of a process and of all that it started, and those did."""
     parents = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():

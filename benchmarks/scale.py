@@ -3,11 +3,13 @@
     python benchmarks/scale.py
     python benchmarks/scale.py --planned --scored 1000 10000 100000
     python benchmarks/scale.py --planned --scored 1000 10000 --setting light
+    python benchmarks/scale.py --planned --scored --generated 1000000 10000000
 
 Planning: archives of tiny images (links to one file) are listed, frozen and planned, the shards are filled
 with rows as a finished run leaves them, and the job itself runs over the complete output. Scoring: the job
 scores whole archives, by default with a small model (128 px, random weights), so that costs beside the model
-would be seen if they grew. Every figure comes from a process of its own.
+would be seen if they grew. Generated: a listing without any files is frozen and planned, for archives that no
+disk here could hold. Every figure comes from a process of its own.
 Those that plan do not import torch, as the job's driver does not: `plant` does.
 """
 
@@ -21,7 +23,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ import pyarrow.dataset as ds
 from PIL import Image
 from results import record
 
-from csflow.inputs.listing import list_images
+from csflow.inputs.listing import BATCH_ROWS, LISTING, list_images
 from csflow.model_directory import read_model
 from csflow.output.layout import Output, listing_folder
 from csflow.output.schemas import SCORES
@@ -51,12 +54,17 @@ def main() -> None:
     )
     parser.add_argument("--planned", type=int, nargs="*", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--scored", type=int, nargs="*", default=[1_000, 10_000])
+    parser.add_argument("--generated", type=int, nargs="*", default=[])
     parser.add_argument("--setting", choices=["small", "light", "paper"], default="small", help="of scoring")
     parser.add_argument("--rounds", type=int, default=3, help="of scoring; medians are printed")
     parser.add_argument("--plan", nargs=3, metavar=("MODEL", "ARCHIVE", "OUTPUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.plan:
-        print(json.dumps(plan(*arguments.plan)))
+        model, archive, output = arguments.plan
+        planned = (
+            plan_generated(model, int(archive), output) if archive.isdigit() else plan(model, archive, output)
+        )
+        print(json.dumps(planned))
         return
     import plant
 
@@ -70,6 +78,8 @@ def main() -> None:
             measure_planning(model, arguments.planned)
         if arguments.scored:
             measure_scoring(model, arguments)
+        if arguments.generated:
+            measure_generated(model, arguments.generated)
 
 
 def measure_planning(model: str, archives: Sequence[int]) -> None:
@@ -93,6 +103,27 @@ def measure_planning(model: str, archives: Sequence[int]) -> None:
             print(lines[-1], flush=True)
     numbers = " ".join(map(str, archives))
     record("Scale: planning", "\n".join(lines), f"python benchmarks/scale.py --planned {numbers} --scored")
+
+
+def measure_generated(model: str, numbers: Sequence[int]) -> None:
+    lines = [
+        "| images | freeze s | plan s | shards | peak MB | MB on the output | MB in TMPDIR |",
+        "|---|" + "---|" * 6,
+    ]
+    for images in numbers:
+        with tempfile.TemporaryDirectory() as output, tempfile.TemporaryDirectory() as temporary:
+            command = [sys.executable, __file__, "--plan", model, str(images), output]
+            variables = os.environ | {"TMPDIR": temporary}
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=variables)
+        one = json.loads(done.stdout)
+        cells = f"{images:,} | {one['list']:.0f} | {one['plan']:.0f} | {one['shards']:,}"
+        cells += (
+            f" | {one['peak_bytes'] / 1e6:.0f} | {one['written'] / 1e6:.0f} | {one['temporary'] / 1e6:.0f}"
+        )
+        lines.append(f"| {cells} |")
+        print(lines[-1], flush=True)
+    command = f"python benchmarks/scale.py --planned --scored --generated {' '.join(map(str, numbers))}"
+    record("Scale: planning of generated listings", "\n".join(lines), command)
 
 
 def measure_scoring(model: str, arguments: argparse.Namespace) -> None:
@@ -171,6 +202,43 @@ def plan(model: str, archive: str, output_folder: str) -> dict[str, float]:
         table = pa.Table.from_pylist([row | columns for row in rows], schema=SCORES)
         output.scores_file(shard.name, shard.date).create(to_parquet(table))
     return {"list": listed - started, "plan": planned - listed, "peak_bytes": peak_bytes}
+
+
+def generated(images: int) -> Iterator[pa.RecordBatch]:
+    """A listing of so many images that are nowhere, in folders of a day each."""
+    at = datetime(2026, 11, 27, tzinfo=UTC)
+    for start in range(0, images, BATCH_ROWS):
+        numbers = range(start, min(start + BATCH_ROWS, images))
+        uris = [f"s3://plant/line-3/{n // 100_000:05d}/camera-1/{n:012d}.jpg" for n in numbers]
+        etags = [f"{n:032x}" for n in numbers]
+        columns = [
+            pa.array(uris),
+            pa.array(etags),
+            pa.array([100_000] * len(uris)),
+            pa.array([at] * len(uris)),
+        ]
+        yield pa.RecordBatch.from_arrays(
+            [c.cast(t) for c, t in zip(columns, LISTING.types, strict=True)], schema=LISTING
+        )
+
+
+def plan_generated(model: str, images: int, folder: str) -> dict[str, float]:
+    """Freezes and plans a generated listing; seconds by step, peak memory, and bytes written."""
+    output = Output(Location(folder), read_model(Location(model)).model_id)
+    started = time.perf_counter()
+    listing = Listing.freeze(listing_folder(output.location, "first"), generated(images), None)
+    listed = time.perf_counter()
+    shards = make_plan(listing, OutcomeReader(output), "first", retry_errors=False)
+    planned = time.perf_counter()
+    written = sum(path.stat().st_size for path in Path(folder).rglob("*.parquet"))
+    temporary = sum(path.stat().st_size for path in Path(tempfile.gettempdir()).glob("csflow-*/*"))
+    times = {"list": listed - started, "plan": planned - listed}
+    return times | {
+        "shards": len(shards),
+        "peak_bytes": peak_memory_bytes(),
+        "written": written,
+        "temporary": temporary,
+    }
 
 
 def score(model: str, archive: Path, output: str) -> dict[str, Any]:
