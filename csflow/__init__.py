@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from csflow.errors import ImageError, Incomplete, WrongUse
     from csflow.library.archive import ScoresTable, read_scores
     from csflow.library.model import Model, load
-    from csflow.library.result import Result
+    from csflow.library.result import Region, Result
     from csflow.library.verbs import evaluate, export, score, train
 
 _PLACES = {
     "ImageError": "csflow.errors",
     "Incomplete": "csflow.errors",
     "Model": "csflow.library.model",
+    "Region": "csflow.library.result",
     "Result": "csflow.library.result",
     "ScoresTable": "csflow.library.archive",
     "WrongUse": "csflow.errors",
@@ -41,6 +42,7 @@ __all__ = [
     "ImageError",
     "Incomplete",
     "Model",
+    "Region",
     "Result",
     "ScoresTable",
     "WrongUse",

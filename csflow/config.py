@@ -59,6 +59,8 @@ Decode = Literal["auto", "beside", "cluster"]
 with `auto`, in the cluster if a GPU waits for images otherwise."""
 FALSE_POSITIVE_RATE = 0.01
 """Default share of normal images that may be flagged."""
+FALSE_REGIONS = 0.1
+"""Default number of regions that a normal image may have on average."""
 StorageOptions = Annotated[dict[str, Any], BeforeValidator(_json_object)]
 
 

@@ -155,7 +155,7 @@ def test_an_artefact_that_scores_otherwise_is_refused(artefacts: dict[str, Path]
 
 
 def test_the_runtime_in_one_file_writes_the_rows_of_the_scoring_job_without_csflow(
-    artefacts: dict[str, Path], photographs: Path, directory: Model, tmp_path: Path
+    artefacts: dict[str, Path], photographs: Path, directory: Model, model: Path, tmp_path: Path
 ) -> None:
     line = tmp_path / "images"
     shutil.copytree(photographs, line)
@@ -181,6 +181,12 @@ def test_the_runtime_in_one_file_writes_the_rows_of_the_scoring_job_without_csfl
     assert scores.model_id == directory.model_id
     frame = scores.to_pandas().set_index("image_uri")
     assert {uri: row["anomaly_score"] for uri, row in said.items()} == dict(frame.anomaly_score)
+    for result in csflow.load(model, precision="float32").score(images(photographs)):
+        of_line = frame.regions[str(line / Path(result.image_uri).relative_to(photographs))]
+        assert list(map(list, result.regions)) == [
+            pytest.approx(list(region.values()), rel=1e-3) for region in of_line
+        ]
+    assert frame.regions.map(len).any()
     [file] = (tmp_path / "out").glob("scores/*/*/*.parquet")
     assert ds.dataset(file).schema.equals(SCORES)
     [errors] = (tmp_path / "out").glob("errors/*/*/*.parquet")

@@ -60,9 +60,10 @@ def test_the_score_is_that_of_the_scoring_job(
     photographs: list[Path], model: Path, ray_cluster: object, tmp_path: Path
 ) -> None:
     arguments = ["--model", model, "--input", photographs[0].parent, "--output", tmp_path / "out"]
-    assert run_score(*arguments, "--precision", "float32", "--false_positive_rate", "0.2") == ExitStatus.DONE
+    arguments += ["--precision", "float32", "--false_positive_rate", "0.2", "--false_regions", "1"]
+    assert run_score(*arguments) == ExitStatus.DONE
     scored = csflow.read_scores(tmp_path / "out").to_pandas().set_index("image_uri")
-    judge = csflow.load(model, precision="float32", device="cpu", false_positive_rate=0.2)
+    judge = csflow.load(model, precision="float32", device="cpu", false_positive_rate=0.2, false_regions=1)
     many, one = judge.score(photographs), [judge.score(path) for path in photographs]
     for result in [*many, *one]:
         row = scored.loc[result.image_uri]
@@ -72,6 +73,10 @@ def test_the_score_is_that_of_the_scoring_job(
             assert getattr(result, name) == row[name], name
         shown = row["anomaly_map"].reshape(row["map_height"], row["map_width"])
         np.testing.assert_allclose(result.anomaly_map, shown, rtol=1e-3, atol=1e-4)
+        assert result.regions is not None
+        found = [pytest.approx(list(region.values()), rel=1e-3) for region in row["regions"]]
+        assert list(map(list, result.regions)) == found
+    assert any(result.regions for result in many)
 
 
 def test_bytes_arrays_and_pillow_images_score_as_their_file(

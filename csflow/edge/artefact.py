@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from csflow.errors import Failed, WrongUse
 from csflow.images import DecodedImage, decode
 from csflow.preprocessing import DECODING_VERSIONS, Preprocessing
-from csflow.scoring.rows import Judged
+from csflow.scoring.rows import Judged, RegionRule
 
 KEY = "csflow"
 """Name of the metadata in the artefact, a JSON object."""
@@ -57,6 +57,8 @@ class Artefact:
             self.metadata["interpolation"],
             self.metadata["decoding_version"],
         )
+        regions = self.metadata.get("regions")  # which older artefacts do not have
+        self.region_rule = regions and RegionRule(regions["threshold"], np.array(regions["heldout_peaks"]))
 
     def check(self) -> None:
         """Scores the self-test image. Raises SelfTestFailed if its score or map is another than it was."""

@@ -157,6 +157,7 @@ def score_image(artefact: Artefact, image: Version, recorder: Recorder, keeps_ma
             run_id=recorder.run_id,
             keeps_maps=keeps_maps,
             map_threshold=threshold,
+            region_rule=artefact.region_rule,
         )
     )
     return {

@@ -21,6 +21,7 @@ MODULES = (
     "output/layout",
     "output/schemas",
     "preprocessing",
+    "regions",
     "scoring/__init__",
     "scoring/rows",
     "wide_samples",

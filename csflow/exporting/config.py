@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from csflow.config import JobConfig
+from csflow.config import FALSE_POSITIVE_RATE, FALSE_REGIONS, JobConfig
 from csflow.errors import WrongUse
 
 Format = Literal["onnx", "openvino"]
@@ -28,8 +28,10 @@ class ExportConfig(JobConfig):
     `openvino` is an .xml file with a .bin file beside it."""
     output: str
     """File to write. The ending of its format, .onnx or .xml, is added where it has none."""
-    false_positive_rate: float = Field(0.01, gt=0, lt=1)
+    false_positive_rate: float = Field(FALSE_POSITIVE_RATE, gt=0, lt=1)
     """Share of normal images that may be flagged; the artefact's verdict is made with it."""
+    false_regions: float = Field(FALSE_REGIONS, gt=0, le=1)
+    """Number of regions (column `regions`) that a normal image may have on average."""
     self_test: str | None = None
     """An image, of at most 4 MB, that travels in the artefact; wherever the artefact is loaded, it has to
     give the score that it has now. [default: a held-out image of the calibration, of middling score]"""

@@ -20,6 +20,7 @@ from csflow.images import decode
 from csflow.inputs.reading import ImageReader
 from csflow.library.sources import Source, open_store
 from csflow.model_directory import Model, load_model
+from csflow.scoring.rows import RegionRule
 from csflow.storage import Location
 
 TOLERANCE = 1e-4
@@ -68,6 +69,7 @@ def _metadata(config: ExportConfig, model: Model, self_test: bytes) -> dict[str,
     decoded = decode(self_test, preprocessing)
     with torch.inference_mode():
         scores = model.detector(torch.from_numpy(decoded.pixels_HWC)[None])
+    rule = RegionRule.of(model.calibration, config.false_regions)
     return {
         "format_version": FORMAT_VERSION,
         "csflow": __version__,
@@ -81,6 +83,7 @@ def _metadata(config: ExportConfig, model: Model, self_test: bytes) -> dict[str,
         "heldout": len(model.calibration.anomaly_score),
         "false_positive_rate": config.false_positive_rate,
         "map_threshold": model.calibration.map_threshold(config.false_positive_rate),
+        "regions": rule and {"threshold": rule.threshold, "heldout_peaks": rule.heldout_peak_N.tolist()},
         "self_test": {
             "image": base64.b64encode(self_test).decode(),
             "anomaly_score": scores.anomaly_score_B.item(),

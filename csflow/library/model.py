@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from csflow.config import FALSE_POSITIVE_RATE, FALSE_REGIONS
 from csflow.errors import ImageError, WrongUse
 from csflow.forms import Forms
 from csflow.images import DecodedImage, decode
 from csflow.inputs.loading import batches
-from csflow.library.result import Result
+from csflow.library.result import Region, Result
 from csflow.library.sources import ImageLike, Source, open_store
 from csflow.model import InferenceDetector, Scores, TiledDetector, default_batch_size
 from csflow.model_directory import read_model
 from csflow.precision import Device, PrecisionSetting
-from csflow.scoring.rows import Judged, judge, peak, require_scores
+from csflow.scoring.rows import Judged, RegionRule, judge, peak, region_lists, require_scores
 from csflow.storage import Location
 
 READ_THREADS = 8
@@ -34,7 +35,8 @@ Loaded: TypeAlias = tuple[Source, DecodedImage | ImageError]
 def load(
     address: str | os.PathLike[str],
     *,
-    false_positive_rate: float = 0.01,
+    false_positive_rate: float = FALSE_POSITIVE_RATE,
+    false_regions: float = FALSE_REGIONS,
     device: Device = "auto",
     precision: PrecisionSetting = "auto",
     storage_options: Mapping[str, Any] | None = None,
@@ -44,6 +46,7 @@ def load(
     Args:
         address: path or URL of the model directory.
         false_positive_rate: share of normal images that may be flagged.
+        false_regions: number of regions that a normal image may have on average.
         device: `auto` is a GPU if PyTorch has one.
         precision: as `--precision` of the scoring job, whose scores these are.
         storage_options: of the object stores of the model and of images.
@@ -51,17 +54,25 @@ def load(
     Raises:
         WrongUse: there is no model at this address, it is damaged, or a setting is out of range.
     """
-    return Model(Location(os.fspath(address), storage_options or {}), false_positive_rate, device, precision)
+    location = Location(os.fspath(address), storage_options or {})
+    return Model(location, false_positive_rate, false_regions, device, precision)
 
 
 class Model:
     """A loaded model. `csflow.load` makes one. Threads may share it; one of them computes at a time."""
 
     def __init__(
-        self, location: Location, false_positive_rate: float, device: Device, precision: PrecisionSetting
+        self,
+        location: Location,
+        false_positive_rate: float,
+        false_regions: float,
+        device: Device,
+        precision: PrecisionSetting,
     ) -> None:
         if not 0 < false_positive_rate < 1:
             raise WrongUse(f"false_positive_rate {false_positive_rate} must be between 0 and 1")
+        if not 0 < false_regions <= 1:
+            raise WrongUse(f"false_regions {false_regions} must be above 0 and at most 1")
         directory = read_model(location)
         self.address = str(location)
         self.model_id = directory.model_id
@@ -71,6 +82,7 @@ class Model:
         self._calibration = directory.calibration
         self.map_threshold = directory.calibration.map_threshold(false_positive_rate)
         """Value that map cells of normal images exceed no more often than the false-positive rate."""
+        self._region_rule = RegionRule.of(directory.calibration, false_regions)
         self._store = open_store(location.storage_options)
         self._device = _device(device)
         try:
@@ -201,12 +213,15 @@ class Model:
 
     def _result(self, judged: Judged, number: int, source: Source, decoded: DecodedImage) -> Result:
         one = slice(number, number + 1)
-        peak_y_B, peak_x_B = peak(
+        place = (
             judged.anomaly_map_BHW[one],
             np.array([decoded.height]),
             np.array([decoded.width]),
             np.array([decoded.box]),
         )
+        peak_y_B, peak_x_B = peak(*place)
+        rule = self._region_rule
+        regions = rule and [Region(**found) for found in region_lists(*place, rule)[0].as_py()]
         return Result(
             image_uri=source.image_uri,
             anomaly_score=float(judged.anomaly_score_B[number]),
@@ -223,6 +238,7 @@ class Model:
             local_p_value=None if judged.local_p_value_B is None else float(judged.local_p_value_B[number]),
             map_box=decoded.box,
             map_threshold=self.map_threshold,
+            regions=regions,
             model_id=self.model_id,
             _source=source,
         )

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,23 @@ from csflow.preprocessing import Box
 
 SHOWN_SIDE = 360
 """Longest side in pixels of the picture in a notebook."""
+
+
+class Region(NamedTuple):
+    """Connected cells of an anomaly map that may be a defect; lengths are in pixels of the original."""
+
+    x: float
+    """Left edge of the box around it; `y` is the upper edge, `width` and `height` are the box's."""
+    y: float
+    width: float
+    height: float
+    area: float
+    """Area of its cells, in square pixels."""
+    peak: float
+    """Its hottest cell; `mean` is the mean of its cells."""
+    mean: float
+    p_value: float
+    """Share of held-out normal images with a cell as hot as its peak, the image itself counted among them."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +64,8 @@ class Result:
     """The part of the original that the map covers."""
     map_threshold: float | None
     """At most the false-positive rate of normal images has a map cell above this; None if it is not known."""
+    regions: list[Region] | None
+    """What may be a defect, the highest peak first; None if the model does not know which are usual."""
     model_id: str
     _source: Source = field(repr=False, compare=False)
 

@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from csflow.config import FALSE_POSITIVE_RATE, Decode, ListingConfig, Locations, Moment, Patterns
+from csflow.config import (
+    FALSE_POSITIVE_RATE,
+    FALSE_REGIONS,
+    Decode,
+    ListingConfig,
+    Locations,
+    Moment,
+    Patterns,
+)
 from csflow.decode_limits import DEFAULT_LIMITS, MAX_PIXELS, DecodeLimits
 from csflow.errors import WrongUse
 from csflow.precision import Device, PrecisionSetting
@@ -13,8 +21,6 @@ from csflow.precision import Device, PrecisionSetting
 if TYPE_CHECKING:  # with pyarrow and fsspec --help would take a second
     from csflow.output.layout import Output
     from csflow.storage import Location
-
-FALSE_REGIONS = 0.1
 
 
 class ScoreConfig(ListingConfig):

@@ -16,11 +16,11 @@ from csflow.errors import ImageError
 from csflow.images import DecodedImage
 from csflow.output.schemas import FLOATS, REGION, REGIONS, SCORES
 from csflow.preprocessing import whole
+from csflow.regions import find_regions
 
 if TYPE_CHECKING:  # the edge runtime has neither torch nor what reads model directories
     from csflow.model import Scores
     from csflow.model_directory import Calibration
-    from csflow.regions import Regions
 
 
 Tags = Mapping[str, str] | Sequence[tuple[str, str]]
@@ -58,6 +58,14 @@ class RegionRule(NamedTuple):
     """A region is made of connected cells above it."""
     heldout_peak_N: NDArray[np.float64]
     """The hottest cell of each held-out map."""
+
+    @classmethod
+    def of(cls, calibration: "Calibration", false_regions: float) -> "RegionRule | None":
+        """The rule at which a normal image has so many regions on average; None if the model knows none."""
+        threshold = calibration.region_threshold(false_regions)
+        if threshold is None or calibration.map_maximum is None:
+            return None
+        return cls(threshold, calibration.map_maximum)
 
 
 def judge(scores: "Scores", calibration: "Calibration", false_positive_rate: float) -> Judged:
@@ -135,10 +143,7 @@ def score_rows(
         "tags": [image.tags for image in images],
     }
     if region_rule:
-        from csflow.regions import find_regions  # with SciPy, which the edge runtime does without
-
-        regions = find_regions(anomaly_map_BHW, region_rule.threshold, height_B, width_B, box_B4)
-        columns["regions"] = _region_lists(regions, len(images), region_rule)
+        columns["regions"] = region_lists(anomaly_map_BHW, height_B, width_B, box_B4, region_rule)
     return pa.RecordBatch.from_pydict(columns, schema=SCORES)
 
 
@@ -177,17 +182,28 @@ def _float_lists(values_BX: NDArray[np.float32]) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, flat_BN.ravel(), type=FLOATS)
 
 
-def _region_lists(regions: "Regions", images: int, rule: RegionRule) -> pa.Array:
+def region_lists(
+    anomaly_map_BHW: NDArray[np.float32],
+    image_height_B: NDArray[np.int32],
+    image_width_B: NDArray[np.int32],
+    box_B4: NDArray[np.float64],
+    rule: RegionRule,
+) -> pa.Array:
     """The regions of each image as a `REGIONS` column.
 
     The p-value of a region is that of its peak among the hottest cells of the held-out maps. So the smallest
     one of an image is a p-value of the image.
+
+    Args:
+        image_height_B: heights of the original images, in pixels; `image_width_B` likewise.
+        box_B4: the part that each map covers: top, left, bottom and right edge.
     """
+    regions = find_regions(anomaly_map_BHW, rule.threshold, image_height_B, image_width_B, box_B4)
     values = [
         *(regions.x_N, regions.y_N, regions.width_N, regions.height_N, regions.area_N),
         *(regions.peak_N, regions.mean_N, p_values(regions.peak_N, rule.heldout_peak_N)),
     ]
-    offsets = np.searchsorted(regions.image_N, np.arange(images + 1)).astype(np.int32)
+    offsets = np.searchsorted(regions.image_N, np.arange(len(anomaly_map_BHW) + 1)).astype(np.int32)
     structs = pa.StructArray.from_arrays(values, fields=list(REGION))
     return pa.ListArray.from_arrays(offsets, structs, type=REGIONS)
 

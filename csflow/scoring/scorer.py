@@ -22,7 +22,7 @@ from csflow.inputs.isolation import IsolatedLoader
 from csflow.inputs.loaded import HELPED, LoadedImage
 from csflow.inputs.loading import ImageLoader, LoaderSettings, batches
 from csflow.model import Scores, TiledDetector, default_batch_size
-from csflow.model_directory import Calibration, read_model
+from csflow.model_directory import read_model
 from csflow.output.schemas import ERRORS, SCORES
 from csflow.process import ProcessCpu, Stages, peak_memory_bytes
 from csflow.redaction import redact
@@ -122,7 +122,7 @@ class ShardScorer:
         self._model_name = model.name
         self._calibration = model.calibration
         self._map_threshold = model.calibration.map_threshold(settings.false_positive_rate)
-        self._region_rule = _region_rule(model.calibration, settings.false_regions)
+        self._region_rule = RegionRule.of(model.calibration, settings.false_regions)
         storage_options = settings.output.location.storage_options
         preprocessing = model.preprocessing
         batch_size = settings.batch_size or default_batch_size(preprocessing.image_size, self._device)
@@ -307,14 +307,6 @@ def _finished(
 ) -> tuple[Sequence[ScorableImage], Scores]:
     with stages.measured("score"):
         return images, result()
-
-
-def _region_rule(calibration: Calibration, false_regions: float) -> RegionRule | None:
-    """None if the model cannot tell which regions normal images have."""
-    threshold = calibration.region_threshold(false_regions)
-    if threshold is None or calibration.map_maximum is None:
-        return None
-    return RegionRule(threshold, calibration.map_maximum)
 
 
 class _Released:

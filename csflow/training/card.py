@@ -10,13 +10,11 @@ from numpy.typing import NDArray
 
 import csflow
 from csflow.charts import Curve, chart, steps
-from csflow.config import FALSE_POSITIVE_RATE
+from csflow.config import FALSE_POSITIVE_RATE, FALSE_REGIONS
 from csflow.model_directory import Calibration
 from csflow.training.labelled import auroc_line
 
 BINS = 40
-FALSE_REGIONS = 0.1
-"""The number of regions on a normal image for which the card states their threshold."""
 
 CARD = """\
 # {backbone}, {blocks} coupling block{plural}, {height} × {width} px
