@@ -265,6 +265,29 @@ def test_a_large_s3_folder_is_divided_by_the_beginnings_of_names_and_no_image_is
     assert any("prefix=p%2Fimage-1" in request for request in bucket.requests)
 
 
+@pytest.mark.parametrize("oddity", ["order", "start"])
+def test_a_large_folder_of_a_store_that_lists_otherwise_is_listed_whole(
+    bucket: faulty_s3.FaultyS3, monkeypatch: pytest.MonkeyPatch, oddity: str
+) -> None:
+    names = [f"p/{number:02d}.png" for number in range(40)]
+    for name in names:
+        bucket.put(name, b"x")
+    real = objects.ObjectStore.call_s3
+
+    def odd_pages(self: objects.ObjectStore, method: str, **request: Any) -> Any:
+        if oddity == "start":
+            request.pop("StartAfter", None)
+        page = real(self, method, **({"MaxKeys": 3} | request))
+        if oddity == "order":
+            page["Contents"] = page.get("Contents", [])[::-1]
+        return page
+
+    monkeypatch.setattr(objects.ObjectStore, "call_s3", odd_pages)
+    monkeypatch.setattr(folders, "PAGES_IN_A_ROW", 2)
+    found = pa.Table.from_batches(list_images(["s3://inputs/p"], bucket.options))
+    assert sorted(found["image_uri"].to_pylist()) == [f"s3://inputs/{name}" for name in names]
+
+
 def test_listing_comes_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("csflow.inputs.listing.BATCH_ROWS", 2)
     for number in range(5):

@@ -194,35 +194,54 @@ def _list_at_once(fetch: Page, pool: ThreadPoolExecutor, folders: Iterable[str])
         prefix, number, future = under_way.popleft()
         page = future.result()
         if page["IsTruncated"]:
+            parts = None
             if number >= PAGES_IN_A_ROW and not waiting and len(under_way) + 1 < LISTINGS_AT_ONCE:
-                waiting.extend(_divided(fetch, prefix, page["Contents"][-1]["Key"]))
-            else:
+                parts = _divided(fetch, prefix, page)
+            if parts is None:
                 token = page["NextContinuationToken"]
                 under_way.append((prefix, number + 1, pool.submit(fetch, prefix, ContinuationToken=token)))
+            else:
+                waiting.extend(parts)
         yield page
 
 
-def _divided(fetch: Page, prefix: str, last: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Divides the keys below a prefix that come after the key `last`: longer prefixes, and the prefix itself,
-    with the parameters that leave out other keys."""
+def _divided(fetch: Page, prefix: str, page: Description) -> list[tuple[str, dict[str, str]]] | None:
+    """Divides the keys below a prefix that come after a page: longer prefixes and the prefix itself, each
+    with the parameters that leave out other keys.
+
+    None if the store does not list keys in the order of their bytes, as S3's directory buckets, or heeds no
+    `StartAfter`: then only its own tokens lead to every key once.
+    """
+    keys = [entry["Key"] for entry in page["Contents"]]
+    last = keys[-1]
+    if keys != sorted(keys, key=str.encode):
+        return None
+    is_ordered = True
 
     def next_key(beginning: str) -> str | None:
         """The first key below the prefix after all that begin so."""
-        page = fetch(prefix, StartAfter=beginning + LAST_CHARACTER, MaxKeys=1)
-        return page["Contents"][0]["Key"] if page.get("Contents") else None
+        nonlocal is_ordered
+        found = fetch(prefix, StartAfter=beginning + LAST_CHARACTER, MaxKeys=1).get("Contents")
+        if not found:
+            return None
+        key: str = found[0]["Key"]
+        is_ordered &= not key.startswith(beginning) and key.encode() > last.encode()
+        return key
 
     # The more characters of `last`, the more keys come after all that begin so. The first that leaves any is
     # the one in which the keys differ.
     lengths = range(len(prefix) + 1, len(last))
     length = len(prefix) + 1 + bisect_left(lengths, True, key=lambda n: next_key(last[:n]) is not None)
     beginning = last[:length]
-    yield beginning, {"StartAfter": last}
+    parts = [(beginning, {"StartAfter": last})]
     for _ in range(LISTINGS_AT_ONCE):
-        if (key := next_key(beginning)) is None:
-            return
+        if (key := next_key(beginning)) is None or not is_ordered:
+            break
         beginning = key[:length]
-        yield beginning, {}
-    yield prefix, {"StartAfter": beginning + LAST_CHARACTER}
+        parts.append((beginning, {}))
+    else:
+        parts.append((prefix, {"StartAfter": beginning + LAST_CHARACTER}))
+    return parts if is_ordered else None
 
 
 def _matches(store: ObjectStore, pattern: str) -> dict[str, Description]:
