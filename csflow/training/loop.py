@@ -209,12 +209,15 @@ class Trainer:
         shapes = [*(sizes if self.gaussians else []), *sizes, ()]
         columns = [torch.zeros(len(source), *shape, device=self.worker.device) for shape in shapes]
         shares = self._shares_of_all(source)
+        # That of the last layer is the same for all images, and takes longer than the flow for some.
+        latents_log_det = self.gaussians.latents.log_det() if self.gaussians else 0.0
         with self._best_weights():
             for share, x in zip(shares, source.batches(0, shares), strict=True):
                 output, window = self.plain_flow(x), self.settings.architecture.latent_window
                 energies = energies_of(self.gaussians, x, output.z, window)
                 if self.gaussians:
-                    output = _whitened(output, self.gaussians.latents)
+                    whitened = self.gaussians.latents(output.z)
+                    output = FlowOutput(whitened, output.log_det_B + latents_log_det)
                 for column, value in zip(columns, [*energies, self._losses(output)], strict=True):
                     column[share] = value
         if self.worker.world_size > 1:
@@ -325,11 +328,6 @@ class Trainer:
         if self.worker.world_size > 1:
             torch.distributed.all_reduce(value)
         return value.item()
-
-
-def _whitened(output: FlowOutput, latents: PositionGaussian) -> FlowOutput:
-    """The output of the whole model, given the output of the flow, which comes before the last layer."""
-    return FlowOutput(latents(output.z), output.log_det_B + latents.log_det())
 
 
 def _memory_format(device: torch.device) -> torch.memory_format:
