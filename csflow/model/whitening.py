@@ -17,7 +17,8 @@ matrix for all positions, and the layers of each position do nothing.
 Dimension letters: B batch, C channels, H height, W width, P positions (H · W, or 1 that stands for all).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,10 +79,12 @@ class Whitening(nn.Module):
 
     def log_det(self) -> float:
         """log|det| of the whole map, the same for every image."""
-        return sum(
-            torch.linalg.slogdet(self.matrix(level).double()).logabsdet.item() * self.mean(level)[0].numel()
-            for level in range(self.levels)
-        )
+        with _one_thread():
+            return sum(
+                torch.linalg.slogdet(self.matrix(level).double()).logabsdet.item()
+                * self.mean(level)[0].numel()
+                for level in range(self.levels)
+            )
 
     def mean(self, level: int) -> Tensor:
         """The mean μ of a level, (C, H, W)."""
@@ -109,12 +112,12 @@ class PositionGaussian(nn.Module):
     def log_det(self) -> float:
         """log|det| of the whole map, the same for every image."""
         return sum(
-            torch.linalg.slogdet(self.matrix(level).double()).logabsdet.mean().item() * positions
+            self.matrix(level).double().diagonal(dim1=1, dim2=2).abs().log().sum(1).mean().item() * positions
             for level, positions in enumerate(self.positions)
         )
 
     def matrix(self, level: int) -> Tensor:
-        """The matrices of a level, (P, C, C)."""
+        """The matrices of a level, (P, C, C), lower triangular."""
         return self.get_buffer(f"matrix_{level}")
 
 
@@ -193,6 +196,21 @@ class Moments:
         )
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Context in which matrices are factorised.
+
+    With several threads, MKL's factorisations of small matrices wait for each other at every step. Beside
+    other processes that took minutes in place of a second, and MKL complained of `Parameter 6` of `DLASWP`.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @torch.no_grad()
 def gaussians_of(levels: Sequence[Moments]) -> Gaussians:
     """Fits the whitening of each level to these images, and the Gaussians of each position behind it.
@@ -206,7 +224,8 @@ def gaussians_of(levels: Sequence[Moments]) -> Gaussians:
         raise ValueError("a whitening needs at least one image")
     gaussians = Gaussians([moments.sum_CHW.shape for moments in levels], levels[0].is_tiled)
     for level, moments in enumerate(levels):
-        mean_CHW, matrix_CC, matrix_PCC = _fit(moments)
+        with _one_thread():
+            mean_CHW, matrix_CC, matrix_PCC = _fit(moments)
         gaussians.whitening.mean(level).copy_(mean_CHW)
         gaussians.whitening.matrix(level).copy_(matrix_CC)
         gaussians.positions.matrix(level).copy_(matrix_PCC)
@@ -218,7 +237,8 @@ def fit_latents(latents: PositionGaussian, levels: Sequence[Moments]) -> None:
     """Fits the layer that turns latents with these moments, about 0, into standard normal ones."""
     for level, moments in enumerate(levels):
         covariance_PCC = moments.product_PCC / moments.images
-        latents.matrix(level).copy_(_root(covariance_PCC, moments.images))
+        with _one_thread():
+            latents.matrix(level).copy_(_root(covariance_PCC, moments.images))
 
 
 def _fit(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:

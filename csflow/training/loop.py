@@ -22,7 +22,6 @@ from csflow.model import (
     new_flow,
 )
 from csflow.model.detector import energies_of
-from csflow.model.whitening import PositionGaussian
 from csflow.precision import TrainingPrecision, uses_bfloat16
 from csflow.training.config import TrainConfig
 from csflow.training.recipe import RECIPES
