@@ -165,7 +165,7 @@ def test_the_files_of_a_model_directory_are_named_in_one_file() -> None:
 
 DECODERS = {"PIL", "imagecodecs", "simplejpeg", "tifffile"}
 """Without all of these, an edge device would give some images other pixels than the job."""
-EDGE_LIBRARIES = {"csflow", "numpy", "pyarrow"} | DECODERS
+EDGE_LIBRARIES = {"csflow", "numpy", "pyarrow", "scipy"} | DECODERS
 
 
 def test_the_edge_runtime_holds_all_that_it_imports_and_little_else() -> None:
