@@ -388,7 +388,7 @@ def _load(folder: Path, seed: int, stages: Sequence[str], scales: int, features:
         input=[str(folder)], output="unused", cut_after=list(stages), scales=scales, seed=seed
     )
     cache, data, test = cached_images(config, folder, features)
-    parts = {name: read_levels(cache, data.part(name)) for name in ("training", "validation", "heldout")}
+    parts = {name: read_levels(cache, data.subset(name)) for name in ("training", "validation", "heldout")}
     return Parts(**parts, test=read_levels(cache, test))
 
 

@@ -65,7 +65,7 @@ class Training:
         if RECIPES[config.recipe].whitening:
             self.gaussians = fit_gaussians(self._part("training", whitened=False))
         self.trainer = Trainer(
-            LoopSettings.of(config, images.data.part("training").num_rows),
+            LoopSettings.of(config, images.data.subset("training").num_rows),
             WORKER,
             self._part("training"),
             self._part("validation"),
@@ -106,7 +106,7 @@ class Training:
         return scores
 
     def _part(self, name: str, whitened: bool = True) -> FeatureSource:
-        return self._open(self._images.data.part(name), whitened)
+        return self._open(self._images.data.subset(name), whitened)
 
     def _open(self, images: Any, whitened: bool) -> FeatureSource:
         whitening = self.gaussians.whitening if self.gaussians and whitened else None

@@ -30,7 +30,7 @@ from torch import Tensor
 from csflow import process
 from csflow.calibration import drift, p_values
 from csflow.model import Gaussians, StandardisedStatistic
-from csflow.training.cache import FeatureCache
+from csflow.training.cache import INDEX, FeatureCache
 from csflow.training.checkpoint import with_prefix
 from csflow.training.closing import closing_tensors, cross_closing_tensors
 from csflow.training.config import TrainConfig
@@ -38,7 +38,7 @@ from csflow.training.cross import train_fold
 from csflow.training.gaussians import fit_gaussians
 from csflow.training.loop import LoopSettings, Trainer, Worker
 from csflow.training.sources import FeatureSource, open_features
-from csflow.training.split import FOLDS, PARTS, TrainingData
+from csflow.training.split import FOLDS, SUBSETS, TrainingData
 
 RATES = (0.01, 0.05, 0.1)
 NEW, DEFECTIVE = 400, 200
@@ -56,10 +56,10 @@ class Photographs:
     @classmethod
     def of(cls, config: TrainConfig, work: Path) -> "Photographs":
         found = cached_images(config, prepare("elpv", work / "data"), work / "features")
-        parts = [found.data.part(name) for name in PARTS]
+        parts = [found.data.subset(name) for name in SUBSETS]
         return cls(
             found.cache,
-            pa.concat_tables(parts).drop_columns("part").sort_by("content_digest"),
+            pa.concat_tables(parts).select(INDEX.names).sort_by("content_digest"),
             found.test.slice(0, DEFECTIVE),  # of the folder `defective`, which comes first
         )
 
@@ -77,7 +77,7 @@ def measured(
     started = time.process_time()
     cache, is_cross = photographs.cache, config.calibration == "cross"
     data = TrainingData.divide(images, config.validation, config.holdout, config.seed, is_cross)
-    training, validation, heldout = (data.part(name) for name in PARTS)
+    training, validation, heldout = (data.subset(name) for name in SUBSETS)
     gaussians = photographs.fitted(training)
     settings = LoopSettings.of(config, training.num_rows)
     sources = [photographs.opened(part, gaussians) for part in (training, validation)]

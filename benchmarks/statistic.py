@@ -127,7 +127,7 @@ def measure(name: str, seed: int, data: Path, features: Path) -> dict[tuple[int,
     with torch.enable_grad():
         training = Training(config, images)
     detector = build_detector(config).eval()
-    uris = images.data.part("heldout")["image_uri"].to_pylist()
+    uris = images.data.subset("heldout")["image_uri"].to_pylist()
     uris *= math.ceil(FEWEST / len(uris))
     training.trainer.plain_flow.load_state_dict(training.trainer.best_state)
     usual, heldout = (Energies(training, training.batches(part)) for part in ("validation", "heldout"))

@@ -1,28 +1,72 @@
 """Compares scores with those of held-out normal images: p-values, defect lists, the drift of a run."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+DIGITS = 9
+"""Decimals of summed weights. Those of a part are fractions, and their sums are to be whole numbers again."""
 
-def p_values(scores: ArrayLike, calibration_scores: ArrayLike) -> NDArray[np.float64]:
+
+def part_weights(parts: Sequence[str]) -> NDArray[np.float64]:
+    """Weights (n,) of images that show these parts: one for each part, which its images share."""
+    _, part_N, sizes = np.unique(np.asarray(parts), return_inverse=True, return_counts=True)
+    weights_N: NDArray[np.float64] = 1 / sizes[part_N]
+    return weights_N
+
+
+def p_values(
+    scores: ArrayLike, calibration_scores: ArrayLike, weights: ArrayLike | None = None
+) -> NDArray[np.float64]:
     """Conformal p-value of each score: (1 + held-out normals scoring at least this) / (n + 1).
 
     For a normal image that is exchangeable with the n held-out ones, P(p ≤ α) ≤ α for every α
     (Vovk, Gammerman, Shafer: Algorithmic Learning in a Random World, 2005).
+
+    Args:
+        weights: of the held-out images (`part_weights`), if some show the same part. Then n is their sum, the
+            number of parts, and images count by their weights. P(p ≤ α) ≤ α then holds for an image at random
+            of a normal part that is exchangeable with the held-out ones (Lee, Barber, Willett:
+            Distribution-free inference with hierarchical data, 2023).
     """
-    reference = np.sort(np.asarray(calibration_scores, dtype=np.float64))
-    scores = np.asarray(scores, dtype=np.float64)
+    reference = np.asarray(calibration_scores, dtype=np.float64)
+    order = np.argsort(reference)
+    above_N = weights_above(len(reference), weights, order)
     # NumPy sorts what is no number behind all numbers: such a score is the most anomalous there is.
-    at_least = len(reference) - np.searchsorted(reference, scores, side="left")
-    p: NDArray[np.float64] = (1 + at_least) / (len(reference) + 1)
+    at_least = above_N[np.searchsorted(reference[order], np.asarray(scores, np.float64), side="left")]
+    p: NDArray[np.float64] = (1 + at_least) / (above_N[0] + 1)
     return p
 
 
-def region_threshold(region_levels_NJ: ArrayLike, false_regions: float) -> float | None:
+def weights_above(
+    count: int, weights: ArrayLike | None = None, order: NDArray[np.int64] | None = None
+) -> NDArray[np.float64]:
+    """How much the images from place k of an order on weigh together, k = 0 … count; 1 each by default."""
+    weights_N = np.ones(count) if weights is None else np.asarray(weights, np.float64)
+    ordered = weights_N if order is None else weights_N[order]
+    return np.append(ordered[::-1].cumsum().round(DIGITS)[::-1], 0)
+
+
+def value_exceeded(values: ArrayLike, rate: float, weights: ArrayLike | None = None) -> float | None:
+    """The lowest of held-out values that a new one exceeds with a probability of at most `rate`.
+
+    What exceeds it has a p-value of at most `rate`. None if there are too few values.
+    """
+    reference = np.asarray(values, np.float64)
+    order = np.argsort(reference)
+    above_N = weights_above(len(reference), weights, order)
+    # What lies between a value and the next higher one is exceeded by the latter and those above it.
+    (low_enough,) = np.nonzero(1 + above_N[1:] <= rate * (above_N[0] + 1) + 1e-9)
+    return float(reference[order[low_enough[0]]]) if len(low_enough) else None
+
+
+def region_threshold(
+    region_levels_NJ: ArrayLike, false_regions: float, weights: ArrayLike | None = None
+) -> float | None:
     """Value of map cells above which a normal image has at most this many regions, on average.
 
     Conformal risk control (Angelopoulos, Bates, Fisch, Lei, Schuster, ICLR 2024): with the lowest threshold t
@@ -32,10 +76,12 @@ def region_threshold(region_levels_NJ: ArrayLike, false_regions: float) -> float
     image: no finite sample bounds what one image may have, so it counts with at most
     b(t) = max(1, maxᵢ Lᵢ(t)) regions, as many as the worst held-out image. The bound may follow t, since each
     of the n + 1 images then counts with no more than the second largest number of all (or 1), which is
-    symmetric in them and can only grow when t falls.
+    symmetric in them and can only grow when t falls. If images show parts, the same holds with the mean of
+    Lᵢ(t) over a part's images in place of Lᵢ(t), for the n parts.
 
     Args:
         region_levels_NJ: levels of the n held-out images in falling order, −∞ where there are fewer.
+        weights: as those of `p_values`.
 
     Returns:
         None if so few images are held out that no threshold is high enough.
@@ -44,10 +90,13 @@ def region_threshold(region_levels_NJ: ArrayLike, false_regions: float) -> float
     order = np.argsort(-levels_NJ, axis=None, kind="stable")
     levels = levels_NJ.ravel()[order]
     levels, order = levels[np.isfinite(levels)], order[np.isfinite(levels)]
+    image, number = np.divmod(order, levels_NJ.shape[1])
+    weights_N = np.ones(len(levels_NJ)) if weights is None else np.asarray(weights, np.float64)
     # k levels lie above the one at place k = 0, 1, …; the worst image has `worst[k]` of them.
-    worst = np.maximum.accumulate(np.append(1, order % levels_NJ.shape[1] + 1))[:-1]
-    allowed = false_regions * (len(levels_NJ) + 1) + 1e-9
-    passing = int(np.searchsorted(np.arange(len(levels)) + worst, allowed, side="right"))
+    above = np.append(0, weights_N[image].cumsum().round(DIGITS))[:-1]
+    worst = np.maximum.accumulate(np.append(1, number + 1))[:-1]
+    allowed = false_regions * (weights_N.sum().round(DIGITS) + 1) + 1e-9
+    passing = int(np.searchsorted(above + worst, allowed, side="right"))
     return float(levels[passing - 1]) if passing else None
 
 
@@ -83,15 +132,15 @@ def heldout_needed(images: int, above_all: int, false_discovery_rate: float) -> 
     return math.ceil(images / (false_discovery_rate * above_all) * (1 - 1e-9)) - 1
 
 
-def why_none_is_flagged(heldout: int, false_positive_rate: float) -> str | None:
-    """Why no image can be flagged, however bad, with so few held-out images; None if some can.
+def why_none_is_flagged(heldout: int, false_positive_rate: float, unit: str = "images") -> str | None:
+    """Why no image can be flagged, however bad, with so few held-out images or parts; None if some can.
 
     The smallest p-value is 1 / (n + 1), that of an image which scores above all n held-out ones.
     """
     if flaggable(heldout, false_positive_rate):
         return None
     return (
-        f"{heldout} images are held out, so the smallest p-value is {_rounded_up(1 / (heldout + 1)):g}, and "
+        f"{heldout} {unit} are held out, so the smallest p-value is {_rounded_up(1 / (heldout + 1)):g}, and "
         f"--false_positive_rate {false_positive_rate:g} can flag no image, however bad"
     )
 
@@ -147,6 +196,13 @@ class Drift:
     share_above_all: float | None = None
     """Share of images with an anomaly or global score above that of every held-out image."""
     verdict: Verdict | None = None
+    heldout_parts: int | None = None
+    """Number of parts that the held-out images show; None if parts are not known."""
+
+    @property
+    def units(self) -> int | None:
+        """Number of held-out parts, or of images if parts are not known: the n of p-values."""
+        return self.heldout_parts or self.heldout
 
     @property
     def has_drifted(self) -> bool:
@@ -179,6 +235,7 @@ def drift(
     share_below_5_percent: float,
     calibration_scores: ArrayLike,
     global_scores: tuple[ArrayLike, ArrayLike] | None = None,
+    weights: NDArray[np.float64] | None = None,
 ) -> Drift | None:
     """The drift of a run's scores from those of the held-out images; None if there are no scores.
 
@@ -188,13 +245,16 @@ def drift(
     Args:
         global_scores: those of the same images, and of the held-out ones; None if there is no such score, or
             it is the anomaly score.
+        weights: as those of `p_values`. Photographs of a part say little more than one does, so the test then
+            counts parts: the held-out ones, and as many in the run as it has if they have as many images.
     """
     both = [(scores, calibration_scores), *([global_scores] if global_scores else [])]
     pairs = [(np.asarray(run, np.float64), np.asarray(heldout, np.float64)) for run, heldout in both]
     sample, heldout = map(len, pairs[0])
     if not sample:
         return None
-    tests = [_two_sample_test(*pair) for pair in pairs]
+    parts = None if weights is None else round(float(weights.sum()))
+    tests = [_two_sample_test(*pair, weights) for pair in pairs]
     above_all = np.any([run > heldout.max() for run, heldout in pairs], axis=0)
     share_above_all = float(above_all.mean())
     least = min(tests, key=lambda test: test.p_value)
@@ -207,7 +267,8 @@ def drift(
         global_ks_statistic=tests[1].statistic if len(tests) > 1 else None,
         global_ks_p_value=tests[1].p_value if len(tests) > 1 else None,
         share_above_all=share_above_all,
-        verdict=_verdict(least, share_above_all, _least_p_value(sample, heldout)),
+        verdict=_verdict(least, share_above_all, _least_p_value(*_independent(sample, heldout, parts))),
+        heldout_parts=parts,
     )
 
 
@@ -220,13 +281,29 @@ class _Test(NamedTuple):
     """Whether a score of the run is more often above a held-out one than below."""
 
 
-def _two_sample_test(run: NDArray[np.float64], heldout: NDArray[np.float64]) -> _Test:
-    from scipy.stats import ks_2samp  # takes a second to import, which no scoring actor is to wait for
+def _independent(sample: int, heldout: int, parts: int | None) -> tuple[int, int]:
+    """How many images of a run and of the held-out ones count as independent."""
+    return (sample, heldout) if parts is None else (max(1, round(sample * parts / heldout)), parts)
 
-    test = ks_2samp(run, heldout)
-    ordered = np.sort(heldout)
-    below = np.searchsorted(ordered, run, "left") + np.searchsorted(ordered, run, "right")
-    return _Test(float(test.statistic), float(test.pvalue), bool(below.mean() > len(heldout)))
+
+def _two_sample_test(
+    run: NDArray[np.float64], heldout: NDArray[np.float64], weights: NDArray[np.float64] | None
+) -> _Test:
+    from scipy.stats import ks_2samp, kstwo  # a second to import, which no scoring actor is to wait for
+
+    order = np.argsort(heldout)
+    above_N, ordered = weights_above(len(heldout), weights, order), heldout[order]
+    left, right = (above_N[np.searchsorted(ordered, run, side)].mean() for side in ("left", "right"))
+    is_higher = bool(left + right < above_N[0])
+    if weights is None:
+        test = ks_2samp(run, heldout)
+        return _Test(float(test.statistic), float(test.pvalue), is_higher)
+    values = np.concatenate([run, heldout])
+    of_run = np.searchsorted(np.sort(run), values, "right") / len(run)
+    of_heldout = 1 - above_N[np.searchsorted(ordered, values, "right")] / above_N[0]
+    statistic = float(np.abs(of_run - of_heldout).max())
+    one, other = _independent(len(run), len(heldout), round(above_N[0]))
+    return _Test(statistic, float(kstwo.sf(statistic, max(1, round(one * other / (one + other))))), is_higher)
 
 
 def _verdict(test: _Test, share_above_all: float, least_p_value: float) -> Verdict:

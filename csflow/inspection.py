@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from csflow.config import JobConfig
 from csflow.errors import ExitStatus, WrongUse
-from csflow.model_directory import heldout_scores, holds_model, read_config
+from csflow.model_directory import holds_model, read_calibration, read_config
 from csflow.output.layout import SCORES_FILES, OutputFile, output_files, run_ids
 from csflow.output.reading import dataset
 from csflow.output.runs import read_progress, read_record
@@ -46,7 +46,7 @@ Line = tuple[str, str]
 def _model(location: Location) -> Iterator[Line]:
     config = read_config(location)
     architecture, training = config["architecture"], config["training"]
-    held_out = len(heldout_scores(location))
+    calibration = read_calibration(location)
     height, width = architecture["image_size"]
     kernels = architecture["kernel_sizes"]
     yield "model", str(location)
@@ -66,10 +66,12 @@ def _model(location: Location) -> Iterator[Line]:
         "flow",
         f"{_count(len(kernels), 'coupling block')} of {architecture['hidden_channels']} hidden channels",
     )
+    of_parts = "" if calibration.weights is None else f" of {_count(calibration.size, 'part')}"
     in_turn = " (in turn)" if config["data"].get("calibration_folds") else ""
     yield (
         "calibration",
-        f"{_count(held_out, 'held-out image')}{in_turn}, smallest p-value {1 / (held_out + 1):.2g}",
+        f"{_count(len(calibration.anomaly_score), 'held-out image')}{of_parts}{in_turn}, smallest p-value "
+        f"{1 / (calibration.size + 1):.2g}",
     )
     if "epochs" in training:
         yield "training", f"{_count(training['epochs'], 'epoch')} on {', '.join(training['input'])}"

@@ -16,7 +16,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 import csflow
-from csflow.calibration import region_threshold
+from csflow.calibration import part_weights, region_threshold, value_exceeded
 from csflow.errors import StorageFailed, WrongUse
 from csflow.preprocessing import DECODING_VERSION, DECODING_VERSIONS, Preprocessing, Tiling
 from csflow.storage import Location, to_parquet
@@ -51,6 +51,7 @@ CALIBRATION = pa.schema(
         pa.field("map_maximum", pa.float64()),
         # Levels below which the map has at least 1, 2, … regions, as many as were kept.
         pa.field("region_levels", pa.list_(pa.field("element", pa.float64()))),
+        pa.field("part", pa.string()),  # that the image shows; null if parts are not known
     ]
 )
 
@@ -67,6 +68,8 @@ class Calibration:
     """Maximum of each image's anomaly map."""
     region_levels: NDArray[np.float64] | None
     """Levels of each image's regions (n, levels), in falling order and −∞ where there are fewer."""
+    weights: NDArray[np.float64] | None
+    """What each image counts in p-values, one for each part; None if parts are not known."""
     table: pa.Table
     """The scores with their images, in the `CALIBRATION` schema."""
 
@@ -87,8 +90,19 @@ class Calibration:
             values("local_score"),
             values("map_maximum"),
             _padded(table["region_levels"]),
+            None if table["part"].null_count else part_weights(table["part"].to_pylist()),
             table,
         )
+
+    @property
+    def size(self) -> int:
+        """The number of held-out parts, or of images if parts are not known: the n of p-values."""
+        return len(self.anomaly_score) if self.weights is None else round(float(self.weights.sum()))
+
+    @property
+    def unit(self) -> str:
+        """What `size` counts."""
+        return "images" if self.weights is None else "parts"
 
     def map_threshold(self, false_positive_rate: float) -> float | None:
         """Value that no cell of an anomaly map exceeds in more than this share of normal images.
@@ -97,9 +111,7 @@ class Calibration:
         """
         if self.map_maximum is None:
             return None
-        # The k-th largest of n maxima is exceeded by a new one with probability k / (n + 1) at most.
-        k = int(false_positive_rate * (len(self.map_maximum) + 1) + 1e-9)
-        return float(np.sort(self.map_maximum)[-k]) if k else None
+        return value_exceeded(self.map_maximum, false_positive_rate, self.weights)
 
     def region_threshold(self, false_regions: float) -> float | None:
         """Value of map cells above which a normal image has at most this many regions, on average.
@@ -108,9 +120,9 @@ class Calibration:
         share of normal images has regions. None if too few images are held out, or without map maxima.
         """
         if self.region_levels is not None:
-            return region_threshold(self.region_levels, false_regions)
+            return region_threshold(self.region_levels, false_regions, self.weights)
         if self.map_maximum is not None:
-            return region_threshold(self.map_maximum[:, None], false_regions)
+            return region_threshold(self.map_maximum[:, None], false_regions, self.weights)
         return None
 
 
@@ -316,16 +328,16 @@ def check_free(output: Location, may_replace: bool) -> None:
         raise WrongUse(f"--output {output} already holds a model; choose another, or pass --overwrite")
 
 
-def heldout_scores(location: Location) -> NDArray[np.float64]:
-    """The anomaly scores of a model's held-out images, read without the weights; raises as `read_model`."""
+def read_calibration(location: Location) -> Calibration:
+    """A model's calibration, read without the weights; raises as `read_model`."""
     with _proving(location):
-        return _calibration(location).anomaly_score
+        return _calibration(location)
 
 
-def find_heldout_scores(location: Location, model_id: str) -> NDArray[np.float64] | None:
-    """The held-out scores of this model; None if the directory cannot be read or holds another model."""
+def find_calibration(location: Location, model_id: str) -> Calibration | None:
+    """The calibration of this model; None if the directory cannot be read or holds another model."""
     try:
-        return heldout_scores(location) if read_config(location).get("model_id") == model_id else None
+        return read_calibration(location) if read_config(location).get("model_id") == model_id else None
     except WrongUse:
         return None
 
@@ -405,6 +417,10 @@ def _parts(
     ):
         if values is not None:
             yield values.astype("<f8").tobytes()
+    if calibration.weights is not None:
+        numbers: dict[str, int] = {}
+        parts = [numbers.setdefault(part, len(numbers)) for part in calibration.table["part"].to_pylist()]
+        yield np.array(parts, "<i8").tobytes()
 
 
 def _to_json(values: Mapping[str, Any]) -> bytes:

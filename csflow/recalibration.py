@@ -5,7 +5,8 @@ from pydantic import Field
 
 import csflow
 from csflow.calibration import p_values
-from csflow.config import ListingConfig, Locations
+from csflow.config import ListingConfig, Locations, Patterns
+from csflow.console import warn
 from csflow.decode_limits import MAX_PIXELS, DecodeLimits
 from csflow.errors import ExitStatus
 from csflow.heldout import heldout_calibration
@@ -13,6 +14,7 @@ from csflow.model import Architecture
 from csflow.model_directory import Calibration, check_free, load_model, read_config, save_model
 from csflow.storage import Location
 from csflow.training.card import calibration_rows, histogram_svg
+from csflow.training.parts import pattern_of, with_parts
 
 LOW_P_VALUE = 0.05
 
@@ -44,6 +46,11 @@ class RecalibrateConfig(ListingConfig):
     """Model directory to write; its model_id is a new one."""
     max_pixels: int = Field(MAX_PIXELS, ge=1)
     """Images of more pixels than this are left out as `too_large`."""
+    tags: str | None = Field(None, min_length=1)
+    """Pattern of image URIs that gives the tags for --part, as in training. [default: no tags]"""
+    part: Patterns = Field([])
+    """Tags that together tell which part an image shows. Images of one part count as one in p-values.
+    [default: each image shows another part]"""
     overwrite: bool = False
     """Replace a model that --output already holds."""
 
@@ -51,13 +58,18 @@ class RecalibrateConfig(ListingConfig):
 def recalibrate(config: RecalibrateConfig) -> ExitStatus:
     """Scores the images and saves. Raises WrongUse if a setting is wrong or no image can be read."""
     source, output = (Location(url, config.storage_options) for url in (config.model, config.output))
+    pattern = pattern_of(config.tags, config.part)
     check_free(output, config.overwrite)
     output.check_writable()
     old, limits = load_model(source), DecodeLimits(config.max_pixels)
+    if old.calibration.weights is not None and pattern is None:
+        warn("the p-values of this model count parts, and these images will count one each; see --part")
     result = heldout_calibration(old.detector, config.input, config, "--input", limits)
     if result is None:
         return ExitStatus.INCOMPLETE
     table, unreadable = result
+    if pattern:
+        table = with_parts(table.drop_columns("part"), pattern.tags, config.part)
     calibration = Calibration.of(table)
     model_id = save_model(
         output,
@@ -87,10 +99,12 @@ def comparison(old: Calibration, new: Calibration) -> str:
     rows = [
         ("held-out images", f"{len(before):,}", f"{len(after):,}"),
         ("median anomaly score", f"{np.median(before):.4f}", f"{np.median(after):.4f}"),
-        ("smallest possible p-value", f"{1 / (len(before) + 1):.3g}", f"{1 / (len(after) + 1):.3g}"),
+        ("smallest possible p-value", f"{1 / (old.size + 1):.3g}", f"{1 / (new.size + 1):.3g}"),
     ]
+    if "parts" in (old.unit, new.unit):
+        rows.insert(1, ("parts, or images", f"{old.size:,}", f"{new.size:,}"))
     lines = [f"{name:26} {was} before, {now} now" for name, was, now in rows]
-    low = (p_values(after, before) <= LOW_P_VALUE).mean()
+    low = (p_values(after, before, old.weights) <= LOW_P_VALUE).mean()
     lines.append(f"{low:.1%} of the new images had a p-value of at most {LOW_P_VALUE} before")
     return "\n".join(lines)
 

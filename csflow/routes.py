@@ -79,6 +79,11 @@ class Routes:
                     return number, tags | self.rules[number].tags
         return None
 
+    def tags_of(self, image_uri: str) -> dict[str, str] | None:
+        """The tags of an image; None if no rule matches."""
+        routed = self.of(image_uri)
+        return routed and routed[1]
+
     def tags(self) -> set[str]:
         """The names of all tags."""
         names = {name for patterns in self._patterns for pattern in patterns for name in pattern.names}

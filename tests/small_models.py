@@ -1,5 +1,6 @@
 """Models that have learned nothing, made in a second."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,22 @@ from csflow.storage import Location
 
 
 def save_small(
-    folder: Path, fit: Fit = "stretch", heldout: tuple[float, ...] = (0.5,), name: str | None = None
+    folder: Path,
+    fit: Fit = "stretch",
+    heldout: tuple[float, ...] = (0.5,),
+    name: str | None = None,
+    parts: Sequence[str] | None = None,
 ) -> Location:
-    """Writes a model directory with these held-out scores; the same weights every time."""
+    """Writes a model directory with these held-out scores, of these parts; the same weights every time."""
     location = Location(str(folder))
     torch.manual_seed(0)
     architecture = Architecture(
         "tf_efficientnet_lite0", (128, 128), hidden_channels=8, kernel_sizes=(1,), fit=fit
     )
-    rows = [{"image_uri": "good.png", "image_version": "1", "anomaly_score": score} for score in heldout]
+    rows = [
+        {"image_uri": "good.png", "image_version": "1", "anomaly_score": score, "part": part}
+        for score, part in zip(heldout, parts or [None] * len(heldout), strict=True)
+    ]
     calibration = pa.Table.from_pylist(rows, schema=CALIBRATION)
     empty: dict[str, Any] = {part: {} for part in ("training", "data", "metrics", "card")}
     save_model(location, Detector(architecture), calibration, name=name, **empty)

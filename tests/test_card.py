@@ -178,7 +178,7 @@ def planted_in_training(model: Path) -> set[str]:
     """Names of the smeared images that are neither held out nor for validation."""
     [split] = [path for path in (model / "_work" / "splits").glob("*.parquet") if "ranking" not in path.name]
     rows = pq.read_table(split).to_pylist()
-    names = [Path(row["image_uri"]).name for row in rows if row["part"] == "training"]
+    names = [Path(row["image_uri"]).name for row in rows if row["subset"] == "training"]
     return {name for name in names if name.startswith("planted")}
 
 

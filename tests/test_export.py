@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 import torch
@@ -24,11 +25,11 @@ from csflow.edge.artefact import Artefact, SelfTestFailed
 from csflow.edge.command import main
 from csflow.errors import ExitStatus, WrongUse
 from csflow.exporting.config import ExportConfig
-from csflow.exporting.graph import _most_at_least, _rounded_down
-from csflow.exporting.job import export
+from csflow.exporting.graph import JudgingDetector, _rounded_down
+from csflow.exporting.job import _p_value_steps, export
 from csflow.images import decode
 from csflow.inputs.listing import IMAGE_SUFFIXES, list_images
-from csflow.model_directory import Model, load_model
+from csflow.model_directory import Calibration, Model, load_model
 from csflow.output.schemas import ERRORS, SCORES
 from csflow.storage import Location
 
@@ -267,11 +268,24 @@ def test_a_wrong_export_is_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_verdict_in_whole_numbers_is_that_of_the_fraction() -> None:
-    for heldout in (1, 9, 19, 99, 199, 200, 299):
-        for rate in (0.001, 0.01, 0.05, 0.1, 0.3):
-            flagged = [k for k in range(heldout + 1) if (1 + k) / (heldout + 1) <= rate]
-            assert _most_at_least(heldout, rate) == max(flagged, default=-1)
+@pytest.mark.parametrize("sizes", [(1,), (1, 2, 3)])
+def test_verdict_and_p_value_of_a_graph_are_those_of_the_fraction(
+    directory: Model, sizes: tuple[int, ...]
+) -> None:
+    """Whether each held-out image shows another part, or some show one: then fractions have more steps."""
+    scores = np.linspace(0.5, 2, 240)
+    parts = [str(number) for number in range(240) for _ in range(sizes[number % len(sizes)])][:240]
+    part = {} if sizes == (1,) else {"part": parts}
+    table = pa.table({"image_uri": parts, "image_version": parts, "anomaly_score": scores} | part)
+    heldout = Calibration.of(table)
+    for rate in (0.001, 0.01, 0.05, 0.1, 0.3):
+        graph = JudgingDetector(directory.detector, heldout, rate)
+        p_value_K = p_values(np.append(9, scores[::-1]), scores, heldout.weights)
+        assert graph.most_at_least == (p_value_K <= rate).sum() - 1
+        steps = _p_value_steps(heldout)
+        assert steps is not None
+        rounded_K = graph.get_buffer("p_value_anomaly_K").numpy().astype(np.float64)
+        assert (np.rint(rounded_K * steps) / steps == pytest.approx(p_value_K, rel=1e-12)).all()
 
 
 def test_held_out_scores_are_rounded_so_that_comparisons_stay() -> None:

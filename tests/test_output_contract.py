@@ -68,7 +68,7 @@ def test_run_json_has_the_keys_that_its_readers_know(tmp_path: Path) -> None:
     }
     assert content["drift"].keys() == {
         *("ks_statistic", "ks_p_value", "share_below_5_percent", "sample", "heldout"),
-        *("global_ks_statistic", "global_ks_p_value", "share_above_all", "verdict"),
+        *("global_ks_statistic", "global_ks_p_value", "share_above_all", "verdict", "heldout_parts"),
     }
     assert content["peak_memory_bytes"].keys() == {"driver", "worker"}
     assert content["ended_at"] == "2026-11-02T02:10:00.123456+00:00"

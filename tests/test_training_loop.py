@@ -119,9 +119,9 @@ def new_trainer(
 ) -> Trainer:
     gaussians = None
     if settings.architecture.whitening:
-        gaussians = fit_gaussians(open_features(cache, data.part("training"), 0, CPU.device))
+        gaussians = fit_gaussians(open_features(cache, data.subset("training"), 0, CPU.device))
     training, validation = (
-        opened(cache, data.part(name), gaussians=gaussians) for name in ("training", "validation")
+        opened(cache, data.subset(name), gaussians=gaussians) for name in ("training", "validation")
     )
     return Trainer(settings, worker, training, validation, gaussians)
 
@@ -135,7 +135,7 @@ def opened(
 def heldout_scores(trainer: Trainer, cache: FeatureCache, data: TrainingData) -> torch.Tensor:
     """As the end of a training writes them."""
     trainer.whiten_latents(trainer.training)
-    return closing(trainer, cache, evaluated(trainer, cache, data.part("heldout")))[0]["anomaly_score"]
+    return closing(trainer, cache, evaluated(trainer, cache, data.subset("heldout")))[0]["anomaly_score"]
 
 
 def evaluated(trainer: Trainer, cache: FeatureCache, images: pa.Table) -> Evaluation:
@@ -234,7 +234,7 @@ def test_the_same_images_in_a_folder_an_archive_and_twice_give_the_same_split(ce
     here, elsewhere = divide(tmp_path / "here"), divide(tmp_path / "elsewhere", tmp_path / "cells.tar")
     assert here.copies == 1
     assert elsewhere.copies == 12
-    columns = ["part", "content_digest"]
+    columns = ["subset", "content_digest"]
     assert here.split.select(columns) == elsewhere.split.select(columns)
 
 
@@ -298,7 +298,7 @@ def test_levels_of_several_stages_train_from_the_cache(cells, tmp_path):
 
 
 def test_an_image_far_beyond_the_others_has_a_finite_loss(cached, data):
-    cache, rows = cached[0], data.part("training")
+    cache, rows = cached[0], data.subset("training")
     whitening = fit_gaussians(open_features(cache, rows, ROOMY, CPU.device)).whitening
     for level in range(whitening.levels):
         whitening.matrix(level).mul_(1e6)
@@ -479,7 +479,7 @@ def test_p_values_of_unseen_normals_are_uniform_and_flag_as_many_as_wanted(cache
     data = TrainingData.divide(rows.slice(0, 320), validation=0.1, holdout=0.45, seed=0)
     trainer = run(new_trainer(cache, data, settings))
     trainer.whiten_latents(trainer.training)
-    calibration, statistic = closing(trainer, cache, evaluated(trainer, cache, data.part("heldout")))
+    calibration, statistic = closing(trainer, cache, evaluated(trainer, cache, data.subset("heldout")))
     unseen = calibration_columns(statistic(evaluated(trainer, cache, rows.slice(320)).energies))
     assert len(calibration) == (len(CALIBRATED) if settings is WHITENED else 1)
     for name in (name for name in calibration if name != "region_levels"):
@@ -635,7 +635,7 @@ def test_the_default_recipe_is_whitened_annealed_and_of_several_stages():
 def test_a_killed_training_loses_a_sixth_of_the_default_recipe_at_most(images, arguments, epochs):
     config = parse(TrainConfig, None, [*NEEDED, *arguments])
     digests = [str(number) for number in range(images)]
-    split = pa.table({"part": ["training"] * images, "content_digest": digests})
+    split = pa.table({"subset": ["training"] * images, "content_digest": digests})
     cache = FeatureCache(Location("cache"), [(1, 1, 1)])
     data = TrainingData(split, copies=0, unreadable=0)
     run = Run(config, ARCHITECTURE, cache, data, Location("work"), None)
@@ -712,7 +712,7 @@ def test_whitened_latents_are_the_last_layer_of_the_model(cached, data):
     after = trainer.evaluate(trainer.validation)
     images = torch.arange(len(trainer.validation))
     trainer.plain_flow.load_state_dict(trainer.best_state)
-    raw = next(opened(cache, data.part("validation")).batches(0, [images]))
+    raw = next(opened(cache, data.subset("validation")).batches(0, [images]))
     for side, settings in windows.items():
         trainer.settings = settings
         found = trainer.evaluate(trainer.validation).energies
@@ -744,7 +744,7 @@ def train_as_one_of(
     worker = Worker(rank, world_size, CPU.device)
     trainer = run(new_trainer(cache, data, settings, worker))
     scores_N = heldout_scores(trainer, cache, data)
-    fold = without(cache, data.part("training"), 2, settings, worker)  # in the same process group
+    fold = without(cache, data.subset("training"), 2, settings, worker)  # in the same process group
     if rank == 0:
         left_out = fold.evaluation.losses_N.tolist()
         result = {"history": trainer.history, "scores": scores_N.tolist() + left_out}
@@ -788,7 +788,7 @@ def test_images_that_are_decoded_otherwise_are_in_a_cache_of_their_own(detector,
 def test_training_makes_images_likelier_that_it_never_saw(cached, data):
     def heldout_loss(**changes: object) -> float:
         trainer = run(new_trainer(cached[0], data, replace(SETTINGS, **changes)))
-        return evaluated(trainer, cached[0], data.part("heldout")).losses_N.mean().item()
+        return evaluated(trainer, cached[0], data.subset("heldout")).losses_N.mean().item()
 
     untrained = heldout_loss(epochs=1, learning_rate=1e-12)
     assert heldout_loss(epochs=12, patience=12, learning_rate=1e-2) < untrained / 15

@@ -16,8 +16,9 @@ from csflow.scoring.rows import Judged, RegionRule
 
 KEY = "csflow"
 """Name of the metadata in the artefact, a JSON object."""
-FORMAT_VERSION = 1
-"""Grows when a key of the metadata, an input or an output changes its meaning."""
+FORMAT_VERSIONS = (1, 2)
+"""Version 2, of models whose calibration counts parts, has p-values that are no multiples of
+1 / (heldout + 1)."""
 
 Outputs = dict[str, NDArray[Any]]
 
@@ -44,7 +45,7 @@ class Artefact:
         if text is None:
             raise WrongUse(f"{file} was not written by csflow export")
         self.metadata: dict[str, Any] = json.loads(text)
-        for key, known in (("format_version", (FORMAT_VERSION,)), ("decoding_version", DECODING_VERSIONS)):
+        for key, known in (("format_version", FORMAT_VERSIONS), ("decoding_version", DECODING_VERSIONS)):
             if self.metadata[key] not in known:
                 raise WrongUse(
                     f"{file} has {key} {self.metadata[key]}, this runtime {known[-1]}; export it anew"
@@ -58,7 +59,11 @@ class Artefact:
             self.metadata["decoding_version"],
         )
         regions = self.metadata.get("regions")  # which older artefacts do not have
-        self.region_rule = regions and RegionRule(regions["threshold"], np.array(regions["heldout_peaks"]))
+        self.region_rule = regions and RegionRule(
+            regions["threshold"],
+            np.array(regions["heldout_peaks"]),
+            np.array(weights) if (weights := regions.get("weights")) else None,
+        )
 
     def check(self) -> None:
         """Scores the self-test image. Raises SelfTestFailed if its score or map is another than it was."""
@@ -95,7 +100,9 @@ class Artefact:
 
     def _p_value(self, value_B: NDArray[np.float32]) -> NDArray[np.float64]:
         """The fraction in float64 that the graph gives in float32: its denominator is known."""
-        of_all = self.metadata["heldout"] + 1
+        of_all = self.metadata.get("p_value_steps", self.metadata["heldout"] + 1)
+        if of_all is None:
+            return value_B.astype(np.float64)
         fraction_B: NDArray[np.float64] = np.rint(value_B.astype(np.float64) * of_all) / of_all
         return fraction_B
 

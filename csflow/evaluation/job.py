@@ -23,7 +23,7 @@ from csflow.evaluation.pixel_pass import Masks, pixel_metrics
 from csflow.evaluation.ranking import Ranking, bootstrap_intervals, share
 from csflow.evaluation.region_metrics import RegionCounts
 from csflow.evaluation.summary import plots, print_evaluation
-from csflow.model_directory import find_heldout_scores
+from csflow.model_directory import find_calibration
 from csflow.output.reading import ScoringOutput, last_records, latest_per_image, open_scores
 from csflow.storage import Location
 
@@ -200,9 +200,11 @@ def _why_none_is_flagged(
     records = last_records(output)
     rate = max((record.configuration["false_positive_rate"] for record in records), default=None)
     locations = dict.fromkeys(record.model.location for record in records)
-    found = (find_heldout_scores(Location(url, config.storage_options), output.model_id) for url in locations)
-    heldout = next((scores for scores in found if scores is not None), None)
-    return None if heldout is None or rate is None else why_none_is_flagged(len(heldout), rate)
+    found = (find_calibration(Location(url, config.storage_options), output.model_id) for url in locations)
+    heldout = next((calibration for calibration in found if calibration is not None), None)
+    if heldout is None or rate is None:
+        return None
+    return why_none_is_flagged(heldout.size, rate, heldout.unit)
 
 
 def _is_json(location: Location) -> bool:

@@ -4,11 +4,10 @@ The graph takes images of the model's size. Resizing is left to Pillow in the ru
 pixels those of the scoring job, bit for bit. Pillow resizes in fixed point, decodes large JPEGs at a fraction
 of their size and reduces huge rasters before filtering; matrix products in the graph would do none of this.
 
-Dimension letters: B batch, H height, W width, C channels, N held-out images.
+Dimension letters: B batch, H height, W width, C channels, N held-out images, K = N + 1.
 """
 
 import io
-import math
 import warnings
 from contextlib import redirect_stdout
 
@@ -17,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from csflow.calibration import p_values
 from csflow.model import Detector
 from csflow.model_directory import Calibration
 
@@ -40,8 +40,11 @@ class JudgingDetector(nn.Module):
         for name in self.heldout:
             scores = heldout[name]
             assert scores is not None
+            p_value_K = _p_value_by_rank(scores, calibration.weights)
             self.register_buffer(f"heldout_{name}_N", torch.from_numpy(_rounded_down(scores)))
-        self.most_at_least = _most_at_least(len(calibration.anomaly_score), false_positive_rate)
+            self.register_buffer(f"p_value_{name}_K", torch.from_numpy(p_value_K.astype(np.float32)))
+            if name == "anomaly":
+                self.most_at_least = int((p_value_K <= false_positive_rate).sum()) - 1
         self.has_local = calibration.local_score is not None
 
     @property
@@ -54,10 +57,9 @@ class JudgingDetector(nn.Module):
     def forward(self, image_BHWC: Tensor) -> tuple[Tensor, ...]:
         scores = self.detector(image_BHWC)
         at_least_B = self._at_least("anomaly", scores.anomaly_score_B)
-        of_all = len(self.get_buffer("heldout_anomaly_N")) + 1
         values = [
             scores.anomaly_score_B,
-            (1 + at_least_B) / of_all,
+            self.get_buffer("p_value_anomaly_K")[at_least_B],
             at_least_B <= self.most_at_least,
             scores.anomaly_map_BHW,
             scores.scale_scores_BS,
@@ -66,13 +68,15 @@ class JudgingDetector(nn.Module):
         values += [scores.local_score_B] if self.has_local else []
         others = {"global": scores.global_score_B, "local": scores.local_score_B}
         values += [
-            (1 + self._at_least(name, others[name])) / of_all for name in self.heldout if name in others
+            self.get_buffer(f"p_value_{name}_K")[self._at_least(name, others[name])]
+            for name in self.heldout
+            if name in others
         ]
         return tuple(values)
 
     def _at_least(self, name: str, score_B: Tensor) -> Tensor:
-        """Number of held-out images that score at least this, as float32, exact up to 2^24."""
-        return (self.get_buffer(f"heldout_{name}_N") >= score_B[:, None]).float().sum(1)
+        """Number of held-out images that score at least this."""
+        return (self.get_buffer(f"heldout_{name}_N") >= score_B[:, None]).long().sum(1)
 
 
 def onnx_program(
@@ -107,9 +111,7 @@ def _rounded_down(scores: NDArray[np.float64]) -> NDArray[np.float32]:
     return rounded
 
 
-def _most_at_least(heldout: int, false_positive_rate: float) -> int:
-    """Largest number of held-out images that score at least as much as a flagged image; −1 flags none."""
-    most = math.floor(false_positive_rate * (heldout + 1)) + 1
-    while most >= 0 and (1 + most) / (heldout + 1) > false_positive_rate:
-        most -= 1
-    return most
+def _p_value_by_rank(scores: NDArray[np.float64], weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    """The p-value of an image as which k = 0 … N held-out ones score at least as much."""
+    ordered = np.sort(scores)
+    return p_values(np.append(np.inf, ordered[::-1]), scores, weights)

@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from csflow import __version__
-from csflow.edge.artefact import FORMAT_VERSION, KEY, Artefact
+from csflow.edge.artefact import FORMAT_VERSIONS, KEY, Artefact
 from csflow.errors import ExitStatus, ImageError, WrongUse
 from csflow.exporting.bundle import write_runtime
 from csflow.exporting.config import ExportConfig
@@ -19,7 +20,7 @@ from csflow.exporting.graph import OPSET, onnx_program
 from csflow.images import decode
 from csflow.inputs.reading import ImageReader
 from csflow.library.sources import Source, open_store
-from csflow.model_directory import Model, load_model
+from csflow.model_directory import Calibration, Model, load_model
 from csflow.scoring.rows import RegionRule
 from csflow.storage import Location
 
@@ -27,6 +28,8 @@ TOLERANCE = 1e-4
 """Largest relative difference of a score from PyTorch's in float32; seen: 2e-6."""
 READ_DEADLINE_S = 10.0
 MAX_SELF_TEST_BYTES = 4 << 20
+MOST_STEPS = 1 << 22
+"""Largest denominator of p-values that float32 holds with a bit to spare."""
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
@@ -71,7 +74,7 @@ def _metadata(config: ExportConfig, model: Model, self_test: bytes) -> dict[str,
         scores = model.detector(torch.from_numpy(decoded.pixels_HWC)[None])
     rule = RegionRule.of(model.calibration, config.false_regions)
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSIONS[model.calibration.weights is not None],
         "csflow": __version__,
         "model_id": model.model_id,
         "decoding_version": preprocessing.decoding_version,
@@ -80,10 +83,16 @@ def _metadata(config: ExportConfig, model: Model, self_test: bytes) -> dict[str,
         "interpolation": preprocessing.interpolation,
         "precision": "float32",
         "opset": OPSET,
-        "heldout": len(model.calibration.anomaly_score),
+        "heldout": model.calibration.size,
+        "p_value_steps": _p_value_steps(model.calibration),
         "false_positive_rate": config.false_positive_rate,
         "map_threshold": model.calibration.map_threshold(config.false_positive_rate),
-        "regions": rule and {"threshold": rule.threshold, "heldout_peaks": rule.heldout_peak_N.tolist()},
+        "regions": rule
+        and {
+            "threshold": rule.threshold,
+            "heldout_peaks": rule.heldout_peak_N.tolist(),
+            "weights": None if rule.weights is None else rule.weights.tolist(),
+        },
         "self_test": {
             "image": base64.b64encode(self_test).decode(),
             "anomaly_score": scores.anomaly_score_B.item(),
@@ -91,6 +100,13 @@ def _metadata(config: ExportConfig, model: Model, self_test: bytes) -> dict[str,
             "tolerance": TOLERANCE,
         },
     }
+
+
+def _p_value_steps(calibration: Calibration) -> int | None:
+    """The denominator that all p-values have in common; None if float32 cannot tell its fractions apart."""
+    shares = [] if calibration.weights is None else np.rint(1 / calibration.weights).astype(int).tolist()
+    steps = math.lcm(*shares) * (calibration.size + 1)
+    return steps if steps < MOST_STEPS else None
 
 
 def _self_test_image(config: ExportConfig, model: Model) -> bytes:

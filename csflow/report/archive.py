@@ -2,13 +2,11 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
-from numpy.typing import NDArray
 
 from csflow.errors import WrongUse
-from csflow.model_directory import find_heldout_scores
+from csflow.model_directory import Calibration, find_calibration
 from csflow.output.reading import (
     ErrorGroup,
     last_records,
@@ -39,8 +37,8 @@ class Archive:
     errors: list[ErrorGroup]
     runs: list[RecordOfModel]
     """Records of the last runs, latest first."""
-    calibration_scores: NDArray[np.float64] | None
-    """Scores of the held-out images; None if the model directory was not found."""
+    calibration: Calibration | None
+    """None if the model directory was not found."""
 
 
 def open_archive(config: ReportConfig) -> Archive:
@@ -54,18 +52,16 @@ def open_archive(config: ReportConfig) -> Archive:
         latest_per_image(scores.to_table(columns=COLUMNS), "scored_at"),
         open_errors(output, run_id),
         runs[:RUNS_SHOWN],
-        _calibration_scores(config, output.model_id, runs),
+        _calibration(config, output.model_id, runs),
     )
 
 
-def _calibration_scores(
-    config: ReportConfig, model_id: str, runs: list[RecordOfModel]
-) -> NDArray[np.float64] | None:
+def _calibration(config: ReportConfig, model_id: str, runs: list[RecordOfModel]) -> Calibration | None:
     if config.model is not None:
-        scores = find_heldout_scores(Location(config.model, config.storage_options), model_id)
-        if scores is None:
+        calibration = find_calibration(Location(config.model, config.storage_options), model_id)
+        if calibration is None:
             raise WrongUse(f"--model {config.model} does not hold model {model_id}, whose scores these are")
-        return scores
+        return calibration
     locations = dict.fromkeys(record.model.location for record in runs)
-    found = (find_heldout_scores(Location(url, config.storage_options), model_id) for url in locations)
-    return next((scores for scores in found if scores is not None), None)
+    found = (find_calibration(Location(url, config.storage_options), model_id) for url in locations)
+    return next((calibration for calibration in found if calibration is not None), None)

@@ -33,7 +33,9 @@ class DefectList:
     above_all: int
     """Number of images that score above every held-out one: they have the smallest possible p-value."""
     heldout: int | None
-    """Number of held-out images; None if the model directory was not found."""
+    """Number of held-out images, or parts; None if the model directory was not found."""
+    unit: str = "images"
+    """What `heldout` counts."""
 
     @property
     def images(self) -> int:
@@ -41,7 +43,7 @@ class DefectList:
 
     @property
     def heldout_needed(self) -> int | None:
-        """Held-out images with which the `above_all` could be listed; None if they were not the obstacle."""
+        """Held-out images, or parts, with which the `above_all` could be listed; None if not the obstacle."""
         if self.images or not self.above_all or self.heldout is None:
             return None
         needed = heldout_needed(len(self.is_chosen), self.above_all, self.false_discovery_rate)
@@ -60,19 +62,22 @@ class DefectList:
         if self.heldout_needed is None:
             return empty
         return (
-            f"{empty}: {self.above_all:,} of {len(self.is_chosen):,} images score above all {self.heldout:,} "
-            f"held-out ones, and it takes {self.heldout_needed:,} held-out images to list so few"
+            f"{empty}: {self.above_all:,} of {len(self.is_chosen):,} images score above all of "
+            f"{self.heldout:,} held-out {self.unit}, and it takes {self.heldout_needed:,} held-out "
+            f"{self.unit} to list so few"
         )
 
 
 def make_list(archive: Archive, false_discovery_rate: float) -> DefectList:
     """Chooses among all images of the archive together."""
     p = archive.images["p_value"].to_numpy()
-    heldout = None if archive.calibration_scores is None else len(archive.calibration_scores)
+    calibration = archive.calibration
+    heldout, unit = (calibration.size, calibration.unit) if calibration else (None, "images")
     # Rows may be older than the model directory: their p-values alone decide.
     smallest = p.min(initial=1.0) if heldout is None else 1 / (heldout + 1)
     above_all = int((p <= smallest * (1 + 1e-9)).sum())
-    return DefectList(false_discovery_rate, choose_defects(p, false_discovery_rate), above_all, heldout)
+    chosen = choose_defects(p, false_discovery_rate)
+    return DefectList(false_discovery_rate, chosen, above_all, heldout, unit)
 
 
 def check_target(location: Location | None) -> None:

@@ -39,7 +39,7 @@ def _draw(config: ReportConfig, archive: Archive, defects: DefectList) -> Page:
         defects,
         cards,
         colours,
-        charts.histogram(scores, flagged, archive.calibration_scores),
+        charts.histogram(scores, flagged, archive.calibration.anomaly_score if archive.calibration else None),
         charts.time_line(images),
         *charts.folders(images, defects.is_chosen),
         charts.heat_map(archive.scores),

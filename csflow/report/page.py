@@ -58,7 +58,9 @@ def render(page: Page) -> str:
         flagged=pc.sum(images["is_anomalous"]).as_py() or 0,
         dates=pc.min_max(images["date"]).as_py(),
         false_positive_rate=rate,
-        none_can_be_flagged=calibration.why_none_is_flagged(heldout, rate) if heldout and rate else None,
+        none_can_be_flagged=calibration.why_none_is_flagged(heldout, rate, page.defects.unit)
+        if heldout and rate
+        else None,
         drift=_drift(page.archive),
         anchors=maps.ANCHORS,
         heat=data_uri("png", _cells(page.heat_map)) if page.heat_map else None,
@@ -92,10 +94,11 @@ def _drift(archive: Archive) -> dict[str, Any] | None:
     scores = archive.images["anomaly_score"].to_numpy()
     scores = scores[np.isfinite(scores)]
     test = None
-    if archive.calibration_scores is not None:
-        test = calibration.drift(scores, share, archive.calibration_scores)
+    if archive.calibration is not None:
+        heldout = archive.calibration
+        test = calibration.drift(scores, share, heldout.anomaly_score, weights=heldout.weights)
     # With so few held-out images no p-value can be below 0.05.
-    is_blind = test is not None and not calibration.flaggable(test.heldout or 0, 0.0499)
+    is_blind = test is not None and not calibration.flaggable(test.units or 0, 0.0499)
     return {"share": share, "test": test, "is_blind": is_blind}
 
 

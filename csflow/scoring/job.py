@@ -133,11 +133,11 @@ def _say_what_is_to_come(config: ScoreConfig, models: Models) -> None:
     images = sum(one.listing.images for one in busy)
     say(describe_images(images, spread(first), model.preprocessing, map_shape, config.storage_options))
     for one in busy:
-        heldout = len(one.model.calibration.anomaly_score)
-        if why := why_none_is_flagged(heldout, config.false_positive_rate):
+        heldout, unit = one.model.calibration.size, one.model.calibration.unit
+        if why := why_none_is_flagged(heldout, config.false_positive_rate, unit):
             whose = f"{one.label}: " if len(models.runs) > 1 else ""
             rate = f"--false_positive_rate {lowest_rate(heldout):g}"
-            warn(f"{whose}{why}; {rate} can, or a model trained on more images")
+            warn(f"{whose}{why}; {rate} can, or a model trained on more {unit}")
 
 
 def _expected_duration(models: Models, resources: WorkerResources) -> str:

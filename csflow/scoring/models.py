@@ -70,7 +70,7 @@ class ModelRun:
         # Without whitening there is but one score.
         heldout = None if calibration.local_score is None else calibration.global_score
         both = None if heldout is None else (global_scores, heldout)
-        return drift(anomaly_scores, low_share, calibration.anomaly_score, both)
+        return drift(anomaly_scores, low_share, calibration.anomaly_score, both, calibration.weights)
 
 
 @dataclass

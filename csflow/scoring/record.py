@@ -194,7 +194,7 @@ def _distance(drift: Drift) -> str:
     if drift.global_ks_statistic is not None:
         scores += f", {drift.global_ks_statistic:.3f} of global scores (p = {drift.global_ks_p_value:.2g})"
     # With fewer held-out images no p-value is so small, and a share of 0 would look like a good night.
-    if drift.heldout is not None and flaggable(drift.heldout, 0.0499):
+    if drift.units is not None and flaggable(drift.units, 0.0499):
         scores += f"; {drift.share_below_5_percent:.1%} of p-values are below 0.05"
     return scores
 

@@ -58,6 +58,8 @@ class RegionRule(NamedTuple):
     """A region is made of connected cells above it."""
     heldout_peak_N: NDArray[np.float64]
     """The hottest cell of each held-out map."""
+    weights: NDArray[np.float64] | None = None
+    """As `Calibration.weights`."""
 
     @classmethod
     def of(cls, calibration: "Calibration", false_regions: float) -> "RegionRule | None":
@@ -65,7 +67,7 @@ class RegionRule(NamedTuple):
         threshold = calibration.region_threshold(false_regions)
         if threshold is None or calibration.map_maximum is None:
             return None
-        return cls(threshold, calibration.map_maximum)
+        return cls(threshold, calibration.map_maximum, calibration.weights)
 
 
 def judge(scores: "Scores", calibration: "Calibration", false_positive_rate: float) -> Judged:
@@ -73,7 +75,8 @@ def judge(scores: "Scores", calibration: "Calibration", false_positive_rate: flo
     anomaly_score_B = scores.anomaly_score_B.double().numpy()
     global_score_B = scores.global_score_B.double().numpy()
     local_score_B = scores.local_score_B.double().numpy()
-    p_value_B = p_values(anomaly_score_B, calibration.anomaly_score)
+    weights = calibration.weights
+    p_value_B = p_values(anomaly_score_B, calibration.anomaly_score, weights)
     # Of models without whitening the anomaly score is the global one, and there is no other.
     heldout_global, heldout_local = calibration.global_score, calibration.local_score
     return Judged(
@@ -81,9 +84,9 @@ def judge(scores: "Scores", calibration: "Calibration", false_positive_rate: flo
         p_value_B,
         p_value_B <= false_positive_rate,
         global_score_B,
-        p_value_B if heldout_global is None else p_values(global_score_B, heldout_global),
+        p_value_B if heldout_global is None else p_values(global_score_B, heldout_global, weights),
         None if heldout_local is None else local_score_B,
-        None if heldout_local is None else p_values(local_score_B, heldout_local),
+        None if heldout_local is None else p_values(local_score_B, heldout_local, weights),
         scores.scale_scores_BS.float().numpy(),
         scores.anomaly_map_BHW.float().numpy(),
     )
@@ -201,7 +204,7 @@ def region_lists(
     regions = find_regions(anomaly_map_BHW, rule.threshold, image_height_B, image_width_B, box_B4)
     values = [
         *(regions.x_N, regions.y_N, regions.width_N, regions.height_N, regions.area_N),
-        *(regions.peak_N, regions.mean_N, p_values(regions.peak_N, rule.heldout_peak_N)),
+        *(regions.peak_N, regions.mean_N, p_values(regions.peak_N, rule.heldout_peak_N, rule.weights)),
     ]
     offsets = np.searchsorted(regions.image_N, np.arange(len(anomaly_map_BHW) + 1)).astype(np.int32)
     structs = pa.StructArray.from_arrays(values, fields=list(REGION))

@@ -66,7 +66,12 @@ def advice(
 
 
 def calibration_warning(
-    images: int, heldout: int, holdout: float, validation: float, is_cross: bool = False
+    images: int,
+    heldout: int,
+    holdout: float,
+    validation: float,
+    is_cross: bool = False,
+    unit: str = "images",
 ) -> str | None:
     """A warning that the model cannot flag any image at the usual rate, with the remedies; None if it can.
 
@@ -74,16 +79,17 @@ def calibration_warning(
         images: number of different images, of which `heldout` are held out.
         holdout: the share of them that is; `validation` likewise.
         is_cross: whether all are held out in turn.
+        unit: what is counted, `images` or `parts`.
     """
-    why = why_none_is_flagged(heldout, FALSE_POSITIVE_RATE)
+    why = why_none_is_flagged(heldout, FALSE_POSITIVE_RATE, unit)
     if why is None:
         return None
     needed = heldout_for(FALSE_POSITIVE_RATE)
     if is_cross:
         return (
-            f"{why}; train on {needed} images, or score with --false_positive_rate {lowest_rate(heldout):g}"
+            f"{why}; train on {needed} {unit}, or score with --false_positive_rate {lowest_rate(heldout):g}"
         )
-    remedies = [f"train on {math.ceil(needed / holdout - 1e-9)} images"]
+    remedies = [f"train on {math.ceil(needed / holdout - 1e-9)} {unit}"]
     share = math.ceil(100 * needed / max(1, images)) / 100
     # Not at the price of the training: as many images have to be left for it.
     if share <= (1 - validation) / 2:

@@ -181,7 +181,9 @@ def calibration_rows(calibration: Calibration) -> str:
             f"| region threshold: at most {FALSE_REGIONS:g} regions expected on a normal image "
             f"| {_shown(of_regions)} |"
         )
-    rows.append(f"| smallest possible p-value | {1 / (len(calibration.anomaly_score) + 1):.4g} |")
+    if calibration.weights is not None:
+        rows.append(f"| parts that they show, which count as one each | {calibration.size} |")
+    rows.append(f"| smallest possible p-value | {1 / (calibration.size + 1):.4g} |")
     return "".join(f"{row}\n" for row in rows)
 
 

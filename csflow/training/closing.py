@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from csflow.model import Gaussians, PlainStatistic, Scores, fitted_statistic
@@ -64,16 +65,17 @@ def cross_closing_tensors(
     other folds' energies are: else each image would be a little usual because of itself.
 
     Args:
-        folds: of trainings without them; image i is in fold i modulo their number.
+        folds: of trainings without them.
         gaussians: those of the model itself.
     """
     energies = [fold.evaluation.energies for fold in folds]
+    places = [fold.places for fold in folds]
     columns = []
     for k, left_out in enumerate(energies):
-        usual = interleaved(energies[:k] + energies[k + 1 :])
+        usual = in_order(energies[:k] + energies[k + 1 :], places[:k] + places[k + 1 :])
         columns.append(calibration_columns(fitted_statistic(usual, feature_shapes)(left_out)))
-    closing = _state(fitted_statistic(interleaved(energies), feature_shapes), gaussians)
-    values = interleaved([list(of_fold.values()) for of_fold in columns])
+    closing = _state(fitted_statistic(in_order(energies, places), feature_shapes), gaussians)
+    values = in_order([list(of_fold.values()) for of_fold in columns], places)
     closing |= {f"calibration.{name}": value for name, value in zip(CALIBRATED, values, strict=True)}
     closing["heldout_loss"] = torch.cat([fold.evaluation.losses_N for fold in folds]).double().mean()
     closing["usual_loss"] = closing["heldout_loss"].clone()
@@ -81,15 +83,10 @@ def cross_closing_tensors(
     return closing
 
 
-def interleaved(folds: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Each tensor (N, …) over all images, given those of folds; image i is in fold i modulo their number."""
-    found = []
-    for parts in zip(*folds, strict=True):
-        whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
-        for k, part in enumerate(parts):
-            whole[k :: len(parts)] = part
-        found.append(whole)
-    return found
+def in_order(folds: Sequence[Sequence[Tensor]], places: Sequence[NDArray[np.int64]]) -> list[Tensor]:
+    """Each tensor (N, …) over the images of all folds, given those of each, in the order of their places."""
+    order_N = torch.from_numpy(np.argsort(np.concatenate(places)))
+    return [torch.cat(of_folds)[order_N] for of_folds in zip(*folds, strict=True)]
 
 
 def _state(statistic: nn.Module, gaussians: Gaussians | None) -> dict[str, Tensor]:

@@ -106,6 +106,14 @@ class TrainConfig(ListingConfig):
     few images. The model is trained on all, and each is held out in turn from one of five further trainings.
     `auto` is `cross` for fewer than 500 images, unless --tile is given, or --holdout, --validation, --trim,
     --augment or --recipe has another value than its default."""
+    tags: str | None = Field(None, min_length=1)
+    """Pattern of image URIs that gives the tags for --part, as in scoring, such as
+    s3://plant/good/{line}/{day}/{part}_{camera}.jpg. Those of --routes have its patterns. [default: no
+    tags]"""
+    part: Patterns = Field([])
+    """Tags that together tell which part an image shows, such as `part`, or `day part`. Images of one part
+    then stay together when images are held out, and count as one in p-values. [default: each image shows
+    another part]"""
     holdout: float = Field(0.2, gt=0, lt=1)
     """Share of the images held out from training, for calibration. Plays no part in `--calibration cross`."""
     validation: float = Field(0.1, ge=0, lt=1)
@@ -182,6 +190,8 @@ class TrainConfig(ListingConfig):
     def _for_one_model_only(self) -> "TrainConfig":
         if self.routes is None and self.only:
             raise WrongUse("--only names rules of --routes; give both")
+        if self.routes is not None and self.tags is not None:
+            raise WrongUse("--routes names tags; leave out --tags")
         if self.routes is not None and (
             one := [s for s in ("name", "evaluate") if getattr(self, s) is not None]
         ):

@@ -12,18 +12,20 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from torch import Tensor
 
 from csflow.model import Gaussians
 from csflow.training.gaussians import gaussian_losses
 from csflow.training.loop import Evaluation, LoopSettings, Trainer, Worker
 from csflow.training.sources import FeatureSource
-from csflow.training.split import FOLDS
 
 
 class Fold(NamedTuple):
     """What a training that left out a fold computes for the images of the fold."""
 
+    places: NDArray[np.int64]
+    """Where these are among all images."""
     evaluation: Evaluation
     gaussian_losses_N: Tensor
     """Losses if the Gaussian of each position were the whole model."""
@@ -41,14 +43,14 @@ def train_fold(
 
     Args:
         settings: those of the training on all images.
-        images: rows in the `INDEX` schema; image i is in fold i modulo `FOLDS`.
+        images: rows in the `SPLIT` schema, which tells the fold of each.
         fitted: fits the Gaussians of images.
         opened: opens the features of images, whitened by these Gaussians.
 
     Raises:
         FloatingPointError: the training diverges.
     """
-    is_left_out = np.arange(images.num_rows) % FOLDS == fold
+    is_left_out = images["fold"].to_numpy() == fold
     left_out, others = images.filter(pa.array(is_left_out)), images.filter(pa.array(~is_left_out))
     gaussians = fitted(others)
     source = opened(others, gaussians)
@@ -58,4 +60,8 @@ def train_fold(
     trainer.whiten_latents(source)
     evaluation = trainer.evaluate(opened(left_out, gaussians))
     levels = len(source.feature_shapes)
-    return Fold(evaluation, gaussian_losses(evaluation.energies[:levels], gaussians.cpu()))
+    return Fold(
+        np.flatnonzero(is_left_out),
+        evaluation,
+        gaussian_losses(evaluation.energies[:levels], gaussians.cpu()),
+    )

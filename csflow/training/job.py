@@ -16,7 +16,7 @@ from csflow.console import Progress, say, warn
 from csflow.errors import ExitStatus, Failed, WrongUse
 from csflow.heldout import score_heldout
 from csflow.inputs.exclusion import read_exclusion
-from csflow.inputs.listing import list_table
+from csflow.inputs.listing import LISTING, list_table
 from csflow.inputs.range_use import RangeUse
 from csflow.inputs.selection import Selection
 from csflow.inputs.unlisted import Unlisted, in_words
@@ -32,12 +32,22 @@ from csflow.training.config import TrainConfig, check_calibration
 from csflow.training.features import extract
 from csflow.training.labelled import LabelledImages
 from csflow.training.outliers import ClosedForm, outlier_files, trimmed_images
+from csflow.training.parts import divided, pattern_of, with_parts
 from csflow.training.plant import train_by_routes
 from csflow.training.resumption import check_replacement
 from csflow.training.rounding import ALL_THE_SAME, TOO_ALIKE, moves_p_values, some_pixels
 from csflow.training.run import Run
-from csflow.training.shards import fingerprint
-from csflow.training.split import FOLDS, TRIMMED, TrainingData, check_enough, check_shares, split_sizes
+from csflow.training.shards import listing_fingerprint
+from csflow.training.split import (
+    FOLDS,
+    TRIMMED,
+    TrainingData,
+    check_enough,
+    check_shares,
+    count_units,
+    split_sizes,
+    unit_of,
+)
 from csflow.weights import KNOWN_PACKAGE, find_weights
 
 LINES_SHOWN = 10
@@ -60,11 +70,14 @@ def _train(config: TrainConfig, listed: pa.Table | None = None) -> ExitStatus:
         raise WrongUse(f"--min_workers {config.min_workers} is more than --workers {config.workers}")
     check_calibration(config)
     check_shares(config.validation, config.holdout)
+    pattern = pattern_of(config.tags, config.part) if listed is None else None
     output.check_writable()
     detector = build_detector(config)
     images = _list_images(config) if listed is None else listed
     check_enough(images.num_rows)
-    config = config.with_calibration(images.num_rows)
+    if pattern:
+        images = with_parts(images, pattern.tags, config.part)
+    config = config.with_calibration(count_units(images))
     is_cross = config.calibration == "cross"
     _say_what_is_to_come(config, images, detector)
     labelled = LabelledImages.read(config, images)
@@ -76,7 +89,7 @@ def _train(config: TrainConfig, listed: pa.Table | None = None) -> ExitStatus:
     connect()
     if expected := _expected_duration(config, detector, images.num_rows):
         say(expected)
-    all_images = pa.concat_tables([images, labelled.listed]) if labelled else images
+    all_images = pa.concat_tables([images.select(LISTING.names), labelled.listed]) if labelled else images
     all_cached = _extract_features(all_images, detector, cache, config)
     if all_cached is None:
         return ExitStatus.INCOMPLETE
@@ -84,9 +97,9 @@ def _train(config: TrainConfig, listed: pa.Table | None = None) -> ExitStatus:
     warning = stretch_warning(cached, detector.architecture.preprocessing)
     if warning:
         print(warning)
-    data = TrainingData.divide(cached, config.validation, config.holdout, config.seed, is_cross)
+    data = divided(cached, images, config)
     say(data.summary())
-    closed_form = ClosedForm(work_dir / "splits", cache, data.part("training"), config.trim)
+    closed_form = ClosedForm(work_dir / "splits", cache, data.subset("training"), config.trim)
     say("fitting a Gaussian to each position, to tell what is usual there")
     ranking = closed_form.fit(config.resume)
     data = _trim(data, ranking, config.trim)
@@ -99,7 +112,7 @@ def _train(config: TrainConfig, listed: pa.Table | None = None) -> ExitStatus:
     losses = result.validation_loss, result.gaussian_loss
     lines = advice(result.history, *losses, run.epochs, run.recommended_epochs, config.learning_rate)
     calibration = (
-        _calibrated_on_whole_images(detector, data.part("heldout"), config)
+        _calibrated_on_whole_images(detector, data.subset("heldout"), config)
         if detector.architecture.tiling
         else result.calibration
     )
@@ -109,9 +122,10 @@ def _train(config: TrainConfig, listed: pa.Table | None = None) -> ExitStatus:
         detector.architecture = replace(detector.architecture, precision="float32")
         lines.append(TOO_ALIKE)
     # Copies and damaged images are left out by now, so that it may be worse than the listing promised.
-    heldout = data.calibrating.num_rows
-    different = cached.num_rows - data.copies - data.unreadable
-    if few := calibration_warning(different, heldout, config.holdout, config.validation, is_cross):
+    different, heldout = count_units(data.split), count_units(data.calibrating)
+    if few := calibration_warning(
+        different, heldout, config.holdout, config.validation, is_cross, unit_of(images)
+    ):
         lines.append(f"warning: {few}")
     for line in lines:
         print(line)
@@ -164,18 +178,21 @@ def _list_images(config: TrainConfig) -> pa.Table:
 def _say_what_is_to_come(config: TrainConfig, images: pa.Table, detector: Detector) -> None:
     """Describes images and calibration. Raises WrongUse if the shares leave a part with too few images."""
     is_cross = config.calibration == "cross"
-    heldout = images.num_rows
+    count, unit = count_units(images), unit_of(images)
+    heldout = count
     if not is_cross:
-        *_, heldout = split_sizes(images.num_rows, config.validation, config.holdout)
+        *_, heldout = split_sizes(count, config.validation, config.holdout, unit=unit)
     _, *map_shape = detector.feature_shapes[0]
     preprocessing = detector.architecture.preprocessing
     say(describe_images(images.num_rows, spread(images), preprocessing, map_shape, config.storage_options))
     if is_cross:
         say(
-            f"--calibration cross: the model is trained on all {heldout} images, and each is held out in "
-            f"turn from one of {FOLDS} further trainings"
+            f"--calibration cross: the model is trained on all {images.num_rows} images, and each is held "
+            f"out in turn from one of {FOLDS} further trainings"
         )
-    if warning := calibration_warning(images.num_rows, heldout, config.holdout, config.validation, is_cross):
+    if unit == "parts":
+        say(f"{count} parts by --part {' '.join(config.part)}: the photographs of each stay together")
+    if warning := calibration_warning(count, heldout, config.holdout, config.validation, is_cross, unit):
         warn(warning)
 
 
@@ -267,7 +284,7 @@ def _trim(data: TrainingData, ranking: pa.Table, share: float) -> TrainingData:
 
 def _measure_rounding(detector: Detector, data: TrainingData, config: TrainConfig) -> None:
     """Measures what scoring in bfloat16 corrects. If no image can be read, there is no correction."""
-    pixels = some_pixels(detector, data.part("training"), config.storage_options, config.limits)
+    pixels = some_pixels(detector, data.subset("training"), config.storage_options, config.limits)
     if pixels:
         detector.measure_rounding(torch.from_numpy(np.stack(list(pixels.values()))))
 
@@ -311,19 +328,21 @@ def _save(
     heldout = data.calibrating
     for name in ("image_version", "image_uri"):
         calibration = calibration.add_column(0, name, heldout[name])
+    if data.has_parts:
+        calibration = calibration.append_column("part", heldout["part"])
     settings = config.model_dump(mode="json", exclude={"storage_options"})
     fingerprints = {
         "images": images.num_rows,
-        "fingerprint": fingerprint(images["image_uri"].to_pylist(), images["image_version"].to_pylist()),
-        "training_images": data.part("training").num_rows,
-        "trimmed_images": data.part(TRIMMED).num_rows,
-        "validation_images": data.part("validation").num_rows,
+        "fingerprint": listing_fingerprint(images),
+        "training_images": data.subset("training").num_rows,
+        "trimmed_images": data.subset(TRIMMED).num_rows,
+        "validation_images": data.subset("validation").num_rows,
         "heldout_images": heldout.num_rows,
         "calibration_folds": FOLDS if data.is_cross else None,
         "unreadable_images": data.unreadable,
         "copies": data.copies,
     }
-    outliers, files = outlier_files(ranking, data.part(TRIMMED).num_rows, config.storage_options)
+    outliers, files = outlier_files(ranking, data.subset(TRIMMED).num_rows, config.storage_options)
     card = model_card(settings, fingerprints, metrics, Calibration.of(calibration), outliers)
     return save_model(
         output,

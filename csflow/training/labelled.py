@@ -141,7 +141,7 @@ def _measured(
     device: Device,
 ) -> Measured:
     # As at the end of training: without validation images training ones must tell what is usual.
-    usual = data.part("validation") if data.part("validation").num_rows else data.part("training")
+    usual = data.subset("validation") if data.subset("validation").num_rows else data.subset("training")
     resources = share_out(1, device=device)
     if detector.architecture.tiling:
         scored, failed = run_task(

@@ -12,9 +12,10 @@ from csflow.model_directory import check_free, holds_model, read_config
 from csflow.routes import Routes, read_routes
 from csflow.storage import Location
 from csflow.training.config import TrainConfig
+from csflow.training.parts import check_tags, with_parts
 from csflow.training.resumption import repeats
-from csflow.training.shards import fingerprint
-from csflow.training.split import check_enough
+from csflow.training.shards import listing_fingerprint
+from csflow.training.split import check_enough, count_units
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,10 @@ class _Training:
 
     def is_done(self, images: pa.Table) -> bool:
         """Whether its output holds what this training gives."""
-        listed = fingerprint(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
-        config = self.config.with_calibration(images.num_rows)
-        return holds_model(self.output) and repeats(read_config(self.output), config, listed)
+        config = self.config.with_calibration(count_units(images))
+        return holds_model(self.output) and repeats(
+            read_config(self.output), config, listing_fingerprint(images)
+        )
 
 
 def train_by_routes(
@@ -55,7 +57,10 @@ def train_by_routes(
     trainings = _trainings(config, routes)
     for one in trainings:
         check_free(one.output, config.overwrite or config.resume)
+    check_tags(config.part, sorted(routes.tags()), "the rules of --routes")
     images = _apart(list_images(config), routes)
+    if config.part:
+        images = {rule: with_parts(own, routes.tags_of, config.part) for rule, own in images.items()}
     for one in trainings:
         _check_enough(one, images[one.rules[0]].num_rows)
     statuses, failed = [], []

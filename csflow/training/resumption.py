@@ -14,9 +14,9 @@ from csflow.training.cache import FeatureCache, find_images
 from csflow.training.config import TrainConfig
 from csflow.training.loop import LoopSettings
 from csflow.training.outliers import ClosedForm, trimmed_images
+from csflow.training.parts import divided
 from csflow.training.run import Run
-from csflow.training.shards import fingerprint
-from csflow.training.split import TrainingData
+from csflow.training.shards import listing_fingerprint
 
 
 def check_replacement(
@@ -30,13 +30,12 @@ def check_replacement(
     """Proves that this training may replace the model in `output`; reads files only.
 
     Args:
-        images: the input, in the `LISTING` schema.
+        images: the input, in the `LISTING` schema, and the part that each shows if parts are known.
 
     Raises:
         WrongUse: the model is of another training, and this one has no checkpoint yet.
     """
-    listed = fingerprint(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
-    if repeats(read_config(output), config, listed):
+    if repeats(read_config(output), config, listing_fingerprint(images)):
         return
     if not has_checkpoint(config, detector, images, cache, work_dir):
         raise WrongUse(
@@ -77,11 +76,9 @@ def has_checkpoint(
     cached, missing = find_images(images, cache.index())
     if missing.num_rows:
         return False  # a training begins when all images are in the cache
-    data = TrainingData.divide(
-        cached, config.validation, config.holdout, config.seed, config.calibration == "cross"
-    )
+    data = divided(cached, images, config)
     if config.trim:
-        ranking = ClosedForm(work_dir / "splits", cache, data.part("training"), config.trim).found()
+        ranking = ClosedForm(work_dir / "splits", cache, data.subset("training"), config.trim).found()
         if ranking is None:
             return False
         data = data.trimmed(trimmed_images(ranking, config.trim))

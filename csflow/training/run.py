@@ -69,11 +69,13 @@ class Run:
             gaussians: what `write_gaussians` has written for the training images; None without whitening.
         """
         self._config, self._cache, self._data = config, cache, data
-        self._samples = cache.sample_count(data.part("training"))
+        self._samples = cache.sample_count(data.subset("training"))
         loop = LoopSettings.of(config, self._samples)
         self._loop = replace(loop, architecture=architecture)
-        parts = data.split["part"].to_pylist(), data.split["content_digest"].to_pylist()
-        decides = [asdict(self._loop), config.augment, cache.folder.name, fingerprint(*parts)]
+        subsets = data.split["subset"].to_pylist(), data.split["content_digest"].to_pylist()
+        decides = [asdict(self._loop), config.augment, cache.folder.name, fingerprint(*subsets)]
+        if data.is_cross and data.has_parts:
+            decides.append(data.split["fold"].to_pylist())
         self.name = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
         self._folder = work_dir / "training" / self.name
         self._split = work_dir / "splits" / f"{self.name}.parquet"
@@ -127,7 +129,7 @@ class Run:
         except DamagedFile as error:
             raise Failed(str(error)) from None
         gaussian_loss = tensors.get("closing.gaussian_loss")
-        has_validation = self._data.is_cross or self._data.part("validation").num_rows > 0
+        has_validation = self._data.is_cross or self._data.subset("validation").num_rows > 0
         return Result(
             state={f"flow.{name}": value for name, value in with_prefix(tensors, "best.").items()}
             | with_prefix(tensors, "closing.state."),

@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -25,10 +27,16 @@ def cut(image_uris: Sequence[str], image_versions: Sequence[str], size: int) -> 
         yield Shard(fingerprint(uris, versions)[:32], uris, versions)
 
 
-def fingerprint(image_uris: Sequence[str], image_versions: Sequence[str]) -> str:
-    """A hash of a list of image versions, in hexadecimal."""
+def listing_fingerprint(images: pa.Table) -> str:
+    """A hash of listed image versions, and of the parts that they show if the table has them."""
+    columns = ["image_uri", "image_version", *(["part"] if "part" in images.schema.names else [])]
+    return fingerprint(*(images[name].to_pylist() for name in columns))
+
+
+def fingerprint(*columns: Sequence[str]) -> str:
+    """A hash of a list of image versions, or of other rows of texts, in hexadecimal."""
     digest = hashlib.sha256()
-    for image in zip(image_uris, image_versions, strict=True):
+    for image in zip(*columns, strict=True):
         # Lengths first: no two lists run together to the same bytes.
         for part in image:
             data = part.encode()

@@ -72,7 +72,7 @@ def _train(settings: WorkerSettings, progress: Queue | None) -> None:
     features = Features(settings, worker)
 
     def opened(part: str, augmented: bool = False) -> FeatureSource:
-        return features.opened(split.filter(pc.field("part") == part), gaussians, augmented)
+        return features.opened(split.filter(pc.field("subset") == part), gaussians, augmented)
 
     training, validation = opened("training", settings.augment), opened("validation")
     trainer = Trainer(settings.loop, worker, training, validation, gaussians)
@@ -93,12 +93,12 @@ def _train(settings: WorkerSettings, progress: Queue | None) -> None:
     shapes = settings.cache.feature_shapes
     if settings.is_cross and gaussians:
         _report(trainer, {})  # so that a worker which dies in a fold does not take the training with it
-        folds = list(_folds(features, split.filter(pc.field("part") == "training"), progress))
+        folds = list(_folds(features, split.filter(pc.field("subset") == "training"), progress))
         _report(trainer, cross_closing_tensors(folds, gaussians, shapes))
         return
     # Without validation images training ones must tell what is usual.
     usual = trainer.evaluate(validation if len(validation) else plain)
-    counted = split.filter(pc.field("part") == ("validation" if len(validation) else "training"))
+    counted = split.filter(pc.field("subset") == ("validation" if len(validation) else "training"))
     heldout, tile_counts = trainer.evaluate(opened("heldout")), settings.cache.tile_counts(counted)
     _report(trainer, closing_tensors(usual, heldout, gaussians, shapes, tile_counts))
 
