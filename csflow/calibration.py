@@ -19,6 +19,14 @@ def part_weights(parts: Sequence[str]) -> NDArray[np.float64]:
     return weights_N
 
 
+def part_maxima(values: ArrayLike, parts: Sequence[str]) -> NDArray[np.float64]:
+    """The highest value of each part's images, which the worst image of another part is compared with."""
+    _, part_N = np.unique(np.asarray(parts), return_inverse=True)
+    maxima = np.full(part_N.max(initial=-1) + 1, -np.inf)
+    np.maximum.at(maxima, part_N, np.asarray(values, np.float64))
+    return maxima
+
+
 def p_values(
     scores: ArrayLike, calibration_scores: ArrayLike, weights: ArrayLike | None = None
 ) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 import csflow
-from csflow.calibration import part_weights, region_threshold, value_exceeded
+from csflow.calibration import part_maxima, part_weights, region_threshold, value_exceeded
 from csflow.errors import StorageFailed, WrongUse
 from csflow.preprocessing import DECODING_VERSION, DECODING_VERSIONS, Preprocessing, Tiling
 from csflow.storage import Location, to_parquet
@@ -69,7 +69,9 @@ class Calibration:
     region_levels: NDArray[np.float64] | None
     """Levels of each image's regions (n, levels), in falling order and −∞ where there are fewer."""
     weights: NDArray[np.float64] | None
-    """What each image counts in p-values, one for each part; None if parts are not known."""
+    """What each image counts in p-values, one for each part; None, as is the next, if parts are not known."""
+    part_maximum: NDArray[np.float64] | None
+    """Highest anomaly score (m,) of each part."""
     table: pa.Table
     """The scores with their images, in the `CALIBRATION` schema."""
 
@@ -84,13 +86,16 @@ class Calibration:
         def values(name: str) -> NDArray[np.float64] | None:
             return None if table[name].null_count else table[name].to_numpy()
 
+        anomaly_score = table["anomaly_score"].to_numpy()
+        parts = None if table["part"].null_count else table["part"].to_pylist()
         return cls(
-            table["anomaly_score"].to_numpy(),
+            anomaly_score,
             values("global_score"),
             values("local_score"),
             values("map_maximum"),
             _padded(table["region_levels"]),
-            None if table["part"].null_count else part_weights(table["part"].to_pylist()),
+            None if parts is None else part_weights(parts),
+            None if parts is None else part_maxima(anomaly_score, parts),
             table,
         )
 

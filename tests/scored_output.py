@@ -30,6 +30,8 @@ MAP_SIDE = 8
 IMAGE_HEIGHT, IMAGE_WIDTH = 480, 640
 HELD_OUT = np.sort(np.random.default_rng(0).gamma(512, 1 / 1024, 199))
 """Calibration scores of both models, but for the second one's offset."""
+HELD_OUT_PARTS = np.random.default_rng(2).permutation(HELD_OUT)[1:].reshape(99, 2).max(1)
+"""The worse image of each of 99 held-out parts."""
 HELD_OUT_PEAKS = np.random.default_rng(1).gamma(8, 0.125, (199, MAP_SIDE**2)).max(1)
 """The hottest cell of each held-out map, but for that offset."""
 
@@ -61,7 +63,8 @@ def photographs(night: int) -> list[str]:
 
 def tags_of(uri: str) -> dict[str, str]:
     line, part = uri.split("/")[-2:]
-    return {"line": line, "camera": "top" if int(part[-5]) % 2 else "side"}
+    night, number = int(part[5:7]), int(part[-7:-4])
+    return {"line": line, "camera": "top" if number % 2 else "side", "part": f"{night:02}-{number // 2}"}
 
 
 def day_of(night: int) -> date:
@@ -107,6 +110,7 @@ def scored(uri: str, night: int, model_id: str, offset: float) -> dict[str, Any]
         "region_threshold": region_threshold,
         "regions": regions_of(map_HW, region_threshold, own),
         "tags": tags_of(uri),
+        "part_p_value": float(p_values(score / own, HELD_OUT_PARTS)),
     }
 
 

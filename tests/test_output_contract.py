@@ -78,7 +78,7 @@ def test_only_what_may_be_left_out_or_came_later_can_be_null() -> None:
     assert [field.name for field in SCORES if field.nullable] == [
         *("anomaly_map", "map_box", "global_score", "global_p_value", "local_score", "local_p_value"),
         *("map_threshold", "region_threshold", "regions", "image_modified_at", "model_name"),
-        *("image_taken_at", "tags"),
+        *("image_taken_at", "tags", "part_p_value"),
     ]
     assert [field.name for field in ERRORS if field.nullable] == ["image_modified_at", "model_name", "tags"]
 

@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from small_models import save_small
 
-from csflow.calibration import drift, p_values, part_weights, region_threshold, value_exceeded
+from csflow.calibration import (
+    drift,
+    p_values,
+    part_maxima,
+    part_weights,
+    region_threshold,
+    value_exceeded,
+)
 from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
 from csflow.model_directory import Calibration, load_model, read_model
@@ -195,6 +202,19 @@ def test_counting_photographs_flags_too_many_parts_even_if_parts_are_kept_togeth
     assert flagged[False] / 2000 == pytest.approx(1 / 20, abs=0.015)
 
 
+def test_a_normal_part_is_flagged_no_more_often_than_wanted_whatever_its_views() -> None:
+    """By its worst view, beside the worst views of held-out parts; they have one to four views each."""
+    random = np.random.default_rng(7)
+    flagged, draws = np.zeros(len(RATES)), 4000
+    for _ in range(draws):
+        part_N = np.repeat(np.arange(50), random.integers(1, 5, size=50))
+        scores = random.normal(size=50)[part_N] + random.normal(size=len(part_N))
+        is_new = part_N == 49
+        maxima = part_maxima(scores[~is_new], [str(part) for part in part_N[~is_new]])
+        flagged += p_values(scores[is_new], maxima).min() <= np.array(RATES)
+    np.testing.assert_allclose(flagged / draws, RATES, atol=4 * (0.2 * 0.8 / draws) ** 0.5)
+
+
 def test_a_quiet_night_of_parts_is_seldom_called_a_drift() -> None:
     random = np.random.default_rng(6)
 
@@ -285,6 +305,13 @@ def test_a_training_keeps_parts_together_and_scores_count_them(
     expected = p_values(rows.anomaly_score, model.calibration.anomaly_score, model.calibration.weights)
     assert rows.p_value.tolist() == expected.tolist()
     assert rows.p_value.min() == 1 / 13
+    highest = (
+        pq.read_table(tmp_path / "model" / "calibration.parquet")
+        .to_pandas()
+        .groupby("part")
+        .anomaly_score.max()
+    )
+    assert rows.part_p_value.tolist() == p_values(rows.anomaly_score, highest).tolist()
     assert rows.is_anomalous.tolist() == (rows.p_value <= 0.1).tolist()
 
     config = ["--model", str(tmp_path / "model"), "--input", str(halves), "--output", str(tmp_path / "new")]

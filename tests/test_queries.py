@@ -16,7 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 import sqlglot
 from pages import DOCS, Block, blocks, run_python, statements
-from scored_output import NEW_MODEL, OLD_MODEL, day_of, photographs, scored, write_output, write_rows
+from scored_output import (
+    LINES,
+    NEW_MODEL,
+    NIGHTS,
+    OLD_MODEL,
+    day_of,
+    photographs,
+    scored,
+    write_output,
+    write_rows,
+)
 
 from csflow.output.schemas import ERRORS, REGION, REGIONS, SCORES, TAGS
 
@@ -235,6 +245,25 @@ def test_tags_tell_cameras_of_a_line_apart(duckdb_answers):
     for column in ("images", "anomalous"):
         summed = by_camera.groupby(["date", "line"])[column].sum()
         assert dict(summed) == dict(by_line.set_index(["date", "line"])[column])
+
+
+def test_a_part_is_as_bad_as_its_worst_view(duckdb_answers):
+    parts = duckdb_answers["A verdict for each part"]
+    nights = range(14, NIGHTS)  # of the new model
+    uris = {uri for night in nights for uri in photographs(night) if scored(uri, night, NEW_MODEL, 0.5)}
+    assert parts.views.sum() == len(uris)
+    assert len(parts) == len(nights) * len(LINES) * 3
+    failed = [night for night in nights if night % 5 == 3]
+    assert (parts.views == 1).sum() == len(failed) * len(LINES)
+    assert parts.is_anomalous.tolist() == (parts.p_value <= 0.01).tolist()
+    assert 0 < parts.is_anomalous.sum() < len(parts) / 4
+    assert parts.worst_image.is_unique
+    for row in parts.itertuples():
+        assert row.worst_image.endswith(f"part-{row.part[:2]}-{row.worst_image[-7:-4]}.png")
+        assert int(row.worst_image[-7:-4]) // 2 == int(row.part[3:])
+        night = scored(row.worst_image, int(row.part[:2]), NEW_MODEL, 0.5)
+        assert night is not None
+        assert night["part_p_value"] == row.p_value
 
 
 def test_defects_are_counted_and_listed_with_their_boxes(duckdb_answers):

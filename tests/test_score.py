@@ -231,6 +231,7 @@ def test_files_have_exactly_the_schema_of_the_contract(scored):
         ("model_name", "string"),
         ("image_taken_at", "timestamp[us, tz=UTC]"),
         ("tags", "map<string, string>"),
+        ("part_p_value", "double"),
     ]
     assert [(f.name, str(f.type)) for f in ERRORS] == [
         ("image_uri", "string"),

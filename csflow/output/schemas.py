@@ -47,6 +47,7 @@ SCORES = pa.schema(
         pa.field("model_name", pa.string()),  # null if the model has no name
         pa.field("image_taken_at", pa.timestamp("us", tz="UTC")),  # null if the file has no EXIF time
         pa.field("tags", TAGS),  # null if no pattern gave the image any
+        pa.field("part_p_value", pa.float64()),  # null if training did not know parts (--part)
     ]
 )
 

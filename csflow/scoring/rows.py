@@ -49,6 +49,8 @@ class Judged(NamedTuple):
     local_p_value_B: NDArray[np.float64] | None
     scale_scores_BS: NDArray[np.float32]
     anomaly_map_BHW: NDArray[np.float32]
+    part_p_value_B: NDArray[np.float64] | None = None
+    """p-values of the parts whose worst images these would be; None if parts are not known."""
 
 
 class RegionRule(NamedTuple):
@@ -89,6 +91,7 @@ def judge(scores: "Scores", calibration: "Calibration", false_positive_rate: flo
         None if heldout_local is None else p_values(local_score_B, heldout_local, weights),
         scores.scale_scores_BS.float().numpy(),
         scores.anomaly_map_BHW.float().numpy(),
+        None if calibration.part_maximum is None else p_values(anomaly_score_B, calibration.part_maximum),
     )
 
 
@@ -144,6 +147,7 @@ def score_rows(
         "model_name": [model_name] * len(images),
         "image_taken_at": [image.decoded.taken_at for image in images],
         "tags": [image.tags for image in images],
+        "part_p_value": _or_nulls(judged.part_p_value_B, len(images)),
     }
     if region_rule:
         columns["regions"] = region_lists(anomaly_map_BHW, height_B, width_B, box_B4, region_rule)
