@@ -52,6 +52,7 @@ CALIBRATION = pa.schema(
         # Levels below which the map has at least 1, 2, … regions, as many as were kept.
         pa.field("region_levels", pa.list_(pa.field("element", pa.float64()))),
         pa.field("part", pa.string()),  # that the image shows; null if parts are not known
+        pa.field("group", pa.string()),  # that is calibrated apart, as `camera=top`; null if with the whole
     ]
 )
 
@@ -72,6 +73,8 @@ class Calibration:
     """What each image counts in p-values, one for each part; None, as is the next, if parts are not known."""
     part_maximum: NDArray[np.float64] | None
     """Highest anomaly score (m,) of each part."""
+    groups: Mapping[str, "Calibration"]
+    """Of each group that is calibrated apart, such as `camera=top`; empty in most models."""
     table: pa.Table
     """The scores with their images, in the `CALIBRATION` schema."""
 
@@ -96,8 +99,14 @@ class Calibration:
             _padded(table["region_levels"]),
             None if parts is None else part_weights(parts),
             None if parts is None else part_maxima(anomaly_score, parts),
+            _by_group(table),
             table,
         )
+
+    def of_tags(self, tags: Mapping[str, str]) -> "Calibration":
+        """The calibration of the group that these tags tell, if it has its own, and else the whole."""
+        name = next(iter(self.groups), "").partition("=")[0]
+        return self.groups.get(f"{name}={tags[name]}", self) if name in tags else self
 
     @property
     def size(self) -> int:
@@ -129,6 +138,16 @@ class Calibration:
         if self.map_maximum is not None:
             return region_threshold(self.map_maximum[:, None], false_regions, self.weights)
         return None
+
+
+def _by_group(table: pa.Table) -> dict[str, Calibration]:
+    """The calibration of each group in a table of the `CALIBRATION` schema."""
+    rows: dict[str, list[int]] = {}
+    for row, group in enumerate(table["group"].to_pylist()):
+        if group is not None:
+            rows.setdefault(group, []).append(row)
+    alone = table.drop_columns("group")
+    return {group: Calibration.of(alone.take(pa.array(of_group))) for group, of_group in rows.items()}
 
 
 def _padded(lists: pa.ChunkedArray) -> NDArray[np.float64] | None:
@@ -426,6 +445,8 @@ def _parts(
         numbers: dict[str, int] = {}
         parts = [numbers.setdefault(part, len(numbers)) for part in calibration.table["part"].to_pylist()]
         yield np.array(parts, "<i8").tobytes()
+    if calibration.groups:
+        yield json.dumps(calibration.table["group"].to_pylist()).encode()
 
 
 def _to_json(values: Mapping[str, Any]) -> bytes:

@@ -14,7 +14,7 @@ from csflow.model import Architecture
 from csflow.model_directory import Calibration, check_free, load_model, read_config, save_model
 from csflow.storage import Location
 from csflow.training.card import calibration_rows, histogram_svg
-from csflow.training.parts import pattern_of, with_parts
+from csflow.training.parts import pattern_of, with_own_calibration, with_tags
 
 LOW_P_VALUE = 0.05
 
@@ -47,10 +47,14 @@ class RecalibrateConfig(ListingConfig):
     max_pixels: int = Field(MAX_PIXELS, ge=1)
     """Images of more pixels than this are left out as `too_large`."""
     tags: str | None = Field(None, min_length=1)
-    """Pattern of image URIs that gives the tags for --part, as in training. [default: no tags]"""
+    """Pattern of image URIs that gives the tags for --part and --calibrate_by, as in training. [default: no
+    tags]"""
     part: Patterns = Field([])
     """Tags that together tell which part an image shows. Images of one part count as one in p-values.
     [default: each image shows another part]"""
+    calibrate_by: str | None = Field(None, min_length=1)
+    """Tag whose values have p-values of their own, as in training. [default: all images are compared with
+    all]"""
     overwrite: bool = False
     """Replace a model that --output already holds."""
 
@@ -58,18 +62,24 @@ class RecalibrateConfig(ListingConfig):
 def recalibrate(config: RecalibrateConfig) -> ExitStatus:
     """Scores the images and saves. Raises WrongUse if a setting is wrong or no image can be read."""
     source, output = (Location(url, config.storage_options) for url in (config.model, config.output))
-    pattern = pattern_of(config.tags, config.part)
+    pattern = pattern_of(config.tags, config.part, config.calibrate_by)
     check_free(output, config.overwrite)
     output.check_writable()
     old, limits = load_model(source), DecodeLimits(config.max_pixels)
-    if old.calibration.weights is not None and pattern is None:
+    if old.calibration.weights is not None and not config.part:
         warn("the p-values of this model count parts, and these images will count one each; see --part")
+    if old.calibration.groups and not config.calibrate_by:
+        warn("this model has p-values by group, and the new one will have none; see --calibrate_by")
     result = heldout_calibration(old.detector, config.input, config, "--input", limits)
     if result is None:
         return ExitStatus.INCOMPLETE
     table, unreadable = result
     if pattern:
-        table = with_parts(table.drop_columns("part"), pattern.tags, config.part)
+        columns = table.drop_columns(["part", "group"])
+        table = with_tags(columns, pattern.tags, config.part, config.calibrate_by)
+    if config.calibrate_by:
+        table, line = with_own_calibration(table)
+        print(line)
     calibration = Calibration.of(table)
     model_id = save_model(
         output,

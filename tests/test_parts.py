@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import SMALL_MODEL, read_scores, run_job, run_score
+from conftest import SMALL_MODEL, copy_some, read_scores, run_job, run_score
 from numpy.typing import NDArray
 from PIL import Image
 from small_models import save_small
@@ -22,12 +22,12 @@ from csflow.calibration import (
 )
 from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
-from csflow.model_directory import Calibration, load_model, read_model
+from csflow.model_directory import CALIBRATION, Calibration, load_model, read_model
 from csflow.recalibration import RecalibrateConfig, recalibrate
 from csflow.training.advice import calibration_warning
 from csflow.training.cache import INDEX
 from csflow.training.config import TrainConfig
-from csflow.training.parts import pattern_of, with_parts
+from csflow.training.parts import pattern_of, with_own_calibration, with_tags
 from csflow.training.split import FOLDS, TrainingData, split_images
 
 RATES = (0.02, 0.05, 0.1, 0.2)
@@ -90,20 +90,29 @@ def test_a_copy_of_a_photograph_is_of_the_part_that_is_listed_first() -> None:
 
 def test_tags_name_the_part_and_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     images = pa.table({"image_uri": ["/p/1/7_top.png", "/p/1/7_side.png", "/p/2/7_top.png", "/p/other.png"]})
-    pattern = pattern_of("/p/{day}/{part}_{camera}.png", ["day", "part"])
+    pattern = pattern_of("/p/{day}/{part}_{camera}.png", ["day", "part"], "camera")
     assert pattern is not None
-    table = with_parts(images, pattern.tags, ["day", "part"])
+    table = with_tags(images, pattern.tags, ["day", "part"], "camera")
     assert table["part"].to_pylist() == ["1/7", "1/7", "2/7", "/p/other.png"]
+    assert table["group"].to_pylist() == ["camera=top", "camera=side", "camera=top", None]
     assert "1 of 4 images have no tag day and part, such as /p/other.png" in capsys.readouterr().out
-    for tags, part, said in (
-        (None, ["part"], "--part names tags of images, and needs the pattern that gives them: --tags"),
-        ("/p/{part}.png", [], "--tags gives tags for --part"),
-        ("/p/{part}.png", ["prat"], r"--part: prat is no tag of --tags /p/\{part\}.png \(its tags: part\)"),
+    for tags, part, camera, said in (
+        (None, ["part"], None, "--part names tags of images, and needs the pattern that gives them: --tags"),
+        (None, [], "camera", "--calibrate_by names tags of images"),
+        ("/p/{part}.png", [], None, "--tags gives tags for --part"),
+        (
+            "/p/{part}.png",
+            ["prat"],
+            None,
+            r"--part: prat is no tag of --tags /p/\{part\}.png \(its",
+        ),
+        ("/p/{part}.png", [], "line", "--calibrate_by: line is no tag of"),
     ):
         with pytest.raises(WrongUse, match=said):
-            pattern_of(tags, part)
-    with pytest.raises(WrongUse, match="none of the images has the tag part"):
-        with_parts(images.slice(3), pattern.tags, ["part"])
+            pattern_of(tags, part, camera)
+    for part, camera in ((["part"], None), ([], "camera")):
+        with pytest.raises(WrongUse, match=f"none of the images has the tag {camera or 'part'}"):
+            with_tags(images.slice(3), pattern.tags, part, camera)
     with pytest.raises(WrongUse, match="leave out --tags"):
         TrainConfig.model_validate({"input": "i", "output": "o", "routes": "plant.yaml", "tags": "{part}"})
 
@@ -257,6 +266,80 @@ def test_warnings_count_parts() -> None:
     assert "train on 99 parts" in warning
 
 
+# --- Groups ----------------------------------------------------------------------------------------------
+
+
+def grouped(sizes: dict[str | None, int], sides: int = 1) -> pa.Table:
+    """A calibration of so many parts of each group, with so many images each."""
+    rows = [
+        {"image_uri": f"{group}-{part}", "image_version": "1", "anomaly_score": float(part)}
+        | {"part": f"{part}", "group": group}
+        for group, parts in sizes.items()
+        for part in range(parts)
+        for _ in range(sides)
+    ]
+    return pa.Table.from_pylist(rows, schema=CALIBRATION)
+
+
+def test_a_group_is_calibrated_apart_if_it_has_parts_enough_to_flag_one() -> None:
+    table, said = with_own_calibration(grouped({"camera=top": 99, "camera=back": 98, None: 5}, sides=2))
+    assert set(table["group"].to_pylist()) == {"camera=top", None}
+    assert said == (
+        "calibrated apart: camera=top (99 held-out parts); compared with all, since it takes 99: "
+        "camera=back (98 held-out parts)"
+    )
+    calibration = Calibration.of(table)
+    assert {group: own.size for group, own in calibration.groups.items()} == {"camera=top": 99}
+    assert calibration.of_tags({"camera": "top", "line": "1"}).size == 99
+    for tags in ({"camera": "back"}, {"line": "top"}, {}):
+        assert calibration.of_tags(tags) is calibration
+
+
+def test_normal_images_of_each_camera_are_flagged_as_often_as_wanted_and_all_together_are_not() -> None:
+    """One camera of two has higher scores: compared with all it is flagged more often, the other never."""
+    random = np.random.default_rng(8)
+    shift = {"top": 0.0, "side": 1.5}
+    realised = {(camera, apart): [] for camera in shift for apart in (False, True)}
+    for _ in range(200):
+        table = grouped({f"camera={camera}": 199 for camera in shift}).drop_columns("part")
+        offsets = np.repeat(list(shift.values()), 199)
+        place = table.schema.get_field_index("anomaly_score")
+        table = table.set_column(place, "anomaly_score", pa.array(random.normal(size=398) + offsets))
+        calibration = Calibration.of(table)
+        for camera, higher in shift.items():
+            scores = random.normal(size=100) + higher
+            for apart in (False, True):
+                heldout = calibration.of_tags({"camera": camera} if apart else {}).anomaly_score
+                realised[camera, apart].append(float((p_values(scores, heldout) <= 0.05).mean()))
+    means = {key: np.mean(values) for key, values in realised.items()}
+    for camera in shift:
+        assert means[camera, True] == pytest.approx(0.05, abs=0.005)
+    assert means["top", False] < 0.01
+    assert means["side", False] > 0.08
+
+
+def test_groups_decide_the_model_id_and_an_image_is_compared_with_its_own_group(
+    cells: Path, ray_cluster: object, tmp_path: Path
+) -> None:
+    groups = ["side=left"] * 9 + ["side=right"] * 9 + [None]
+    heldout = (0.0,) * 9 + (1e9,) * 9 + (1e9,)
+    model = save_small(tmp_path / "model", heldout=heldout, groups=groups)
+    other = save_small(tmp_path / "other", heldout=heldout)
+    assert read_model(model).model_id != read_model(other).model_id
+    images = copy_some(cells / "functional" / "test", tmp_path / "images", 6)
+    for number, photograph in enumerate(sorted(images.iterdir())):
+        photograph.rename(images / f"{number}_{('left', 'right', 'back')[number % 3]}.png")
+    flags = ["--model", model.path, "--input", images, "--output", tmp_path / "scores"]
+    tags = ["--tags", f"{images}/{{part}}_{{side}}.png"]
+    assert run_score(*flags, *tags, "--false_positive_rate", "0.1") == ExitStatus.DONE
+    rows = read_scores(tmp_path / "scores").set_index("image_uri").sort_index()
+    # Nine images of the left are below, nine of the right above; of the back, ten of all nineteen are above.
+    assert rows.p_value.tolist() == [0.1, 1.0, 11 / 20] * 2
+    assert rows.is_anomalous.tolist() == [True, False, False] * 2
+
+
+# --- Jobs ------------------------------------------------------------------------------------------------
+
 HALVES = ("left", "right")
 
 
@@ -278,7 +361,7 @@ def halves(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_training_keeps_parts_together_and_scores_count_them(
     halves: Path, ray_cluster: object, tmp_path: Path
 ) -> None:
-    tags = ["--tags", f"{halves}/{{part}}_{{side}}.png", "--part", "part"]
+    tags = ["--tags", f"{halves}/{{part}}_{{side}}.png", "--part", "part", "--calibrate_by", "side"]
     arguments = ["--input", halves, "--output", tmp_path / "model", *tags, *SMALL_MODEL, "--holdout", "0.3"]
     job = run_job("train", *arguments)
     assert job.returncode == 0, job.stderr
@@ -293,6 +376,11 @@ def test_a_training_keeps_parts_together_and_scores_count_them(
     assert subsets["nunique"].tolist() == [1] * 40
     assert subsets["size"].tolist() == [2] * 40
     card = (tmp_path / "model" / "README.md").read_text()
+    said = (
+        "calibrated apart: none; compared with all, since it takes 99: side=left (12 held-out parts), side=r"
+    )
+    assert said in job.stdout
+    assert said in card
     assert "| parts that they show, which count as one each | 12 |" in card
     again = run_job("train", *arguments, "--resume")
     assert again.returncode == 0, again.stderr
@@ -304,7 +392,9 @@ def test_a_training_keeps_parts_together_and_scores_count_them(
     rows = read_scores(tmp_path / "scores")
     expected = p_values(rows.anomaly_score, model.calibration.anomaly_score, model.calibration.weights)
     assert rows.p_value.tolist() == expected.tolist()
-    assert rows.p_value.min() == 1 / 13
+    # Twelve parts of two photographs each: p-values come in halves of 1/13, and no photograph is below that.
+    np.testing.assert_allclose(rows.p_value * 26, np.rint(rows.p_value * 26))
+    assert rows.p_value.min() >= 1 / 13
     highest = (
         pq.read_table(tmp_path / "model" / "calibration.parquet")
         .to_pandas()

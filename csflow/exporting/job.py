@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from csflow import __version__
+from csflow.console import warn
 from csflow.edge.artefact import FORMAT_VERSIONS, KEY, Artefact
 from csflow.errors import ExitStatus, ImageError, WrongUse
 from csflow.exporting.bundle import write_runtime
@@ -49,6 +50,8 @@ def export(config: ExportConfig) -> ExitStatus:
             f"--model {config.model} sees images in tiles, and what is exported sees them as a whole; export "
             "a model that was trained without --tile"
         )
+    if model.calibration.groups:
+        warn("the p-values by group of this model are not exported: at the edge all images are one group")
     metadata = _metadata(config, model, _self_test_image(config, model))
     program = onnx_program(model.detector, model.calibration, config.false_positive_rate)
     for output in outputs:

@@ -72,23 +72,41 @@ class RegionRule(NamedTuple):
         return cls(threshold, calibration.map_maximum, calibration.weights)
 
 
-def judge(scores: "Scores", calibration: "Calibration", false_positive_rate: float) -> Judged:
-    """Compares scores, on the CPU, with the calibration."""
+def judge(
+    scores: "Scores",
+    calibration: "Calibration",
+    false_positive_rate: float,
+    tags: Sequence[Tags | None] | None = None,
+) -> Judged:
+    """Compares scores, on the CPU, with the calibration.
+
+    Args:
+        tags: those of each image, which tell its group, if some groups are calibrated apart.
+    """
+    own = [calibration.of_tags(dict(some or {})) for some in tags or [None] * len(scores.anomaly_score_B)]
+    different = {id(one): one for one in own}.values()
+    apart = [(one, np.array([other is one for other in own])) for one in different]
+
+    def compared(score_B: NDArray[np.float64], name: str) -> NDArray[np.float64]:
+        p_value_B = np.empty(len(score_B))
+        for some, is_of_B in apart:
+            p_value_B[is_of_B] = p_values(score_B[is_of_B], getattr(some, name), some.weights)
+        return p_value_B
+
     anomaly_score_B = scores.anomaly_score_B.double().numpy()
     global_score_B = scores.global_score_B.double().numpy()
     local_score_B = scores.local_score_B.double().numpy()
-    weights = calibration.weights
-    p_value_B = p_values(anomaly_score_B, calibration.anomaly_score, weights)
+    p_value_B = compared(anomaly_score_B, "anomaly_score")
     # Of models without whitening the anomaly score is the global one, and there is no other.
-    heldout_global, heldout_local = calibration.global_score, calibration.local_score
+    has_global, has_local = calibration.global_score is not None, calibration.local_score is not None
     return Judged(
         anomaly_score_B,
         p_value_B,
         p_value_B <= false_positive_rate,
         global_score_B,
-        p_value_B if heldout_global is None else p_values(global_score_B, heldout_global, weights),
-        None if heldout_local is None else local_score_B,
-        None if heldout_local is None else p_values(local_score_B, heldout_local, weights),
+        compared(global_score_B, "global_score") if has_global else p_value_B,
+        local_score_B if has_local else None,
+        compared(local_score_B, "local_score") if has_local else None,
         scores.scale_scores_BS.float().numpy(),
         scores.anomaly_map_BHW.float().numpy(),
         None if calibration.part_maximum is None else p_values(anomaly_score_B, calibration.part_maximum),

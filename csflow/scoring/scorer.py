@@ -259,7 +259,8 @@ class ShardScorer:
         Raises:
             FloatingPointError: an image has no score, since numbers left the range of the precision.
         """
-        judged = judge(scores, self._calibration, self._settings.false_positive_rate)
+        tags = [image.tags for image in images]
+        judged = judge(scores, self._calibration, self._settings.false_positive_rate, tags)
         require_scores([image.image_uri for image in images], judged, self._detector.form.precision)
         return score_rows(
             images,

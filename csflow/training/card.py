@@ -183,6 +183,8 @@ def calibration_rows(calibration: Calibration) -> str:
         )
     if calibration.weights is not None:
         rows.append(f"| parts that they show, which count as one each | {calibration.size} |")
+    for group, own in calibration.groups.items():
+        rows.append(f"| {group}, compared with its own held-out {own.unit} | {own.size} |")
     rows.append(f"| smallest possible p-value | {1 / (calibration.size + 1):.4g} |")
     return "".join(f"{row}\n" for row in rows)
 

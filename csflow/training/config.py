@@ -107,13 +107,17 @@ class TrainConfig(ListingConfig):
     `auto` is `cross` for fewer than 500 images, unless --tile is given, or --holdout, --validation, --trim,
     --augment or --recipe has another value than its default."""
     tags: str | None = Field(None, min_length=1)
-    """Pattern of image URIs that gives the tags for --part, as in scoring, such as
+    """Pattern of image URIs that gives the tags for --part and --calibrate_by, as in scoring, such as
     s3://plant/good/{line}/{day}/{part}_{camera}.jpg. Those of --routes have its patterns. [default: no
     tags]"""
     part: Patterns = Field([])
     """Tags that together tell which part an image shows, such as `part`, or `day part`. Images of one part
     then stay together when images are held out, and count as one in p-values. [default: each image shows
     another part]"""
+    calibrate_by: str | None = Field(None, min_length=1)
+    """Tag whose values, such as those of `camera`, have p-values of their own: each is compared with held-out
+    images of the same value, if these are enough for the usual false-positive rate, and else with all.
+    [default: all images are compared with all]"""
     holdout: float = Field(0.2, gt=0, lt=1)
     """Share of the images held out from training, for calibration. Plays no part in `--calibration cross`."""
     validation: float = Field(0.1, ge=0, lt=1)

@@ -32,7 +32,7 @@ from csflow.training.config import TrainConfig, check_calibration
 from csflow.training.features import extract
 from csflow.training.labelled import LabelledImages
 from csflow.training.outliers import ClosedForm, outlier_files, trimmed_images
-from csflow.training.parts import divided, pattern_of, with_parts
+from csflow.training.parts import by_uri, divided, pattern_of, with_own_calibration, with_tags
 from csflow.training.plant import train_by_routes
 from csflow.training.resumption import check_replacement
 from csflow.training.rounding import ALL_THE_SAME, TOO_ALIKE, moves_p_values, some_pixels
@@ -70,13 +70,13 @@ def _train(config: TrainConfig, listed: pa.Table | None = None) -> ExitStatus:
         raise WrongUse(f"--min_workers {config.min_workers} is more than --workers {config.workers}")
     check_calibration(config)
     check_shares(config.validation, config.holdout)
-    pattern = pattern_of(config.tags, config.part) if listed is None else None
+    pattern = pattern_of(config.tags, config.part, config.calibrate_by) if listed is None else None
     output.check_writable()
     detector = build_detector(config)
     images = _list_images(config) if listed is None else listed
     check_enough(images.num_rows)
     if pattern:
-        images = with_parts(images, pattern.tags, config.part)
+        images = with_tags(images, pattern.tags, config.part, config.calibrate_by)
     config = config.with_calibration(count_units(images))
     is_cross = config.calibration == "cross"
     _say_what_is_to_come(config, images, detector)
@@ -127,6 +127,10 @@ def _train(config: TrainConfig, listed: pa.Table | None = None) -> ExitStatus:
         different, heldout, config.holdout, config.validation, is_cross, unit_of(images)
     ):
         lines.append(f"warning: {few}")
+    calibration = _of_images(calibration, data, images)
+    if "group" in calibration.schema.names:
+        calibration, line = with_own_calibration(calibration)
+        lines.append(line)
     for line in lines:
         print(line)
     metrics = {
@@ -314,6 +318,18 @@ def _calibrated_on_whole_images(detector: Detector, heldout: pa.Table, config: T
     return table.select(CALIBRATED)
 
 
+def _of_images(calibration: pa.Table, data: TrainingData, images: pa.Table) -> pa.Table:
+    """The columns over the held-out images with these images, their parts and groups."""
+    heldout = data.calibrating
+    names = ["image_uri", "image_version", *(["part"] if data.has_parts else [])]
+    for name in names:
+        calibration = calibration.append_column(name, heldout[name])
+    if group_of := by_uri(images, "group"):
+        groups = [group_of[uri] for uri in heldout["image_uri"].to_pylist()]
+        calibration = calibration.append_column("group", pa.array(groups, pa.string()))
+    return calibration
+
+
 def _save(
     config: TrainConfig,
     output: Location,
@@ -325,11 +341,6 @@ def _save(
     ranking: pa.Table,
 ) -> str:
     """Writes the model directory; returns the model id."""
-    heldout = data.calibrating
-    for name in ("image_version", "image_uri"):
-        calibration = calibration.add_column(0, name, heldout[name])
-    if data.has_parts:
-        calibration = calibration.append_column("part", heldout["part"])
     settings = config.model_dump(mode="json", exclude={"storage_options"})
     fingerprints = {
         "images": images.num_rows,
@@ -337,7 +348,7 @@ def _save(
         "training_images": data.subset("training").num_rows,
         "trimmed_images": data.subset(TRIMMED).num_rows,
         "validation_images": data.subset("validation").num_rows,
-        "heldout_images": heldout.num_rows,
+        "heldout_images": calibration.num_rows,
         "calibration_folds": FOLDS if data.is_cross else None,
         "unreadable_images": data.unreadable,
         "copies": data.copies,

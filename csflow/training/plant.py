@@ -12,7 +12,7 @@ from csflow.model_directory import check_free, holds_model, read_config
 from csflow.routes import Routes, read_routes
 from csflow.storage import Location
 from csflow.training.config import TrainConfig
-from csflow.training.parts import check_tags, with_parts
+from csflow.training.parts import check_tags, with_tags
 from csflow.training.resumption import repeats
 from csflow.training.shards import listing_fingerprint
 from csflow.training.split import check_enough, count_units
@@ -57,10 +57,11 @@ def train_by_routes(
     trainings = _trainings(config, routes)
     for one in trainings:
         check_free(one.output, config.overwrite or config.resume)
-    check_tags(config.part, sorted(routes.tags()), "the rules of --routes")
+    check_tags(config.part, config.calibrate_by, sorted(routes.tags()), "the rules of --routes")
     images = _apart(list_images(config), routes)
-    if config.part:
-        images = {rule: with_parts(own, routes.tags_of, config.part) for rule, own in images.items()}
+    images = {
+        rule: with_tags(own, routes.tags_of, config.part, config.calibrate_by) for rule, own in images.items()
+    }
     for one in trainings:
         _check_enough(one, images[one.rules[0]].num_rows)
     statuses, failed = [], []

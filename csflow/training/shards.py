@@ -28,9 +28,9 @@ def cut(image_uris: Sequence[str], image_versions: Sequence[str], size: int) -> 
 
 
 def listing_fingerprint(images: pa.Table) -> str:
-    """A hash of listed image versions, and of the parts that they show if the table has them."""
-    columns = ["image_uri", "image_version", *(["part"] if "part" in images.schema.names else [])]
-    return fingerprint(*(images[name].to_pylist() for name in columns))
+    """A hash of listed image versions, and of their parts and groups if the table has them."""
+    columns = ["image_uri", "image_version", *(n for n in ("part", "group") if n in images.schema.names)]
+    return fingerprint(*(images[name].fill_null("").to_pylist() for name in columns))
 
 
 def fingerprint(*columns: Sequence[str]) -> str:
