@@ -2,43 +2,46 @@
 
     python benchmarks/part_split.py --work build/parts --seeds 0 1 2
 
-Each functional cell of the package elpv-dataset is cut into two halves that overlap in half of its width: two
-photographs of one part. Each seed draws the cells to train on, and others, whose halves are new normal ones.
-Both jobs run as users run them, with `--part` and without. `realised` is the share of halves of new cells
-whose p-value is at most the rate, with the 95 % interval of what exact p-values give for one draw of held-out
-cells or halves, and of as many new cells.
+Functional cells of the package elpv-dataset are cut into two halves that overlap in half of their width: two
+photographs of one part. Each seed draws the cells to train on, and others, whose halves are new normal
+photographs. The training is that of the job, in this process, as without `--part` and as with it. `realised`
+is the share of new halves whose p-value is at most the rate. In brackets is where 95 % of trainings would be
+if p-values were exact, and both halves of a new cell had the same one.
 """
 
 import argparse
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import plant
-import pyarrow.dataset as ds
+import pyarrow as pa
 import results
+from numpy.typing import NDArray
 from PIL import Image
+from quality_features import cached_images
 from scipy.stats import betabinom
+from small_sets import Photographs, trained
 
+from csflow import process
+from csflow.calibration import p_values, part_weights
 from csflow.demo import photographs
-from csflow.model_directory import read_calibration
-from csflow.storage import Location
+from csflow.training.cache import INDEX
+from csflow.training.config import TrainConfig
+from csflow.training.split import TrainingData
 
 RATES = (0.01, 0.05, 0.1)
-NEW = 400
+TRAINED_ON, NEW = 600, 400
+"""Number of cells."""
 WIDTH = 3 / 4
 """Of a half, as a share of the cell's."""
 
 
-def write_halves(folder: Path, trained_on: int, seed: int) -> None:
-    """Halves of functional cells below `good` and `new`, named `<cell>_<side>.png`."""
+def write_halves(folder: Path) -> None:
+    """Halves named `<cell>_<side>.png` below `train/good` and `test/good`; seeds draw from both."""
     cells = sorted(source for source, probability, _ in photographs() if probability == 0)
-    order = np.random.default_rng(seed).permutation(len(cells))
-    for place, number in enumerate(order[: trained_on + NEW]):
-        target = folder / ("good" if place < trained_on else "new")
+    for number in np.random.default_rng(0).permutation(len(cells))[: TRAINED_ON + NEW]:
+        target = folder / ("test" if number % 3 else "train") / "good"
         target.mkdir(parents=True, exist_ok=True)
         cell = Image.open(cells[number])
         width, height = cell.size
@@ -47,64 +50,66 @@ def write_halves(folder: Path, trained_on: int, seed: int) -> None:
             half.save(target / f"{cells[number].stem}_{side}.png")
 
 
-def job(verb: str, *arguments: object) -> None:
-    command = [sys.executable, str(plant.ROOT / "jobs" / f"{verb}.py"), *map(str, arguments)]
-    environment = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": str(plant.ROOT)}
-    subprocess.run(command, cwd=plant.ROOT, env=environment, check=True, stdout=sys.stderr)
+def part_of(uri: str) -> str:
+    return Path(uri).stem.rpartition("_")[0]
 
 
-def p_values(work: Path, seed: int, options: argparse.Namespace, by_part: bool) -> tuple[int, np.ndarray]:
-    """The number of held-out units, and the p-values of the halves of new cells."""
-    images, place = work / f"seed-{seed}", work / f"seed-{seed}-{'part' if by_part else 'photograph'}"
-    if not images.exists():
-        write_halves(images, options.cells, seed)
-    part = ["--tags", f"{images.resolve()}/good/{{part}}_{{side}}.png", "--part", "part"] if by_part else []
-    if not (place / "model" / "config.json").exists():
-        job(
-            *("train", "--input", images / "good", "--output", place / "model", "--seed", seed),
-            *("--image_size", options.image_size, "--calibration", "holdout"),
-            *("--work_dir", work / "_work", "--resume", *part),
-        )
-    job("score", "--model", place / "model", "--input", images / "new", "--output", place / "scores")
-    rows = ds.dataset(place / "scores" / "scores", partitioning="hive").to_table(columns=["p_value"])
-    return read_calibration(Location(str(place / "model"))).size, rows["p_value"].to_numpy()
+def run(
+    halves: Photographs, config: TrainConfig, by_part: bool
+) -> tuple[NDArray[np.float64], int, NDArray[np.float64]]:
+    """The shares of halves of new cells at each rate, the number of held-out units, and exact p-values'
+    limits."""
+    uris = halves.functional["image_uri"].to_pylist()
+    cells = np.random.default_rng(config.seed).permutation(sorted(set(map(part_of, uris))))
+    of_training, new = (
+        halves.functional.filter(pa.array([part_of(uri) in some for uri in uris]))
+        for some in (set(cells[:TRAINED_ON]), set(cells[TRAINED_ON:]))
+    )
+    parts = {uri: part_of(uri) for uri in uris} if by_part else None
+    data = TrainingData.divide(of_training, config.validation, config.holdout, config.seed, part_of=parts)
+    model = trained(halves, config, data)
+    weights = part_weights(data.calibrating["part"].to_pylist()) if by_part else None
+    p = p_values(model.scores(new), model.calibration, weights)
+    heldout = round(float(weights.sum())) if weights is not None else len(model.calibration)
+    k = [int(rate * (heldout + 1)) for rate in RATES]
+    limits = np.array([betabinom.interval(0.95, NEW, some, heldout + 1 - some) for some in k]) / NEW
+    return np.array([(p <= rate).mean() for rate in RATES]), heldout, limits
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, required=True, help="folder of images, models and scores")
+    parser.add_argument("--work", type=Path, required=True, help="folder of images and features")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--cells", type=int, default=600, help="to train on")
-    parser.add_argument("--image_size", type=int, default=128)
+    parser.add_argument("--image_size", type=int, default=64)
     options = parser.parse_args()
+    process.set_up(1, gpus=0)
+    settings: dict[str, Any] = {"input": ["unused"], "output": "unused", "image_size": [options.image_size]}
+    config = TrainConfig.model_validate(settings)
+    if not (options.work / "data").exists():
+        write_halves(options.work / "data")
+    found = cached_images(config, options.work / "data", options.work / "features")
+    rows = pa.concat_tables([found.data.split.select(INDEX.names), found.test])
+    halves = Photographs(found.cache, rows, rows.slice(0, 0))
     lines = [f"| split by | seed | held out | {' | '.join(f'realised at {rate:.0%}' for rate in RATES)} |"]
     lines.append("|---" * (3 + len(RATES)) + "|")
-    means: dict[str, list[np.ndarray]] = defaultdict(list)
-    for by_part in (False, True):
-        unit = "part" if by_part else "photograph"
+    means: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
+    for by_part, unit in ((False, "photographs"), (True, "parts")):
         for seed in options.seeds:
-            heldout, p = p_values(options.work, seed, options, by_part)
-            realised = np.array([(p <= rate).mean() for rate in RATES])
+            realised, heldout, limits = run(halves, config.model_copy(update={"seed": seed}), by_part)
             means[unit].append(realised)
-            lines.append(row(unit, str(seed), f"{heldout} {unit}s", realised, heldout, len(p) // 2))
-        lines.append(row(unit, "mean", "", np.mean(means[unit], axis=0)))
-    command = "python benchmarks/part_split.py --work build/parts --seeds " + " ".join(
-        map(str, options.seeds)
-    )
-    results.record("Photographs of one part: p-values with --part and without", "\n".join(lines), command)
-
-
-def row(unit: str, seed: str, held_out: str, realised: np.ndarray, heldout: int = 0, new: int = 0) -> str:
-    cells = []
-    for rate, share in zip(RATES, realised, strict=True):
-        cells.append(f"{share:.1%}")
-        if heldout:
-            k = int(rate * (heldout + 1))
-            low, high = (value / new for value in betabinom.interval(0.95, new, k, heldout + 1 - k))
-            cells[-1] += f" ({low:.1%} to {high:.1%})"
-    return f"| {unit} | {seed} | {held_out} | {' | '.join(cells)} |"
+            shown = [
+                f"{share:.1%} ({low:.1%} to {high:.1%})"
+                for share, (low, high) in zip(realised, limits, strict=True)
+            ]
+            lines.append(f"| {unit} | {seed} | {heldout} {unit} | {' | '.join(shown)} |")
+            print(lines[-1], flush=True)
+        mean = np.mean(means[unit], axis=0)
+        lines.append(f"| {unit} | mean | | {' | '.join(f'{share:.1%}' for share in mean)} |")
+    seeds = " ".join(map(str, options.seeds))
+    command = f"python benchmarks/part_split.py --work build/parts --seeds {seeds}"
+    results.record("Two photographs of one part: p-values with --part and without", "\n".join(lines), command)
 
 
 if __name__ == "__main__":

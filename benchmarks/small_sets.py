@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -70,13 +70,18 @@ class Photographs:
         return fit_gaussians(self.opened(images))
 
 
-def measured(
-    photographs: Photographs, config: TrainConfig, images: pa.Table, new: pa.Table
-) -> dict[str, Any]:
-    """The figures of one training."""
-    started = time.process_time()
-    cache, is_cross = photographs.cache, config.calibration == "cross"
-    data = TrainingData.divide(images, config.validation, config.holdout, config.seed, is_cross)
+class Trained(NamedTuple):
+    """A training without Ray and model directory."""
+
+    calibration: NDArray[np.float64]
+    """Anomaly scores of the held-out images."""
+    scores: Callable[[pa.Table], NDArray[np.float64]]
+    """The anomaly scores of rows of the cache."""
+    epochs: int
+
+
+def trained(photographs: Photographs, config: TrainConfig, data: TrainingData) -> Trained:
+    cache, is_cross = photographs.cache, data.is_cross
     training, validation, heldout = (data.subset(name) for name in SUBSETS)
     gaussians = photographs.fitted(training)
     settings = LoopSettings.of(config, training.num_rows)
@@ -96,7 +101,6 @@ def measured(
         closing = closing_tensors(
             trainer.evaluate(trainer.validation), of_heldout, gaussians, cache.feature_shapes
         )
-    seconds = time.process_time() - started
     statistic = StandardisedStatistic(cache.feature_shapes)
     statistic.load_state_dict(with_prefix(closing, "state.statistic."))
 
@@ -104,9 +108,20 @@ def measured(
         energies = trainer.evaluate(photographs.opened(some, gaussians)).energies
         return as_float64(statistic(energies).anomaly_score_B)
 
-    calibration = as_float64(closing["calibration.anomaly_score"])
-    return {"cpu_seconds": seconds, "epochs": len(trainer.history)} | figures(
-        calibration, scores(new), scores(photographs.defective)
+    return Trained(as_float64(closing["calibration.anomaly_score"]), scores, len(trainer.history))
+
+
+def measured(
+    photographs: Photographs, config: TrainConfig, images: pa.Table, new: pa.Table
+) -> dict[str, Any]:
+    """The figures of one training."""
+    started = time.process_time()
+    is_cross = config.calibration == "cross"
+    data = TrainingData.divide(images, config.validation, config.holdout, config.seed, is_cross)
+    model = trained(photographs, config, data)
+    seconds = time.process_time() - started
+    return {"cpu_seconds": seconds, "epochs": model.epochs} | figures(
+        model.calibration, model.scores(new), model.scores(photographs.defective)
     )
 
 
