@@ -51,8 +51,9 @@ def localstack() -> Iterator[Emulator]:
     with tempfile.TemporaryDirectory() as folder:
         variables = {"SERVICES": "s3", "EAGER_SERVICE_LOADING": "1", "STRICT_SERVICE_LOADING": "1"}
         variables |= {"GATEWAY_LISTEN": address, "LOCALSTACK_HOST": address, "FILESYSTEM_ROOT": folder}
-        # It would fetch a certificate, and send statistics.
-        variables |= {"SKIP_SSL_CERT_DOWNLOAD": "1", "DISABLE_EVENTS": "1"}
+        # Else it would fetch a certificate, send statistics, and answer for DNS.
+        variables |= {"SKIP_SSL_CERT_DOWNLOAD": "1", "DISABLE_EVENTS": "1", "DNS_ADDRESS": "0"}
+        variables |= {"LS_LOG": "error"}
         command = [str(program), "-m", "localstack.runtime.main"]
         with _server(command, port, **variables), _front(port) as front:
             key = {"key": "testing", "secret": "testing"}
