@@ -16,6 +16,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import boto3
 import faulty_s3
 import kuberay
 import kustomize
@@ -34,6 +35,7 @@ from csflow.storage import Location
 from csflow.training.config import TrainConfig
 
 CLUSTER = ROOT / "cluster"
+OIDC = "oidc.eks.eu-central-1.amazonaws.com/id/EXAMPLE"
 OVERLAYS = ["cpu-trial", "aws-gpu", "aws-gpu-per-night", "gcp-gpu", "on-premises"]
 
 
@@ -369,13 +371,11 @@ def test_the_launcher_asks_for_a_token_and_opens_no_port_but_ssh(launcher):
         assert node["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
 
 
-def test_nodes_may_be_what_they_are_and_pull_the_image_of_the_launcher_file(launcher):
-    (trust,) = json.loads((CLUSTER / "aws" / "trust-ec2.json").read_text())["Statement"]
-    assert trust["Principal"] == {"Service": "ec2.amazonaws.com"} and trust["Action"] == "sts:AssumeRole"
+def test_nodes_may_pull_the_image_of_the_launcher_file(launcher, stack):
     registry, _, repository = launcher["docker"]["image"].partition("/")
     account, *_, region = registry.removesuffix(".amazonaws.com").split(".")
     arn = f"arn:aws:ecr:{region}:{account}:repository/{repository.partition(':')[0]}"
-    pull = policy("pull")["Statement"]
+    pull = stack["pull"]
     assert allowed(pull, "ecr:GetAuthorizationToken", "*")
     for action in ("BatchCheckLayerAvailability", "GetDownloadUrlForLayer", "BatchGetImage"):
         assert allowed(pull, f"ecr:{action}", arn)
@@ -390,23 +390,54 @@ def test_the_image_has_what_the_launcher_runs_inside_of_it():
     assert {"rsync", "openssh-client", "gcc", "libc6-dev"} <= set(install.split())
 
 
-def policy(name: str) -> dict[str, Any]:
-    return json.loads((CLUSTER / "aws" / f"{name}-policy.json").read_text())
+@pytest.fixture(scope="module")
+def stack(s3_endpoint: str) -> dict[str, Any]:
+    """Documents of the roles and policies that stack.yaml makes in an account, by name without `csflow-`."""
+    template = (CLUSTER / "aws" / "stack.yaml").read_text()
+    values = {"Bucket": "plant", "OidcProvider": OIDC}
+    cloud = boto3.client("cloudformation", region_name="eu-central-1")
+    cloud.create_stack(
+        StackName="csflow",
+        TemplateBody=template,
+        Capabilities=["CAPABILITY_NAMED_IAM"],
+        Parameters=[{"ParameterKey": key, "ParameterValue": value} for key, value in values.items()],
+    )
+    (made,) = cloud.describe_stacks(StackName="csflow")["Stacks"]
+    assert made["StackStatus"] == "CREATE_COMPLETE"
+    iam = boto3.client("iam")
+    documents = {
+        one["PolicyName"].removeprefix("csflow-"): iam.get_policy_version(
+            PolicyArn=one["Arn"], VersionId=one["DefaultVersionId"]
+        )["PolicyVersion"]["Document"]["Statement"]
+        for one in iam.list_policies(Scope="Local")["Policies"]
+    }
+    roles = {role["RoleName"]: role for role in iam.list_roles()["Roles"]}
+    profiles = {
+        profile["InstanceProfileName"] for profile in iam.list_instance_profiles()["InstanceProfiles"]
+    }
+    return documents | {"roles": roles, "profiles": profiles}
 
 
-def test_policies_are_valid():
+def test_the_stack_is_valid_as_cloudformation_checks_it():
     from cfnlint import lint_all
 
-    resources = {
-        name: {"Type": "AWS::IAM::ManagedPolicy", "Properties": {"PolicyDocument": policy(name)}}
-        for name in ("score", "train", "head", "pull")
+    template = (CLUSTER / "aws" / "stack.yaml").read_text()
+    assert [match for match in lint_all(template) if not match.rule.id.startswith("I")] == []
+    # Versions are what protects plans and scores: no role may delete one.
+    assert "DeleteObjectVersion" not in template and "VersioningConfiguration: {Status: Enabled}" in template
+
+
+def test_roles_are_for_machines_and_for_the_pods_of_one_service_account(stack, launcher):
+    machines, pods = stack["roles"]["csflow-jobs"]["AssumeRolePolicyDocument"]["Statement"]
+    assert machines["Principal"] == {"Service": "ec2.amazonaws.com"}
+    assert pods["Principal"]["Federated"].endswith(f":oidc-provider/{OIDC}")
+    assert pods["Condition"]["StringEquals"] == {
+        f"{OIDC}:aud": "sts.amazonaws.com",
+        f"{OIDC}:sub": "system:serviceaccount:csflow:csflow",
     }
-    for name in ("eks", "ec2"):
-        trust = json.loads((CLUSTER / "aws" / f"trust-{name}.json").read_text())
-        resources[name] = {"Type": "AWS::IAM::Role", "Properties": {"AssumeRolePolicyDocument": trust}}
-    template = {"AWSTemplateFormatVersion": "2010-09-09", "Resources": resources}
-    found = [match for match in lint_all(json.dumps(template)) if not match.rule.id.startswith("I")]
-    assert found == []
+    nodes = launcher["available_node_types"].values()
+    used = {node["node_config"]["IamInstanceProfile"]["Arn"].rpartition("/")[2] for node in nodes}
+    assert used == stack["profiles"] == {"csflow-jobs", "csflow-head"}
 
 
 def allowed(statements: list[dict[str, Any]], action: str, resource: str, prefix: str = "") -> bool:
@@ -425,8 +456,8 @@ def allowed(statements: list[dict[str, Any]], action: str, resource: str, prefix
     return False
 
 
-def test_scoring_may_read_its_input_and_write_its_output_and_nothing_else():
-    score = policy("score")["Statement"]
+def test_scoring_may_read_its_input_and_write_its_output_and_nothing_else(stack):
+    score = stack["score"]
     assert {s["Effect"] for s in score} == {"Allow"}
 
     def may(verb: str, key: str) -> bool:
@@ -440,7 +471,7 @@ def test_scoring_may_read_its_input_and_write_its_output_and_nothing_else():
     assert allowed(score, "s3:ListBucket", "arn:aws:s3:::plant", "images/")
     assert not allowed(score, "s3:ListBucket", "arn:aws:s3:::plant", "payroll/")
     assert not any("*" in action for s in score for action in s["Action"])
-    train = policy("train")["Statement"]
+    train = stack["train"]
     assert not allowed(train, "s3:PutObject", "arn:aws:s3:::plant/good/a.png")
     assert not allowed(train, "s3:GetObject", "arn:aws:s3:::plant/scores/a.parquet")
 
@@ -456,7 +487,7 @@ def action_of(request: str) -> tuple[str, str, str]:
     return f"s3:{action}Object", f"arn:aws:s3:::plant/{key}", ""
 
 
-def test_a_scoring_run_asks_for_nothing_that_its_policy_denies(model, cells):
+def test_a_scoring_run_asks_for_nothing_that_its_policy_denies(model, cells, stack):
     store = faulty_s3.FaultyS3()
     try:
         for path in sorted((cells / "defective").iterdir())[:4]:
@@ -479,7 +510,7 @@ def test_a_scoring_run_asks_for_nothing_that_its_policy_denies(model, cells):
     assert {action for action, _, _ in asked} == {
         f"s3:{n}" for n in ("ListBucket", "GetObject", "PutObject", "DeleteObject")
     }
-    assert [request for request in sorted(asked) if not allowed(policy("score")["Statement"], *request)] == []
+    assert [request for request in sorted(asked) if not allowed(stack["score"], *request)] == []
 
 
 # Container
