@@ -14,7 +14,7 @@ from csflow.storage import Location
 
 
 def save_small(
-    folder: Path,
+    folder: Path | Location,
     fit: Fit = "stretch",
     heldout: tuple[float, ...] = (0.5,),
     name: str | None = None,
@@ -26,7 +26,7 @@ def save_small(
     Args:
         parts: those of the held-out images; `groups` likewise.
     """
-    location = Location(str(folder))
+    location = Location(str(folder)) if isinstance(folder, Path) else folder
     torch.manual_seed(0)
     architecture = Architecture(
         "tf_efficientnet_lite0", (128, 128), hidden_channels=8, kernel_sizes=(1,), fit=fit

@@ -382,8 +382,6 @@ def test_a_training_keeps_parts_together_and_scores_count_them(
     assert said in job.stdout
     assert said in card
     assert "| parts that they show, which count as one each | 12 |" in card
-    again = run_job("train", *arguments, "--resume")
-    assert again.returncode == 0, again.stderr
 
     model = load_model(str(tmp_path / "model"))
     assert (len(model.calibration.anomaly_score), model.calibration.size) == (24, 12)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest
 
 CONFIDENCE = 0.95
 RECALL = 0.95
@@ -94,6 +93,8 @@ def mean_interval(values: ArrayLike, resamples: int, seed: int = 0) -> tuple[flo
 
 def share(chosen: ArrayLike) -> tuple[float, Interval]:
     """The share of true values, and the share's exact 95 % interval (Clopper and Pearson 1934)."""
+    from scipy.stats import binomtest  # a second to import, which training without --evaluate does without
+
     chosen_N = np.asarray(chosen, dtype=bool)
     result = binomtest(int(chosen_N.sum()), len(chosen_N))
     interval = result.proportion_ci(CONFIDENCE, method="exact")
