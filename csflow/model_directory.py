@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -99,7 +99,7 @@ class Calibration:
             _padded(table["region_levels"]),
             None if parts is None else part_weights(parts),
             None if parts is None else part_maxima(anomaly_score, parts),
-            _by_group(table),
+            {group: cls.of(own.drop_columns("group")) for group, own in by_group(table).items()},
             table,
         )
 
@@ -140,14 +140,13 @@ class Calibration:
         return None
 
 
-def _by_group(table: pa.Table) -> dict[str, Calibration]:
-    """The calibration of each group in a table of the `CALIBRATION` schema."""
+def by_group(table: pa.Table) -> dict[str, pa.Table]:
+    """The rows of each group in the column `group`, in the order in which groups come first."""
     rows: dict[str, list[int]] = {}
     for row, group in enumerate(table["group"].to_pylist()):
         if group is not None:
             rows.setdefault(group, []).append(row)
-    alone = table.drop_columns("group")
-    return {group: Calibration.of(alone.take(pa.array(of_group))) for group, of_group in rows.items()}
+    return {group: table.take(pa.array(of_group)) for group, of_group in rows.items()}
 
 
 def _padded(lists: pa.ChunkedArray) -> NDArray[np.float64] | None:
@@ -358,12 +357,15 @@ def read_calibration(location: Location) -> Calibration:
         return _calibration(location)
 
 
-def find_calibration(location: Location, model_id: str) -> Calibration | None:
-    """The calibration of this model; None if the directory cannot be read or holds another model."""
-    try:
-        return read_calibration(location) if read_config(location).get("model_id") == model_id else None
-    except WrongUse:
-        return None
+def find_calibration(locations: Iterable[Location], model_id: str) -> Calibration | None:
+    """The calibration of this model, from the first of these directories that can be read and holds it."""
+    for location in locations:
+        try:
+            if read_config(location).get("model_id") == model_id:
+                return read_calibration(location)
+        except WrongUse:
+            continue
+    return None
 
 
 def read_config(location: Location) -> dict[str, Any]:

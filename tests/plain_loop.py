@@ -2,8 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,22 +11,12 @@ import torch
 
 from csflow.errors import ErrorCode, ImageError
 from csflow.images import decode
+from csflow.model.whitening import one_thread
 from csflow.model_directory import load_model
 from csflow.storage import Location
 
 SCORE_TOLERANCE = 1e-2
 """Relative: what the job's precision may change."""
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Beside a job that takes all CPUs, two threads would wait for each other at every layer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class PlainLoop:

@@ -212,18 +212,23 @@ def test_s3_zip_is_listed_with_one_request_for_its_index(bucket: faulty_s3.Fault
     assert [request for request in bucket.requests if "list-type" not in request] == ["GET /inputs/x.zip"]
 
 
+@pytest.fixture
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 lists three keys a page."""
+    real = objects.ObjectStore.call_s3
+
+    def call(self: objects.ObjectStore, method: str, **request: Any) -> Any:
+        return real(self, method, **({"MaxKeys": 3} | request))
+
+    monkeypatch.setattr(objects.ObjectStore, "call_s3", call)
+
+
 def test_s3_pages_of_many_folders_are_all_listed(
-    bucket: faulty_s3.FaultyS3, monkeypatch: pytest.MonkeyPatch
+    bucket: faulty_s3.FaultyS3, small_pages: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [f"p/{folder}/{name}.png" for folder in range(6) for name in range(4)] + ["p/top.png"]
     for name in names:
         bucket.put(name, b"x")
-    real = objects.ObjectStore.call_s3
-
-    def small_pages(self: objects.ObjectStore, method: str, **request: Any) -> Any:
-        return real(self, method, **({"MaxKeys": 3} | request))
-
-    monkeypatch.setattr(objects.ObjectStore, "call_s3", small_pages)
     for listings_at_once in (1, 4, 16):
         monkeypatch.setattr(folders, "LISTINGS_AT_ONCE", listings_at_once)
         found = listing("s3://inputs/p", options=bucket.options)
@@ -232,7 +237,7 @@ def test_s3_pages_of_many_folders_are_all_listed(
 
 
 def test_a_large_s3_folder_is_divided_by_the_beginnings_of_names_and_no_image_is_listed_twice(
-    bucket: faulty_s3.FaultyS3, monkeypatch: pytest.MonkeyPatch
+    bucket: faulty_s3.FaultyS3, small_pages: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbered = [f"image-{number:03d}.png" for number in range(0, 1000, 17)]
     # Names that begin others, are sorted by their bytes, differ in the last character, or lie below.
@@ -248,12 +253,6 @@ def test_a_large_s3_folder_is_divided_by_the_beginnings_of_names_and_no_image_is
     names = sorted(f"p/{name}" for name in numbered + odd)
     for name in names:
         bucket.put(name, b"x")
-    real = objects.ObjectStore.call_s3
-
-    def small_pages(self: objects.ObjectStore, method: str, **request: Any) -> Any:
-        return real(self, method, **({"MaxKeys": 3} | request))
-
-    monkeypatch.setattr(objects.ObjectStore, "call_s3", small_pages)
     monkeypatch.setattr(folders, "PAGES_IN_A_ROW", 2)
     orders = []
     for listings_at_once in (2, 4, 16, 16):

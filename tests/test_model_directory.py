@@ -526,9 +526,9 @@ def test_a_calibration_keeps_its_columns_and_what_older_models_lack_is_none():
 def test_held_out_scores_are_found_of_the_very_model(detector, tmp_path):
     model_id = save(Location(str(tmp_path)), detector, (0.5, 1.5))
     (tmp_path / "model.safetensors").unlink()
-    found = find_calibration(Location(str(tmp_path)), model_id)
+    found = find_calibration([Location(str(tmp_path))], model_id)
     assert found.anomaly_score.tolist() == [0.5, 1.5]
-    assert find_calibration(Location(str(tmp_path)), "0" * 16) is None
+    assert find_calibration([Location(str(tmp_path))], "0" * 16) is None
 
 
 @pytest.mark.parametrize(
@@ -547,7 +547,7 @@ def test_no_held_out_scores_are_found_where_a_file_is_missing_or_damaged(detecto
     (tmp_path / file).unlink()
     if content is not None:
         (tmp_path / file).write_bytes(content)
-    assert find_calibration(Location(str(tmp_path)), model_id) is None
+    assert find_calibration([Location(str(tmp_path))], model_id) is None
 
 
 def test_a_directory_holds_what_it_was_given(detector, tmp_path):

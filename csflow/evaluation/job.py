@@ -200,8 +200,8 @@ def _why_none_is_flagged(
     records = last_records(output)
     rate = max((record.configuration["false_positive_rate"] for record in records), default=None)
     locations = dict.fromkeys(record.model.location for record in records)
-    found = (find_calibration(Location(url, config.storage_options), output.model_id) for url in locations)
-    heldout = next((calibration for calibration in found if calibration is not None), None)
+    places = (Location(url, config.storage_options) for url in locations)
+    heldout = find_calibration(places, output.model_id)
     if heldout is None or rate is None:
         return None
     return why_none_is_flagged(heldout.size, rate, heldout.unit)

@@ -79,7 +79,7 @@ class Whitening(nn.Module):
 
     def log_det(self) -> float:
         """log|det| of the whole map, the same for every image."""
-        with _one_thread():
+        with one_thread():
             return sum(
                 torch.linalg.slogdet(self.matrix(level).double()).logabsdet.item()
                 * self.mean(level)[0].numel()
@@ -197,7 +197,7 @@ class Moments:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Context in which matrices are factorised.
 
     With several threads, MKL's factorisations of small matrices wait for each other at every step. Beside
@@ -224,7 +224,7 @@ def gaussians_of(levels: Sequence[Moments]) -> Gaussians:
         raise ValueError("a whitening needs at least one image")
     gaussians = Gaussians([moments.sum_CHW.shape for moments in levels], levels[0].is_tiled)
     for level, moments in enumerate(levels):
-        with _one_thread():
+        with one_thread():
             mean_CHW, matrix_CC, matrix_PCC = _fit(moments)
         gaussians.whitening.mean(level).copy_(mean_CHW)
         gaussians.whitening.matrix(level).copy_(matrix_CC)
@@ -237,7 +237,7 @@ def fit_latents(latents: PositionGaussian, levels: Sequence[Moments]) -> None:
     """Fits the layer that turns latents with these moments, about 0, into standard normal ones."""
     for level, moments in enumerate(levels):
         covariance_PCC = moments.product_PCC / moments.images
-        with _one_thread():
+        with one_thread():
             latents.matrix(level).copy_(_root(covariance_PCC, moments.images))
 
 

@@ -58,10 +58,9 @@ def open_archive(config: ReportConfig) -> Archive:
 
 def _calibration(config: ReportConfig, model_id: str, runs: list[RecordOfModel]) -> Calibration | None:
     if config.model is not None:
-        calibration = find_calibration(Location(config.model, config.storage_options), model_id)
+        calibration = find_calibration([Location(config.model, config.storage_options)], model_id)
         if calibration is None:
             raise WrongUse(f"--model {config.model} does not hold model {model_id}, whose scores these are")
         return calibration
     locations = dict.fromkeys(record.model.location for record in runs)
-    found = (find_calibration(Location(url, config.storage_options), model_id) for url in locations)
-    return next((calibration for calibration in found if calibration is not None), None)
+    return find_calibration((Location(url, config.storage_options) for url in locations), model_id)

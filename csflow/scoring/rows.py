@@ -83,7 +83,9 @@ def judge(
     Args:
         tags: those of each image, which tell its group, if some groups are calibrated apart.
     """
-    own = [calibration.of_tags(dict(some or {})) for some in tags or [None] * len(scores.anomaly_score_B)]
+    own = [calibration] * len(scores.anomaly_score_B)
+    if calibration.groups and tags:
+        own = [calibration.of_tags(dict(some or {})) for some in tags]
     different = {id(one): one for one in own}.values()
     apart = [(one, np.array([other is one for other in own])) for one in different]
 

@@ -1,7 +1,6 @@
 """What the tags of a training's images tell: which show the same part (`--part`), and the group of each
 (`--calibrate_by`)."""
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import pyarrow as pa
@@ -10,6 +9,7 @@ from csflow.calibration import heldout_for
 from csflow.config import FALSE_POSITIVE_RATE
 from csflow.console import warn
 from csflow.errors import WrongUse
+from csflow.model_directory import by_group
 from csflow.training.config import TrainConfig
 from csflow.training.split import TrainingData, count_units, unit_of
 from csflow.uri_patterns import UriPattern
@@ -92,11 +92,7 @@ def with_own_calibration(calibration: pa.Table) -> tuple[pa.Table, str]:
     A group is calibrated apart if it has so many that an image can be flagged at the usual rate.
     """
     needed, unit = heldout_for(FALSE_POSITIVE_RATE), unit_of(calibration)
-    rows: dict[str, list[int]] = defaultdict(list)
-    for row, group in enumerate(calibration["group"].to_pylist()):
-        if group is not None:
-            rows[group].append(row)
-    sizes = {group: count_units(calibration.take(pa.array(rows[group]))) for group in sorted(rows)}
+    sizes = {group: count_units(own) for group, own in sorted(by_group(calibration).items())}
     apart = {group for group, size in sizes.items() if size >= needed}
     shown = {group: f"{group} ({size} held-out {unit})" for group, size in sizes.items()}
     lines = [f"calibrated apart: {', '.join(shown[group] for group in sizes if group in apart) or 'none'}"]
