@@ -38,8 +38,9 @@ plant: $(ENV)/installed
 	$(BIN)/csflow score --routes demo/plant/plant.yaml --input demo/plant/night --output demo/plant/scores
 	$(BIN)/python -m csflow.demo lines demo/plant/scores
 
+# Two files at a time: a test waits for processes that start for a third of its time.
 test: $(ENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: $(ENV)/installed
 	$(BIN)/python -m pytest -m soak
