@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import ray
 import ray.data
 
+from csflow import process
 from csflow.config import Decode
 from csflow.console import is_verbose
 from csflow.inputs.helpers import Helpers, Load
@@ -194,9 +195,18 @@ ONE_CPU = WorkerResources(workers=1, cpus=1, gpus=0)
 
 
 def run_task(function: Callable[..., T], *arguments: Any, resources: WorkerResources = ONE_CPU) -> T:
-    """Runs a function once, on some node of the cluster; returns its result."""
-    remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=SHARD_RETRIES)
-    result: T = ray.get(remote(function).remote(*arguments))
+    """Runs a function once, on some node of the cluster; returns its result.
+
+    Args:
+        function: takes the `torch.device` to compute on, and then the arguments.
+    """
+
+    def task(*arguments: Any) -> T:
+        # Always: Ray may reuse a process that computed with more threads, which round differently.
+        return function(process.set_up(resources.cpus, resources.gpus), *arguments)
+
+    remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=SHARD_RETRIES)(task)
+    result: T = ray.get(remote.options(name=function.__name__).remote(*arguments))
     return result
 
 

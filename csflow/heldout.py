@@ -8,8 +8,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from csflow import process
-from csflow.cluster import WorkerResources
 from csflow.config import ListingConfig
 from csflow.console import Progress, warn
 from csflow.decode_limits import DEFAULT_LIMITS, DecodeLimits
@@ -82,14 +80,13 @@ def heldout_calibration(
 
 
 def score_heldout(
+    device: torch.device,
     detector: Detector,
     images: pa.Table,
     storage_options: Mapping[str, Any],
     limits: DecodeLimits,
-    resources: WorkerResources,
 ) -> tuple[pa.Table, list[LoadedImage]]:
     """`scored` in a worker of a cluster."""
-    device = process.set_up(resources.cpus, resources.gpus)
     return scored(detector.eval().to(device), images, storage_options, limits=limits)
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from csflow.calibration import p_values
 from csflow.model import Gaussians, PlainStatistic, Scores, StandardisedStatistic
 from csflow.model.statistic import energy_map, fitted_statistic
-from csflow.model_directory import CALIBRATION, Calibration
-from csflow.training.closing import calibration_columns, calibration_table, closing_tensors
+from csflow.model_directory import Calibration
+from csflow.training.closing import CALIBRATED, calibration_columns, calibration_table, closing_tensors
 from csflow.training.loop import Evaluation
 
 SHAPES = [(8, 16, 16), (12, 8, 8)]
@@ -120,7 +120,7 @@ def calibrated() -> tuple[Calibration, dict[str, NDArray[np.float64]]]:
     statistic.load_state_dict({k.removeprefix(prefix): v for k, v in closing.items() if k.startswith(prefix)})
     images = pa.array([str(n) for n in range(HELDOUT)])
     columns = {"image_uri": images, "image_version": images}
-    calibration = calibration_table({name: closing[f"calibration.{name}"] for name in CALIBRATION.names[2:]})
+    calibration = calibration_table({name: closing[f"calibration.{name}"] for name in CALIBRATED})
     unseen = calibration_columns(statistic(normal_energies(UNSEEN, seed=12)))
     columns |= {name: calibration[name] for name in calibration.column_names}
     return Calibration.of(pa.table(columns)), {name: value.numpy() for name, value in unseen.items()}

@@ -19,6 +19,7 @@ from PIL import Image
 from ray.util.state import list_actors
 from tensorboardX.proto import event_pb2
 
+from csflow.cluster import ONE_CPU, WorkerResources, run_task
 from csflow.config import parse
 from csflow.errors import ExitStatus, Failed, WrongUse
 from csflow.images import decode
@@ -34,6 +35,16 @@ from csflow.training.resumption import check_replacement
 
 def configure(*arguments: object) -> TrainConfig:
     return parse(TrainConfig, None, [*SMALL_MODEL, *map(str, arguments)])
+
+
+def test_a_task_computes_with_its_own_number_of_threads_whatever_its_process_did_before(ray_cluster):
+    resources = [WorkerResources(workers=1, cpus=2, gpus=0), ONE_CPU] * 2
+    assert [run_task(lambda device: torch.get_num_threads(), resources=its_own) for its_own in resources] == [
+        2,
+        1,
+        2,
+        1,
+    ]
 
 
 def history(model: Path) -> list[dict[str, float]]:

@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from csflow.model.light_timm import import_timm
 from csflow.preprocessing import Interpolation
 
 PAPER_STAGE = "blocks.5"
@@ -58,9 +59,9 @@ class Backbone(nn.Module):
             BackboneError: timm knows no such network, or the network gives no maps of these stages.
         """
         super().__init__()
-        from timm.data.config import resolve_data_config
-
         network = _create(name)
+        from timm.data.config import resolve_data_config  # only now, since `import_timm` must come first
+
         self.name = name
         published = resolve_data_config(pretrained_cfg=network.pretrained_cfg)
         self.mean: tuple[float, ...] = tuple(published["mean"])
@@ -147,7 +148,9 @@ class Backbone(nn.Module):
         self.is_stage = tuple(path in wanted for path in chain)
         self.eval()
         try:
-            maps = self._maps_on_meta(PROBE_SIDE, PROBE_SIDE)
+            # A pass with numbers, which is short: without them PyTorch loads its compiler (`light_timm`).
+            with torch.inference_mode():
+                maps = self(torch.zeros(1, 3, PROBE_SIDE, PROBE_SIDE))
         except Exception as error:
             raise self._no_cut(error) from None
         for stage, features in zip(self.stages, maps, strict=True):
@@ -318,9 +321,7 @@ def load_weights(backbone: Backbone, weights: Mapping[str, Tensor]) -> None:
 
 
 def _create(name: str, pretrained: bool = False) -> nn.Module:
-    # Only where a network is built: torchvision and PyTorch's compiler come along, which takes two seconds.
-    import timm
-
+    timm = import_timm()
     try:
         # Else timm would go to the network or a disk for names such as `hf-hub:…`, with the machine's token.
         if not timm.is_model(name):
@@ -334,7 +335,7 @@ def _create(name: str, pretrained: bool = False) -> nn.Module:
 
 def _nearest(name: str, count: int = 5) -> list[str]:
     """The names of timm models that have all letters of this one in their order, else those most like it."""
-    import timm
+    timm = import_timm()
 
     def has_all_letters(other: str) -> bool:
         letters = iter(other)
@@ -347,8 +348,7 @@ def _nearest(name: str, count: int = 5) -> list[str]:
 
 def _create_flexible(name: str) -> nn.Module:
     """Builds the network for images of any size, if it allows that."""
-    import timm
-
+    timm = import_timm()
     # Never without memory: buffers that are no part of the state would stay without their numbers.
     with torch.device("cpu"):
         try:

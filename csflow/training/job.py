@@ -307,7 +307,6 @@ def _calibrated_on_whole_images(detector: Detector, heldout: pa.Table, config: T
         heldout,
         config.storage_options,
         config.limits,
-        resources,
         resources=resources,
     )
     for image in failed:

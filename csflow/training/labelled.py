@@ -10,8 +10,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from csflow import process
-from csflow.cluster import WorkerResources, run_task, share_out
+from csflow.cluster import run_task, share_out
 from csflow.errors import Failed, WrongUse
 from csflow.evaluation import image_metrics
 from csflow.evaluation.labels import Label, read_labels
@@ -146,15 +145,13 @@ def _measured(
     if detector.architecture.tiling:
         scored, failed = run_task(
             score_heldout,
-            *(detector, images, cache.folder.storage_options, cache.limits, resources),
+            *(detector, images, cache.folder.storage_options, cache.limits),
             resources=resources,
         )
         for image in failed:
             raise Failed(f"image {image.image_uri} of --evaluate can no longer be read ({image.content})")
         return Measured(image_metrics(labels, scored["anomaly_score"].to_pylist())["image_auroc"], None)
-    flow_scores, gaussian_scores = run_task(
-        _scores, detector, cache, usual, images, resources, resources=resources
-    )
+    flow_scores, gaussian_scores = run_task(_scores, detector, cache, usual, images, resources=resources)
     return Measured(
         image_metrics(labels, flow_scores)["image_auroc"],
         image_metrics(labels, gaussian_scores)["image_auroc"] if gaussian_scores else None,
@@ -163,15 +160,14 @@ def _measured(
 
 @torch.no_grad()
 def _scores(
-    detector: Detector, cache: FeatureCache, usual: pa.Table, images: pa.Table, resources: WorkerResources
+    device: torch.device, detector: Detector, cache: FeatureCache, usual: pa.Table, images: pa.Table
 ) -> tuple[list[float], list[float]]:
     """Anomaly scores of each image by the detector, and by its Gaussian alone (None without whitening)."""
-    where = process.set_up(resources.cpus, resources.gpus)
-    detector = detector.to(where)
+    detector = detector.to(device)
     gaussians = detector.gaussians
 
     def batches(some: pa.Table) -> Iterator[list[Tensor]]:
-        source = open_features(cache, some, memory_bytes=0, device=where)
+        source = open_features(cache, some, memory_bytes=0, device=device)
         return source.batches(0, torch.arange(len(source)).split(BATCH_SIZE))
 
     of_flow = [

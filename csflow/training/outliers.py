@@ -161,12 +161,19 @@ def outlier_files(
     return rows, files
 
 
-def _write(cache: FeatureCache, images: pa.Table, trim: float, ranking: Location, location: Location) -> None:
+def _write(
+    device: torch.device,
+    cache: FeatureCache,
+    images: pa.Table,
+    trim: float,
+    ranking: Location,
+    location: Location,
+) -> None:
     """Writes the ranking of these images, then the Gaussians of the kept ones."""
 
     def source(some: pa.Table) -> FeatureSource:
         # Streamed: features may be more than one worker holds.
-        return open_features(cache, some, memory_bytes=0, device=torch.device("cpu"))
+        return open_features(cache, some, memory_bytes=0, device=device)
 
     tile_counts = cache.tile_counts(images)
     gaussians, of_others = leave_out_gaussians(source(images), tile_counts)
