@@ -41,7 +41,20 @@ class StorageFailed(OSError):
 
 
 class DamagedFile(Exception):
-    """A file that a training has written is damaged; the message names it and the remedy in one line."""
+    """A file that a training has written is damaged; the message is one line.
+
+    Args:
+        what: names the file and its damage.
+        remedy: what to do.
+    """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(what, remedy)
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.remedy}"
 
 
 class ErrorCode(StrEnum):

@@ -231,7 +231,11 @@ def to_parquet(table: pa.Table) -> bytes:
 
 def read_parquet(location: Location, schema: pa.Schema | None = None) -> pa.Table:
     """A whole Parquet file; raises pa.ArrowException if it is damaged or of another schema."""
-    return pq.read_table(io.BytesIO(location.read()), schema=schema)
+    data = io.BytesIO(location.read())
+    try:
+        return pq.read_table(data, schema=schema)
+    except OSError as error:  # which is what pyarrow raises for some damage
+        raise pa.ArrowInvalid(str(error)) from error
 
 
 def read_all(files: Iterable[Location]) -> Iterator[bytes]:

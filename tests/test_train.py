@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -193,20 +192,6 @@ def test_resuming_replaces_a_model_that_is_its_own_or_for_which_there_is_a_check
     check(configure(*arguments), another, model / "_work")
     with pytest.raises(WrongUse, match="no checkpoint of this one"):
         check(configure(*arguments), another, tmp_path / "no_work")
-
-
-def test_a_resumed_training_has_the_same_gaussians(model, good_cells, tmp_path):
-    work = tmp_path / "work"
-    shutil.copytree(model / "_work" / "features", work / "features")
-    arguments = ["--input", good_cells, "--work_dir", work, "--epochs", 1]
-    assert train(configure(*arguments, "--output", tmp_path / "first")) == ExitStatus.DONE
-    (file,) = (work / "splits").glob("*.gaussians.safetensors")
-    data = file.read_bytes()
-    file.unlink()  # What is lost is fitted anew, to the same numbers.
-    assert train(configure(*arguments, "--output", tmp_path / "second", "--resume")) == ExitStatus.DONE
-    assert file.read_bytes() == data
-    ids = [load_model(Location(str(tmp_path / name))).model_id for name in ("first", "second")]
-    assert ids[0] == ids[1]
 
 
 def test_a_training_that_diverges_fails_at_once_in_one_line_with_the_remedy(

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from csflow.console import warn
 from csflow.decode_limits import DEFAULT_LIMITS, DecodeLimits
-from csflow.errors import StorageFailed
 from csflow.model import Detector
 from csflow.storage import Location, read_parquet, to_parquet
 from csflow.training.tiles import TileSample
@@ -187,9 +186,7 @@ class FeatureCache:
     def _read_index(self, location: Location) -> pa.Table:
         try:
             return read_parquet(location, INDEX)
-        except (pa.ArrowException, OSError) as error:
-            if isinstance(error, StorageFailed):
-                raise
+        except pa.ArrowException:
             self._discard(location)
             return INDEX.empty_table()
 

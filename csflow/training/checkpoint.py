@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from csflow.errors import DamagedFile
+from csflow.errors import DamagedFile, StorageFailed
 from csflow.training.loop import Trainer
 
 STATE_FILE = "state.safetensors"
@@ -39,7 +39,8 @@ def read_checkpoint(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     training also has `closing.`. Progress holds `history` (the loss curves) and `best_epoch`.
 
     Raises:
-        DamagedFile: a file is damaged.
+        DamagedFile: a file is damaged or missing.
+        StorageFailed: a file cannot be read.
     """
     with _naming_damage(folder):
         tensors = safetensors.torch.load_file(Path(folder) / STATE_FILE)
@@ -63,12 +64,24 @@ def _naming_damage(folder: str) -> Iterator[None]:
     """Turns whatever a damaged checkpoint raises into one line."""
     try:
         yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise damaged(f"the checkpoint {folder}", error) from None
+        # It may be whole, and must not be given up.
+        raise StorageFailed(
+            f"the checkpoint {folder} cannot be read ({error}); the same command continues"
+        ) from error
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DamagedFile(
-            f"the checkpoint {folder} is damaged ({type(error).__name__}: {reason}); run the same command "
-            "without --resume, which trains from the beginning"
-        ) from None
+        raise damaged(f"the checkpoint {folder}", error) from None
+
+
+def damaged(what: str, error: Exception) -> DamagedFile:
+    """The error that says in one line what is damaged, from that of a reader."""
+    reason = " ".join(str(error).split())[:200]
+    return DamagedFile(
+        f"{what} is damaged ({type(error).__name__}: {reason})",
+        "run the same command without --resume, which trains from the beginning",
+    )
 
 
 def _restore(trainer: Trainer, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> bool:

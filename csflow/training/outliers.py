@@ -18,9 +18,11 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from csflow.cluster import run_task
+from csflow.console import warn
 from csflow.errors import ImageError
 from csflow.inputs.reading import ImageReader
 from csflow.model import Gaussians
@@ -36,6 +38,7 @@ from csflow.training.gaussians import (
     gaussian_statistic,
     gaussians_of_folds,
     image_numbers,
+    read_gaussians,
     write_gaussians,
 )
 from csflow.training.shards import fingerprint
@@ -81,13 +84,27 @@ class ClosedForm:
         Returns:
             The images with their `SCORE`, highest first.
         """
-        if not (resume and self.gaussians.exists()):
+        if not (resume and self._is_kept()):
             run_task(_write, self._cache, self._images, self._trim, self._ranking, self.gaussians)
         return read_parquet(self._ranking)
 
     def found(self) -> pa.Table | None:
-        """What `fit` has returned in an earlier run; None if there was none."""
-        return read_parquet(self._ranking) if self._ranking.exists() else None
+        """What `fit` has returned in an earlier run; None if there was none, or its file is damaged."""
+        try:
+            return read_parquet(self._ranking)
+        except (FileNotFoundError, pa.ArrowException):
+            return None
+
+    def _is_kept(self) -> bool:
+        """Whether an earlier run has written both files, and they can be read; warns if they are damaged."""
+        if not self.gaussians.exists():
+            return False
+        with contextlib.suppress(SafetensorError, RuntimeError):
+            read_gaussians(self.gaussians, self._cache, torch.device("cpu"))
+            if self.found() is not None:
+                return True
+        warn(f"{self.gaussians} or the ranking beside it is damaged; both are made again")
+        return False
 
 
 def trimmed_count(images: int, trim: float) -> int:

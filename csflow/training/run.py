@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import tempfile
 import threading
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,12 +17,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from csflow.cluster import in_thread, node_resources, share_out
+from csflow.console import warn
 from csflow.errors import DamagedFile, Failed
 from csflow.literal_paths import arrow_filesystem
 from csflow.model import Architecture
 from csflow.storage import Location, to_parquet
 from csflow.training.cache import FeatureCache
-from csflow.training.checkpoint import PROGRESS_FILE, read_checkpoint, with_prefix
+from csflow.training.checkpoint import PROGRESS_FILE, damaged, read_checkpoint, with_prefix
 from csflow.training.closing import calibration_table
 from csflow.training.config import TrainConfig
 from csflow.training.live import LiveView
@@ -31,6 +34,8 @@ from csflow.training.split import TrainingData
 from csflow.training.worker import WorkerSettings, train_worker
 
 WORKER_RETRIES = 3
+SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
+"""Ray Train's list of its checkpoints. It is not written whole, so a killed training may leave half of it."""
 MEMORY_SHARE = 0.5
 """Share of a node's memory for its workers' features."""
 
@@ -105,6 +110,11 @@ class Run:
     def fit(self) -> Result:
         """Trains until the end, restarting workers that die. Raises Failed if the training diverges."""
         if not self._config.resume and self._folder.exists():
+            self._folder.remove_folder()
+        try:
+            check_continuable(self._folder)
+        except DamagedFile as error:
+            warn(f"{error.what}; {self._folder} is removed, and the training begins anew")
             self._folder.remove_folder()
         self._split.write(to_parquet(self._data.split))
         # Beside this process, without which the training ends anyway; any other node may be lost.
@@ -187,3 +197,29 @@ class Run:
         while (line := progress.get()) is not None:
             view.show(line)
         view.close()
+
+
+def check_continuable(folder: Location) -> None:
+    """Reads what an earlier run has left in Ray Train's folder of a training, as Ray and a worker will do.
+
+    Raises:
+        DamagedFile: the training cannot continue from it.
+        StorageFailed: a file cannot be read.
+    """
+    found = [file.url.split("/")[-2] for file in folder.find(PROGRESS_FILE)]
+    if not found:
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        # Ray reads a copy, so that none of its errors is one of the store. It asks whether checkpoints exist.
+        for name in found:
+            (Path(copy) / name).mkdir()
+        if (folder / SNAPSHOT_FILE).exists():
+            (Path(copy) / SNAPSHOT_FILE).write_bytes((folder / SNAPSHOT_FILE).read())
+        try:
+            checkpoint = ray.train.Result.from_path(copy).checkpoint
+        except Exception as error:
+            raise damaged(f"{folder / SNAPSHOT_FILE}", error) from None
+    if checkpoint is not None:
+        path = (folder / Path(checkpoint.path).name).path
+        with ray.train.Checkpoint(path, arrow_filesystem(folder.fs)).as_directory() as directory:
+            read_checkpoint(directory)

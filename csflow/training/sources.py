@@ -155,8 +155,8 @@ def _load(cache: FeatureCache, images: pa.Table) -> Tensor:
             stored_ND = safetensors.torch.load(data)["features"]
         except (SafetensorError, KeyError) as error:
             raise DamagedFile(
-                f"{cache.folder / name} of the feature cache is damaged ({error}); delete it, and run the "
-                "same command again, which makes it anew"
+                f"{cache.folder / name} of the feature cache is damaged ({error})",
+                "delete it, and run the same command again, which makes it anew",
             ) from None
         step = stored_ND[0].nbytes
         start = 8 + int.from_bytes(data[:8], "little")
