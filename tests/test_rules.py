@@ -116,8 +116,11 @@ def test_the_model_knows_no_files_no_cluster_and_no_store() -> None:
         "dataclasses",
         "difflib",
         "functools",
+        "importlib",
         "logging",
         "math",
+        "sys",
+        "types",
         "typing",
         "warnings",
     }
