@@ -16,6 +16,7 @@ from csflow import __version__
 from csflow.console import complain, greet
 from csflow.errors import ExitStatus, WrongUse
 from csflow.flags import VERSION_HELP, FlagParser
+from csflow.threads import let_waiting_threads_sleep
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ def run(verb: str, doc: str | None, argv: Sequence[str] | None = None, prog: str
     command = COMMANDS[verb]
     words = list(sys.argv[1:] if argv is None else argv)
     interrupts = _Interrupts()
+    let_waiting_threads_sleep()
     # After a stall a thread still waits for results. When the process ends it would start Ray a second time.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 

@@ -23,6 +23,7 @@ from csflow.console import is_verbose
 from csflow.inputs.helpers import Helpers, Load
 from csflow.inputs.loading import HelpingLoader, LoaderSettings
 from csflow.precision import Device
+from csflow.threads import let_waiting_threads_sleep
 
 T = TypeVar("T")
 
@@ -35,10 +36,6 @@ SHARD_RETRIES = 2
 DECODING_CPUS = 4
 """Most CPUs beside a GPU that a worker keeps, if helpers may decode. More threads in one process would wait
 for the interpreter's lock; helpers on the remaining CPUs do not."""
-SPIN_COUNT = "3000"
-"""How often a thread of PyTorch's OpenMP asks whether the others are done before it sleeps. Its own default
-is a hundred times as much. Beside other processes, threads then wait on the very processors that the threads
-need for which they wait (`benchmarks/waiting.py`)."""
 START_RETRIES = 10
 """How many actors of a pool may fail to start, one after the other. Ray's own default is none."""
 
@@ -49,8 +46,7 @@ def connect() -> None:
     level = logging.INFO if is_verbose() else logging.ERROR
     # Else Ray Data starts one more worker process, only to count how it is used.
     os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # workers on this machine inherit it
+    let_waiting_threads_sleep()  # workers on this machine inherit it
     if not ray.is_initialized():
         with _quiet_backend():
             ray.init(logging_level=level, log_to_driver=is_verbose(), include_dashboard=False)

@@ -199,7 +199,7 @@ class ModelFiles:
         from csflow.model import Architecture, Detector
 
         with _proving(self.location):
-            # Without memory and random numbers for weights that are about to be replaced.
+            # Without memory and random numbers for a flow whose weights are about to be replaced.
             with torch.device("meta"):
                 detector = Detector(Architecture.from_json(self.architecture), self.feature_shapes)
             state = {name: torch.from_numpy(value) for name, value in self.state.items()}

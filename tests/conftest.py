@@ -20,6 +20,10 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)
 CACHE = tempfile.TemporaryDirectory(prefix="csflow-cache-")
 os.environ["XDG_CACHE_HOME"] = CACHE.name
 
+from csflow.threads import let_waiting_threads_sleep
+
+let_waiting_threads_sleep()  # as commands do, before PyTorch is loaded
+
 import boto3
 import emulators
 import fsspec

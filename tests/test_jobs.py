@@ -185,7 +185,7 @@ def test_flags_win_over_the_config_file(tmp_path):
 @pytest.mark.parametrize(("own", "seen"), [({}, "3000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
 def test_threads_of_workers_that_wait_soon_sleep_unless_the_user_decides(own, seen):
     code = "import os; from csflow.cluster import connect, run_task; connect(); "
-    code += "print(run_task(os.getenv, 'GOMP_SPINCOUNT'))"
+    code += "print(run_task(lambda _: os.getenv('GOMP_SPINCOUNT')))"
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     environment |= {"RAY_ADDRESS": "local"} | own
     command = [sys.executable, "-c", code]

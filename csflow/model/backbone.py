@@ -349,12 +349,10 @@ def _nearest(name: str, count: int = 5) -> list[str]:
 def _create_flexible(name: str) -> nn.Module:
     """Builds the network for images of any size, if it allows that."""
     timm = import_timm()
-    # Never without memory: buffers that are no part of the state would stay without their numbers.
-    with torch.device("cpu"):
-        try:
-            network: nn.Module = timm.create_model(name, dynamic_img_size=True)
-        except TypeError:
-            network = timm.create_model(name)
+    try:
+        network: nn.Module = timm.create_model(name, dynamic_img_size=True)
+    except TypeError:
+        network = timm.create_model(name)
     return network
 
 

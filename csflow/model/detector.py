@@ -147,7 +147,8 @@ class Detector(Head):
                 flow setting is out of range.
         """
         is_proven = feature_shapes is not None
-        backbone = Backbone(architecture.backbone, architecture.cut_after, is_proven)
+        with torch.device("cpu"):  # never without memory: a pass through it tells its maps
+            backbone = Backbone(architecture.backbone, architecture.cut_after, is_proven)
         strides = dict(zip(backbone.stages, backbone.strides, strict=True))
         pyramid = Pyramid.of(strides, architecture.scales, backbone.known_stages)
         _check_size(architecture, backbone, pyramid, is_proven)

@@ -61,7 +61,7 @@ class Whitening(nn.Module):
         self.levels = len(feature_shapes)
         for level, (channels, height, width) in enumerate(feature_shapes):
             self.register_buffer(f"mean_{level}", torch.zeros(channels, height, width))
-            self.register_buffer(f"matrix_{level}", torch.eye(channels))
+            self.register_buffer(f"matrix_{level}", _identity(channels))
 
     def forward(self, y: Sequence[Tensor]) -> list[Tensor]:
         """Whitened features, given the backbone's features, per level (B, C, H, W)."""
@@ -103,7 +103,7 @@ class PositionGaussian(nn.Module):
         self.positions = [height * width for _, height, width in feature_shapes]
         for level, (channels, height, width) in enumerate(feature_shapes):
             count = _positions_with_matrix(channels, height * width, is_tiled)
-            self.register_buffer(f"matrix_{level}", torch.eye(channels).repeat(count, 1, 1))
+            self.register_buffer(f"matrix_{level}", _identity(channels).repeat(count, 1, 1))
 
     def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
         """Maps that are white at each position, given maps (B, C, H, W) per level."""
@@ -119,6 +119,11 @@ class PositionGaussian(nn.Module):
     def matrix(self, level: int) -> Tensor:
         """The matrices of a level, (P, C, C), lower triangular."""
         return self.get_buffer(f"matrix_{level}")
+
+
+def _identity(channels: int) -> Tensor:
+    # On the meta device, `torch.eye` would load PyTorch's compiler, which takes seconds.
+    return torch.zeros(channels, channels).fill_diagonal_(1.0)
 
 
 def _product(matrix_PCC: Tensor, x_BCHW: Tensor) -> Tensor:
