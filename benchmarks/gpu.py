@@ -324,7 +324,7 @@ def training(arguments: argparse.Namespace) -> Iterator[str]:
         shapes = detector(setting, side).feature_shapes
         steps: dict[str, Callable[[], Any]] = {}
         for layout in (torch.contiguous_format, torch.channels_last):
-            flow = new_flow(architecture(setting, side), [shape[0] for shape in shapes])
+            flow = new_flow(architecture(setting, side), shapes)
             flow = flow.to(DEVICE, memory_format=layout)
             y = [
                 torch.randn(batch, *shape, device=DEVICE).contiguous(memory_format=layout) for shape in shapes

@@ -126,7 +126,7 @@ def write_planted(folder: Path) -> None:
 
 def write_textures(folder: Path) -> None:
     for texture in ("brick", "grass", "gravel"):
-        photograph_HW = np.asarray(Image.open(_skimage_data() / f"{texture}.png").convert("L"))
+        photograph_HW = np.asarray(Image.open(skimage_data() / f"{texture}.png").convert("L"))
         corners = [(y, x) for y in range(0, 512, TILE) for x in range(0, 512, TILE)]
         random.Random(texture).shuffle(corners)
         for i, (y, x) in enumerate(corners):
@@ -167,7 +167,7 @@ def _save(image: Image.Image, path: Path) -> None:
     image.save(path)
 
 
-def _skimage_data() -> Path:
+def skimage_data() -> Path:
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("error: the photographs of textures are missing; pip install scikit-image")

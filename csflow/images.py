@@ -48,6 +48,7 @@ from csflow.damage import check_undamaged, diagnosis, jpeg_scans
 from csflow.decode_limits import MAX_PIXELS, PixelBudget
 from csflow.errors import ErrorCode, ImageError
 from csflow.exif import taken_at
+from csflow.interest import OUTSIDE, from_text
 from csflow.preprocessing import DECODING_VERSION, Box, Interpolation, Placement, Preprocessing, whole
 from csflow.wide_samples import (
     WIDE_KINDS,
@@ -161,6 +162,8 @@ def decode(
         pixels_HWC = _reflected(read.image, placement.padding)
     else:
         pixels_HWC = _padded(np.array(_in_mode(read.image, "RGB")), placement.padding)
+    if preprocessing.mask is not None:
+        pixels_HWC[~from_text(preprocessing.mask, *preprocessing.image_size)] = OUTSIDE
     return DecodedImage(pixels_HWC, height, width, placement.box, range_used, taken_at)
 
 

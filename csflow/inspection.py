@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from csflow.config import JobConfig
 from csflow.errors import ExitStatus, WrongUse
+from csflow.interest import from_text
 from csflow.model_directory import holds_model, read_calibration, read_config
 from csflow.output.layout import SCORES_FILES, OutputFile, output_files, run_ids
 from csflow.output.reading import dataset
@@ -62,6 +63,8 @@ def _model(location: Location) -> Iterator[Line]:
     if tiling := architecture.get("tiling"):
         fit = f"tiles that share {tiling['overlap']} pixels, of images scaled by {tiling['scale']:g}"
     yield "images", f"{height} x {width} pixels ({fit}, {interpolation}), {scales}"
+    if mask := architecture.get("mask"):
+        yield "mask", f"{from_text(mask, height, width).mean():.0%} of the pixels are looked at"
     yield (
         "flow",
         f"{_count(len(kernels), 'coupling block')} of {architecture['hidden_channels']} hidden channels",

@@ -24,12 +24,11 @@ from csflow.storage import Location, to_parquet
 if TYPE_CHECKING:  # the driver of a scoring run needs no torch, which takes seconds and 500 MB
     from csflow.model import Detector, Head
 
-FORMAT_VERSION = 5
-FORMAT_WITHOUT_TILES = 4
-"""What models of whole images are written as, so that an older csflow reads them."""
-READABLE_VERSIONS = (1, 2, 3, 4, 5)
+FORMAT_WITHOUT_TILES, FORMAT_WITH_TILES, FORMAT_WITH_MASK = 4, 5, 6
+"""What models are written as: an older csflow reads those whose parts it knows."""
+READABLE_VERSIONS = (1, 2, 3, FORMAT_WITHOUT_TILES, FORMAT_WITH_TILES, FORMAT_WITH_MASK)
 """Version 1 has no rounding shifts; models before version 3 have no whitening and only one score, before
-version 4 one average of energies and no windows, and before version 5 no tiles."""
+version 4 one average of energies and no windows, before version 5 no tiles, and before version 6 no mask."""
 PROCESS_BYTES = 1 << 30
 """What a worker takes without a model: libraries and activations."""
 ROUNDING = "rounding."
@@ -184,7 +183,12 @@ class ModelFiles:
         height, width = self.architecture["image_size"]
         tiling = self.architecture.get("tiling")
         return Preprocessing(
-            (height, width), fit, interpolation, decoding, Tiling(**tiling) if tiling else None
+            (height, width),
+            fit,
+            interpolation,
+            decoding,
+            Tiling(**tiling) if tiling else None,
+            self.architecture.get("mask"),
         )
 
     @property
@@ -264,7 +268,9 @@ def save_model(
     state = {name: value.contiguous().numpy() for name, value in tensors.items()}
     scores = Calibration.of(calibration)
     config = {
-        "format_version": format_version(detector.architecture.tiling is not None),
+        "format_version": format_version(
+            detector.architecture.tiling is not None, detector.architecture.mask is not None
+        ),
         "model_id": _model_id(architecture, decoding, state, scores),
         "model_name": name,
         "architecture": architecture,
@@ -336,9 +342,9 @@ def worker_bytes(state: Mapping[str, Any]) -> int:
     return PROCESS_BYTES + 2 * sum(int(value.nbytes) for value in state.values())
 
 
-def format_version(is_tiled: bool) -> int:
+def format_version(is_tiled: bool, has_mask: bool) -> int:
     """The format version as which a model is written."""
-    return FORMAT_VERSION if is_tiled else FORMAT_WITHOUT_TILES
+    return FORMAT_WITH_MASK if has_mask else FORMAT_WITH_TILES if is_tiled else FORMAT_WITHOUT_TILES
 
 
 def holds_model(location: Location) -> bool:
@@ -375,7 +381,7 @@ def read_config(location: Location) -> dict[str, Any]:
         format_version = config["format_version"]
     if format_version not in READABLE_VERSIONS:
         raise WrongUse(
-            f"model {location} has format version {format_version!r}, this csflow reads {FORMAT_VERSION}; "
+            f"model {location} has format version {format_version!r}, this csflow reads {FORMAT_WITH_MASK}; "
             "use the csflow version named in its config.json, or train it anew"
         )
     return dict(config)

@@ -77,6 +77,8 @@ class Preprocessing:
     """How files become pixels (`csflow.images`)."""
     tiling: Tiling | None = None
     """How images are cut into tiles; None if the model sees whole images. With tiles, `fit` means nothing."""
+    mask: str | None = None
+    """The region of interest among the pixels (`csflow.interest`); None if it is all of them."""
 
     def place(self, height: int, width: int) -> Placement:
         """How an original of this size is placed into the pixels, or into those that are cut into tiles."""

@@ -106,6 +106,7 @@ def test_the_model_knows_no_files_no_cluster_and_no_store() -> None:
     rooms = [module for module in CSFLOW if module.startswith("csflow.model.") or module == "csflow.model"]
     known = set().union(*(imports(module) for module in rooms))
     assert {name for name in known if name.startswith("csflow") and not name.startswith("csflow.model")} == {
+        "csflow.interest",
         "csflow.precision",
         "csflow.preprocessing",
     }

@@ -74,7 +74,7 @@ def test_moments_of_disjoint_images_add_up():
     whole = start.with_images(y_BCHW)
     assert both.images == whole.images == 30
     torch.testing.assert_close(both.product_PCC, whole.product_PCC)
-    torch.testing.assert_close(both.sum_CHW, whole.sum_CHW)
+    torch.testing.assert_close(both.sum_CP, whole.sum_CP)
     assert both.squared_norm == pytest.approx(whole.squared_norm)
 
 

@@ -16,9 +16,9 @@ from csflow.scoring.rows import Judged, RegionRule
 
 KEY = "csflow"
 """Name of the metadata in the artefact, a JSON object."""
-FORMAT_VERSIONS = (1, 2)
+FORMAT_VERSIONS = (1, 2, 3)
 """Version 2, of models whose calibration counts parts, has p-values that are no multiples of
-1 / (heldout + 1)."""
+1 / (heldout + 1); version 3 may have a mask."""
 
 Outputs = dict[str, NDArray[Any]]
 
@@ -57,6 +57,7 @@ class Artefact:
             self.metadata["fit"],
             self.metadata["interpolation"],
             self.metadata["decoding_version"],
+            mask=self.metadata.get("mask"),  # which older artefacts do not have
         )
         regions = self.metadata.get("regions")  # which older artefacts do not have
         self.region_rule = regions and RegionRule(

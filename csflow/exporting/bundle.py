@@ -17,6 +17,7 @@ MODULES = (
     "errors",
     "exif",
     "images",
+    "interest",
     "output/__init__",
     "output/layout",
     "output/schemas",

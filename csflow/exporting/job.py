@@ -77,13 +77,14 @@ def _metadata(config: ExportConfig, model: Model, self_test: bytes) -> dict[str,
         scores = model.detector(torch.from_numpy(decoded.pixels_HWC)[None])
     rule = RegionRule.of(model.calibration, config.false_regions)
     return {
-        "format_version": FORMAT_VERSIONS[model.calibration.weights is not None],
+        "format_version": FORMAT_VERSIONS[2 if preprocessing.mask else model.calibration.weights is not None],
         "csflow": __version__,
         "model_id": model.model_id,
         "decoding_version": preprocessing.decoding_version,
         "image_size": list(preprocessing.image_size),
         "fit": preprocessing.fit,
         "interpolation": preprocessing.interpolation,
+        "mask": preprocessing.mask,
         "precision": "float32",
         "opset": OPSET,
         "heldout": model.calibration.size,

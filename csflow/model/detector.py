@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from csflow.interest import from_text
 from csflow.model.backbone import Backbone
 from csflow.model.flow import CrossScaleFlow
-from csflow.model.pyramid import Pyramid
+from csflow.model.pyramid import Pyramid, inside_levels
 from csflow.model.rounding import rounding_shifts
 from csflow.model.statistic import PlainStatistic, Scores, StandardisedStatistic, energy_map
 from csflow.model.whitening import Gaussians
@@ -28,6 +29,7 @@ OLD_DEFAULTS: dict[str, Any] = {
     "precision": "auto",
     "decoding_version": 1,
     "tiling": None,
+    "mask": None,
 }
 """Values for models whose config.json does not have these keys."""
 
@@ -63,6 +65,8 @@ class Architecture:
     """How files become pixels; 1 for models that do not say."""
     tiling: Tiling | None = None
     """How images are cut into tiles, which only a detector with whitening can see; None for whole images."""
+    mask: str | None = None
+    """The region of interest, which only a detector with whitening of whole images can have; None for all."""
 
     def __post_init__(self) -> None:
         # A single stage is a string, as it always was: the id of a model depends on it.
@@ -74,8 +78,20 @@ class Architecture:
     def preprocessing(self) -> Preprocessing:
         """How images become the pixels that the detector takes."""
         return Preprocessing(
-            self.image_size, self.fit, self.interpolation, self.decoding_version, self.tiling
+            *(self.image_size, self.fit, self.interpolation, self.decoding_version, self.tiling, self.mask)
         )
+
+    def inside(self, feature_shapes: Sequence[Sequence[int]]) -> list[Tensor] | None:
+        """For each level, 1 at places in the region of interest and 0 at others, (H, W); None without a mask.
+
+        Raises ValueError if a level has no place in the region.
+        """
+        if self.mask is None:
+            return None
+        with torch.device("cpu"):
+            return inside_levels(
+                from_text(self.mask, *self.image_size), [(h, w) for _, h, w in feature_shapes]
+            )
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self) | {
@@ -109,9 +125,9 @@ class Head(nn.Module):
         self.architecture = architecture
         self.feature_shapes = [(channels, height, width) for channels, height, width in feature_shapes]
         """Per level (channels, height, width) of the features."""
-        self.flow = new_flow(architecture, [channels for channels, _, _ in self.feature_shapes])
-        is_tiled = architecture.tiling is not None
-        self.gaussians = Gaussians(self.feature_shapes, is_tiled) if architecture.whitening else None
+        self.flow = new_flow(architecture, self.feature_shapes)
+        is_tiled, inside = architecture.tiling is not None, architecture.inside(self.feature_shapes)
+        self.gaussians = Gaussians(self.feature_shapes, is_tiled, inside) if architecture.whitening else None
         self.statistic: PlainStatistic | StandardisedStatistic = (
             StandardisedStatistic(self.feature_shapes, is_tiled)
             if architecture.whitening
@@ -236,8 +252,9 @@ def energies_of(
     return [*map(energy_map, read), *(energy_map(z_BCHW, latent_window) for z_BCHW in z)]
 
 
-def new_flow(architecture: Architecture, channels: Sequence[int]) -> CrossScaleFlow:
-    """An untrained flow for levels with these channels; the same seed gives the same weights."""
+def new_flow(architecture: Architecture, feature_shapes: Sequence[Sequence[int]]) -> CrossScaleFlow:
+    """An untrained flow for levels of these shapes; the same seed gives the same weights."""
+    channels = [shape[0] for shape in feature_shapes]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(architecture.seed)
         return CrossScaleFlow(
@@ -246,6 +263,7 @@ def new_flow(architecture: Architecture, channels: Sequence[int]) -> CrossScaleF
             architecture.hidden_channels,
             architecture.kernel_sizes,
             architecture.seed,
+            architecture.inside(feature_shapes),
         )
 
 

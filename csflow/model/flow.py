@@ -38,12 +38,15 @@ class CrossScaleFlow(nn.Module):
         hidden_channels: int = 1024,
         kernel_sizes: Sequence[int] = (3, 3, 3, 5),
         seed: int = 0,
+        inside: Sequence[Tensor] | None = None,
     ) -> None:
         """Makes one coupling block per entry of `kernel_sizes`; `seed` draws the channel permutations.
 
         Args:
             channels: of each scale, or one number for all scales.
             hidden_channels: of the scale with most channels; other scales have them in proportion.
+            inside: for each scale, 1 at the places of the region of interest and 0 at others, (H, W). The
+                flow is a bijection there, and the identity elsewhere.
         """
         super().__init__()
         channels = [channels] * scales if isinstance(channels, int) else channels
@@ -57,7 +60,9 @@ class CrossScaleFlow(nn.Module):
             raise ValueError(f"kernel_sizes must be one odd number per block, not {list(kernel_sizes)}")
         generator = torch.Generator().manual_seed(seed)
         hidden = [max(1, round(hidden_channels * count / max(channels))) for count in channels]
-        self.blocks = nn.ModuleList(CouplingBlock(channels, hidden, k, generator) for k in kernel_sizes)
+        self.blocks = nn.ModuleList(
+            CouplingBlock(channels, hidden, k, generator, inside) for k in kernel_sizes
+        )
         self.hidden_count = len(self.blocks) * 2 * sum(hidden)
         """Number K of hidden channels of all subnetworks."""
 
@@ -98,8 +103,9 @@ class CouplingBlock(nn.Module):
         hidden_channels: Sequence[int],
         kernel_size: int,
         generator: torch.Generator,
+        inside: Sequence[Tensor] | None = None,
     ) -> None:
-        """`channels` and `hidden_channels` have one number per scale."""
+        """`channels` and `hidden_channels` have one number per scale; `inside` is as for the flow."""
         super().__init__()
         self.halves = [(count // 2, count - count // 2) for count in channels]
         """Number of channels in the first and the second half of each scale."""
@@ -108,8 +114,8 @@ class CouplingBlock(nn.Module):
             permutation_C = torch.randperm(count, generator=generator, device="cpu")
             self.register_buffer(f"permutation_{s}", permutation_C)
         first, second = zip(*self.halves, strict=True)
-        self.subnetwork_first = CrossScaleSubnetwork(second, first, hidden_channels, kernel_size)
-        self.subnetwork_second = CrossScaleSubnetwork(first, second, hidden_channels, kernel_size)
+        self.subnetwork_first = CrossScaleSubnetwork(second, first, hidden_channels, kernel_size, inside)
+        self.subnetwork_second = CrossScaleSubnetwork(first, second, hidden_channels, kernel_size, inside)
 
     def forward(self, y: Sequence[Tensor], keep_BK: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
         permuted = [y_BCHW[:, self.get_buffer(f"permutation_{s}")] for s, y_BCHW in enumerate(y)]
@@ -139,7 +145,12 @@ class CrossScaleSubnetwork(nn.Module):
     """
 
     def __init__(
-        self, given: Sequence[int], predicted: Sequence[int], hidden: Sequence[int], kernel_size: int
+        self,
+        given: Sequence[int],
+        predicted: Sequence[int],
+        hidden: Sequence[int],
+        kernel_size: int,
+        inside: Sequence[Tensor] | None = None,
     ) -> None:
         """`given` and `predicted` are the channels of both halves at each scale, `hidden` those between."""
         super().__init__()
@@ -156,6 +167,10 @@ class CrossScaleSubnetwork(nn.Module):
         self.up = convolutions(hidden[1:], out[:-1])
         """up[s] feeds scale s from scale s + 1."""
         self.gamma_S = nn.Parameter(torch.zeros(len(given)))
+        self.has_inside = inside is not None
+        for s, inside_HW in enumerate(inside or ()):
+            # No part of the state: the architecture tells it.
+            self.register_buffer(f"inside_{s}", inside_HW, persistent=False)
 
     def forward(self, x: Sequence[Tensor], keep_BK: Tensor | None = None) -> list[Tensor]:
         hidden = [
@@ -176,8 +191,13 @@ class CrossScaleSubnetwork(nn.Module):
                     hidden[s + 1], scale_factor=2, mode="bilinear", align_corners=False
                 )
                 out_BCHW = out_BCHW + self.up[s](upsampled_BCHW)
-            out.append(out_BCHW * self.gamma_S[s])
+            out_BCHW = out_BCHW * self.gamma_S[s]
+            out.append(out_BCHW * self.inside(s) if self.has_inside else out_BCHW)
         return out
+
+    def inside(self, scale: int) -> Tensor:
+        """1 at the places of the region of interest and 0 at others, (H, W); only if there is a region."""
+        return self.get_buffer(f"inside_{scale}")
 
 
 class MapConvolution(nn.Conv2d):
@@ -192,10 +212,15 @@ class MapConvolution(nn.Conv2d):
         return F.conv2d(x_BCHW, weight, self.bias, self.stride, (reach - rows, reach - columns))
 
 
-def negative_log_likelihood(output: FlowOutput) -> Tensor:
-    """The training loss of each sample: (½‖z‖² − log|det J|) / dim(z), up to a constant, shape (B,)."""
+def negative_log_likelihood(output: FlowOutput, dimensions: int | None = None) -> Tensor:
+    """The training loss of each sample: (½‖z‖² − log|det J|) / dim(z), up to a constant, shape (B,).
+
+    Args:
+        dimensions: dim(z), if latents outside a region of interest are zero and no part of the model.
+    """
     energy_B = torch.stack([_sum_of_squares(z_BCHW) for z_BCHW in output.z]).sum(0) / 2
-    dimensions = sum(z_BCHW[0].numel() for z_BCHW in output.z)
+    if dimensions is None:
+        dimensions = sum(z_BCHW[0].numel() for z_BCHW in output.z)
     loss_B: Tensor = (energy_B - output.log_det_B) / dimensions
     return loss_B
 

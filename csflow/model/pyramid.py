@@ -2,13 +2,21 @@
 
 The *reduction* of a map is the size of the image at scale 0 divided by that of the map: the stride of its
 stage, times 2^s if the image is at scale s.
+
+Dimension letters: H height, W width.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
+
+LEAST_INSIDE = 0.5
+"""A place of a map lies in the region of interest if at least this share of its pixels does."""
 
 
 @dataclass(frozen=True)
@@ -62,3 +70,19 @@ def _misfit(
         f"{', '.join(map(str, reductions))}, which do not double from one to the next; fill the gap with "
         f"--scales or --cut_after: the stages and strides of this network are {fitting}"
     )
+
+
+def inside_levels(mask_HW: NDArray[np.bool_], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """For maps of these heights and widths, 1 at places in the region and 0 at others, (H, W), float32.
+
+    Raises:
+        ValueError: a map has no place in the region.
+    """
+    share_11HW = torch.from_numpy(mask_HW.astype(np.float32))[None, None]
+    levels = [(F.interpolate(share_11HW, size, mode="area")[0, 0] >= LEAST_INSIDE).float() for size in sizes]
+    for (height, width), inside_HW in zip(sizes, levels, strict=True):
+        if not inside_HW.any():
+            raise ValueError(
+                f"--mask: its region is smaller than a place of the smallest map ({height} x {width} places)"
+            )
+    return levels

@@ -14,6 +14,9 @@ that are whitened at each position (docs/method.md).
 A tile may come from anywhere in an image, so its positions mean nothing. Then each level has one mean and one
 matrix for all positions, and the layers of each position do nothing.
 
+With a region of interest (`csflow.interest`), whitened features are zero outside of it. What is fitted, and
+what log-determinants count, are the positions inside.
+
 Dimension letters: B batch, C channels, H height, W width, P positions (H · W, or 1 that stands for all).
 """
 
@@ -41,37 +44,61 @@ FeatureShape = Sequence[int]
 class Gaussians(nn.Module):
     """The closed-form parts of a detector. Each is the identity until it is fitted or its state is loaded."""
 
-    def __init__(self, feature_shapes: Sequence[FeatureShape], is_tiled: bool = False) -> None:
-        """`is_tiled`: whether the features are those of tiles."""
+    def __init__(
+        self,
+        feature_shapes: Sequence[FeatureShape],
+        is_tiled: bool = False,
+        inside: Sequence[Tensor] | None = None,
+    ) -> None:
+        """
+        Args:
+            is_tiled: whether the features are those of tiles.
+            inside: per level, 1 at positions in the region of interest and 0 at others, (H, W); None for all.
+        """
         super().__init__()
         self.is_tiled = is_tiled
-        self.whitening = Whitening(feature_shapes)
+        self.whitening = Whitening(feature_shapes, inside)
         """The first layer, before the flow."""
         self.positions = PositionGaussian(feature_shapes, is_tiled)
         """The Gaussian of whitened features at each position, beside the flow."""
         self.latents = PositionGaussian(feature_shapes, is_tiled)
         """The last layer, behind the flow."""
 
+    @property
+    def inside(self) -> list[Tensor] | None:
+        """Per level, 1 at positions in the region of interest and 0 at others, (H, W); None for all."""
+        levels = range(self.whitening.levels)
+        return [self.whitening.inside(level) for level in levels] if self.whitening.has_inside else None
+
 
 class Whitening(nn.Module):
     """Computes W · (y − μ) at every level; each position has its own μ."""
 
-    def __init__(self, feature_shapes: Sequence[FeatureShape]) -> None:
+    def __init__(
+        self, feature_shapes: Sequence[FeatureShape], inside: Sequence[Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.levels = len(feature_shapes)
+        self.has_inside = inside is not None
+        for level, inside_HW in enumerate(inside or ()):
+            # No part of the state: the architecture tells it.
+            self.register_buffer(f"inside_{level}", inside_HW, persistent=False)
         for level, (channels, height, width) in enumerate(feature_shapes):
             self.register_buffer(f"mean_{level}", torch.zeros(channels, height, width))
             self.register_buffer(f"matrix_{level}", _identity(channels))
 
     def forward(self, y: Sequence[Tensor]) -> list[Tensor]:
         """Whitened features, given the backbone's features, per level (B, C, H, W)."""
-        return [
+        x = [
             _product(self.matrix(level).unsqueeze(0), y_BCHW - self.mean(level))
             for level, y_BCHW in enumerate(y)
         ]
+        if not self.has_inside:
+            return x
+        return [x_BCHW * self.inside(level) for level, x_BCHW in enumerate(x)]
 
     def inverse(self, x: Sequence[Tensor]) -> list[Tensor]:
-        """The backbone's features, given whitened ones."""
+        """The backbone's features, given whitened ones; their mean outside a region of interest."""
         return [
             _product(torch.linalg.inv(self.matrix(level)).unsqueeze(0), x_BCHW) + self.mean(level)
             for level, x_BCHW in enumerate(x)
@@ -81,10 +108,21 @@ class Whitening(nn.Module):
         """log|det| of the whole map, the same for every image."""
         with one_thread():
             return sum(
-                torch.linalg.slogdet(self.matrix(level).double()).logabsdet.item()
-                * self.mean(level)[0].numel()
+                torch.linalg.slogdet(self.matrix(level).double()).logabsdet.item() * self.positions(level)
                 for level in range(self.levels)
             )
+
+    def dimensions(self) -> int:
+        """The number of whitened features of all levels, without those that are always zero."""
+        return sum(len(self.mean(level)) * self.positions(level) for level in range(self.levels))
+
+    def positions(self, level: int) -> int:
+        """The number of positions of a level, in the region of interest if there is one."""
+        return int(self.inside(level).sum()) if self.has_inside else self.mean(level)[0].numel()
+
+    def inside(self, level: int) -> Tensor:
+        """1 at positions in the region of interest and 0 at others, (H, W); only if there is a region."""
+        return self.get_buffer(f"inside_{level}")
 
     def mean(self, level: int) -> Tensor:
         """The mean μ of a level, (C, H, W)."""
@@ -144,37 +182,49 @@ class Moments:
     origin_C: Tensor
     """Origin near the mean, subtracted from features so that sums of squares stay exact."""
     images: int
-    sum_CHW: Tensor
+    shape: FeatureShape
+    sum_CP: Tensor
     product_PCC: Tensor
     """Sum over images of y · yᵀ at each position, or of the mean of y · yᵀ over all positions."""
     squared_norm: float
     """Sum over images of the squared Frobenius norm of y · yᵀ averaged over positions."""
     is_tiled: bool = False
     """Whether the images are tiles."""
+    inside_HW: Tensor | None = None
+    """Where the positions P are, those of the region of interest; None if they are all."""
 
     @classmethod
-    def around(cls, y_BCHW: Tensor, is_tiled: bool = False) -> "Moments":
+    def around(cls, y_BCHW: Tensor, is_tiled: bool = False, inside_HW: Tensor | None = None) -> "Moments":
         """Moments of no images yet, with the mean of these images as origin."""
-        return cls.about(y_BCHW.double().mean((0, 2, 3)), y_BCHW.shape[1:], is_tiled)
+        y_BCP = _inside(y_BCHW, inside_HW)
+        return cls.about(y_BCP.double().mean((0, 2)), y_BCHW.shape[1:], is_tiled, inside_HW)
 
     @classmethod
-    def about(cls, origin_C: Tensor, shape: FeatureShape, is_tiled: bool = False) -> "Moments":
+    def about(
+        cls,
+        origin_C: Tensor,
+        shape: FeatureShape,
+        is_tiled: bool = False,
+        inside_HW: Tensor | None = None,
+    ) -> "Moments":
         """Moments of no images yet, with this float64 origin."""
         channels, height, width = shape
-        positions = _positions_with_matrix(channels, height * width, is_tiled)
+        positions = height * width if inside_HW is None else int(inside_HW.sum())
+        has_matrices = _positions_with_matrix(channels, height * width, is_tiled) > 1
         return cls(
             origin_C,
             images=0,
-            sum_CHW=origin_C.new_zeros(channels, height, width),
-            product_PCC=origin_C.new_zeros(positions, channels, channels),
+            shape=shape,
+            sum_CP=origin_C.new_zeros(channels, positions),
+            product_PCC=origin_C.new_zeros(positions if has_matrices else 1, channels, channels),
             squared_norm=0.0,
             is_tiled=is_tiled,
+            inside_HW=inside_HW,
         )
 
     def with_images(self, y_BCHW: Tensor) -> "Moments":
         """The moments with these images added."""
-        x_BCHW = y_BCHW.double() - self.origin_C[:, None, None]
-        x_BCP = x_BCHW.flatten(2)
+        x_BCP = _inside(y_BCHW, self.inside_HW).double() - self.origin_C[:, None]
         channels, positions = x_BCP.shape[1:]
         if len(self.product_PCC) > 1:
             product_PCC = torch.baddbmm(self.product_PCC, x_BCP.permute(2, 1, 0), x_BCP.permute(2, 0, 1))
@@ -185,8 +235,8 @@ class Moments:
             product_PCC = self.product_PCC + of_image.sum(0, keepdim=True) / positions
         return replace(
             self,
-            images=self.images + len(x_BCHW),
-            sum_CHW=self.sum_CHW + x_BCHW.sum(0),
+            images=self.images + len(x_BCP),
+            sum_CP=self.sum_CP + x_BCP.sum(0),
             product_PCC=product_PCC,
             squared_norm=self.squared_norm + (of_image / positions).square().sum().item(),
         )
@@ -195,10 +245,29 @@ class Moments:
         return replace(
             self,
             images=self.images + other.images,
-            sum_CHW=self.sum_CHW + other.sum_CHW,
+            sum_CP=self.sum_CP + other.sum_CP,
             product_PCC=self.product_PCC + other.product_PCC,
             squared_norm=self.squared_norm + other.squared_norm,
         )
+
+    def everywhere(self, value_PX: Tensor, outside_X: Tensor) -> Tensor:
+        """Values of all positions of the level, (H · W, …): these, and one value outside of the region."""
+        if self.inside_HW is None:
+            return value_PX
+        value_X = outside_X.repeat(self.inside_HW.numel(), *[1] * outside_X.ndim)
+        value_X[self.inside_HW.flatten() > 0] = value_PX
+        return value_X
+
+    def matrices_everywhere(self, matrix_PCC: Tensor) -> Tensor:
+        """The matrices of all positions, the identity outside of the region; or the one for all."""
+        if len(self.product_PCC) == 1:
+            return matrix_PCC
+        return self.everywhere(matrix_PCC, _identity(matrix_PCC.shape[1]).to(matrix_PCC))
+
+
+def _inside(y_BCHW: Tensor, inside_HW: Tensor | None) -> Tensor:
+    """The features (B, C, P) at the positions of the region of interest."""
+    return y_BCHW.flatten(2) if inside_HW is None else y_BCHW[:, :, inside_HW > 0]
 
 
 @contextmanager
@@ -227,7 +296,8 @@ def gaussians_of(levels: Sequence[Moments]) -> Gaussians:
     """
     if not levels[0].images:
         raise ValueError("a whitening needs at least one image")
-    gaussians = Gaussians([moments.sum_CHW.shape for moments in levels], levels[0].is_tiled)
+    inside = [moments.inside_HW for moments in levels if moments.inside_HW is not None]
+    gaussians = Gaussians([moments.shape for moments in levels], levels[0].is_tiled, inside or None)
     for level, moments in enumerate(levels):
         with one_thread():
             mean_CHW, matrix_CC, matrix_PCC = _fit(moments)
@@ -243,13 +313,14 @@ def fit_latents(latents: PositionGaussian, levels: Sequence[Moments]) -> None:
     for level, moments in enumerate(levels):
         covariance_PCC = moments.product_PCC / moments.images
         with one_thread():
-            latents.matrix(level).copy_(_root(covariance_PCC, moments.images))
+            matrix_PCC = _root(covariance_PCC, moments.images)
+        latents.matrix(level).copy_(moments.matrices_everywhere(matrix_PCC))
 
 
 def _fit(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
     """The means of positions, the level's W, and the matrices of positions that come after W."""
     n = moments.images
-    mean_PC = moments.sum_CHW.flatten(1).T / n
+    mean_PC = moments.sum_CP.T / n
     level_mean_C = mean_PC.mean(0)
     offset_PC = mean_PC - level_mean_C
     shrinkage = _shrinkage(moments)
@@ -269,7 +340,9 @@ def _fit(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
     matrix_CC = _inverse_root(_shrunk(covariance_CC, shrinkage), known)
     mean_PC = moments.origin_C + level_mean_C + trust * offset_PC
     matrix_PCC = _root(matrix_CC @ covariance_PCC @ matrix_CC, n)
-    return mean_PC.T.view_as(moments.sum_CHW), matrix_CC, matrix_PCC
+    mean_PC = moments.everywhere(mean_PC, moments.origin_C + level_mean_C)
+    matrix_PCC = moments.matrices_everywhere(matrix_PCC)
+    return mean_PC.T.reshape(moments.shape), matrix_CC, matrix_PCC
 
 
 def _root(covariance_PCC: Tensor, images: int) -> Tensor:

@@ -39,6 +39,10 @@ class AugmentedFeatures:
     def feature_shapes(self) -> Sequence[Sequence[int]]:
         return self.cache.feature_shapes
 
+    @property
+    def inside(self) -> Sequence[Tensor] | None:
+        return self.cache.inside
+
     def __len__(self) -> int:
         return int(self.images.num_rows)
 

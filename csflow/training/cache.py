@@ -94,12 +94,18 @@ class FeatureCache:
         feature_shapes: Sequence[tuple[int, int, int]],
         limits: DecodeLimits = DEFAULT_LIMITS,
         tiles: TileSample | None = None,
+        inside: Sequence[Tensor] | None = None,
     ) -> None:
-        """`tiles` says which tiles of an image have features; None if the model sees whole images."""
+        """
+        Args:
+            tiles: which tiles of an image have features; None if the model sees whole images.
+            inside: the places in the region of interest, as from `Architecture.inside`.
+        """
         self.folder = folder
         self.limits = limits
         self.tiles = tiles
         self.feature_shapes = tuple(feature_shapes)
+        self.inside = inside
 
     @classmethod
     def of(
@@ -118,6 +124,8 @@ class FeatureCache:
             preprocessing["tiles_per_image"] = tiles_per_image
         else:
             del preprocessing["tiling"]  # as in caches of older versions
+        if architecture.mask is None:
+            del preprocessing["mask"]
         decides = {
             "backbone": architecture.backbone,
             "cut_after": detector.backbone.cut_after,
@@ -128,7 +136,8 @@ class FeatureCache:
         }
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
         digest.update(backbone_bytes(detector))
-        return cls(root / digest.hexdigest()[:16], detector.feature_shapes, limits, tiles)
+        inside = architecture.inside(detector.feature_shapes)
+        return cls(root / digest.hexdigest()[:16], detector.feature_shapes, limits, tiles, inside)
 
     def tile_counts(self, images: pa.Table) -> list[int] | None:
         """The number of tiles of each image that have features; None if the model sees whole images.

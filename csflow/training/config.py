@@ -74,6 +74,9 @@ class TrainConfig(ListingConfig):
     tiles_per_image: int = Field(16, ge=1)
     """Largest number of tiles of an image to learn from, drawn at random. Held-out images are scored with all
     their tiles."""
+    mask: str | None = None
+    """Image of the shape of the photographs, white where the model is to look: at the part, and not at the
+    conveyor belt. What is elsewhere moves no score. Stored with the model. [default: everywhere]"""
     scales: int | None = Field(None, ge=1, le=4)
     """Number of sizes in which the backbone sees an image; each is half the one before. [default: 2 if
     --cut_after names several stages, as for the default backbone; else 3]"""
@@ -191,13 +194,27 @@ class TrainConfig(ListingConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_mask(self) -> "TrainConfig":
+        if self.mask is None:
+            return self
+        reasons = {
+            "--tile": ("tiles come from anywhere in an image", self.tile is not None),
+            "--augment": ("it turns and flips the images", self.augment),
+            f"--recipe {self.recipe}": ("it has no whitening", not RECIPES[self.recipe].whitening),
+        }
+        for setting, (reason, is_given) in reasons.items():
+            if is_given:
+                raise WrongUse(f"--mask and {setting} exclude each other, since {reason}; leave one out")
+        return self
+
+    @model_validator(mode="after")
     def _for_one_model_only(self) -> "TrainConfig":
         if self.routes is None and self.only:
             raise WrongUse("--only names rules of --routes; give both")
         if self.routes is not None and self.tags is not None:
             raise WrongUse("--routes names tags; leave out --tags")
         if self.routes is not None and (
-            one := [s for s in ("name", "evaluate") if getattr(self, s) is not None]
+            one := [s for s in ("name", "evaluate", "mask") if getattr(self, s) is not None]
         ):
             raise WrongUse(f"--{one[0]} is of one model, and --routes trains several; leave it out")
         return self

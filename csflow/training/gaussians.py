@@ -42,7 +42,7 @@ def write_gaussians(gaussians: Gaussians, location: Location) -> None:
 
 def read_gaussians(location: Location, cache: FeatureCache, device: torch.device) -> Gaussians:
     """Reads what `write_gaussians` has written for features of this cache."""
-    gaussians = Gaussians(cache.feature_shapes, cache.tiles is not None)
+    gaussians = Gaussians(cache.feature_shapes, cache.tiles is not None, cache.inside)
     gaussians.load_state_dict(gaussians.state_dict() | safetensors.torch.load(location.read()))
     return gaussians.to(device)
 
@@ -72,7 +72,12 @@ def fold_moments(
     found: list[list[Moments]] = []
     for (fold, _), y in zip(shares, source.batches(0, [share for _, share in shares]), strict=True):
         if not found:
-            found = [[Moments.around(y_BCHW, tile_counts is not None) for y_BCHW in y]] * folds
+            inside: Sequence[Tensor | None] = source.inside or [None] * len(y)
+            of_none = [
+                Moments.around(y_BCHW, tile_counts is not None, inside_HW)
+                for y_BCHW, inside_HW in zip(y, inside, strict=True)
+            ]
+            found = [of_none] * folds
         found[fold] = [moments.with_images(y_BCHW) for moments, y_BCHW in zip(found[fold], y, strict=True)]
     return found
 
@@ -126,4 +131,4 @@ def gaussian_losses(energies: Sequence[Tensor], gaussians: Gaussians) -> Tensor:
     squares_N = torch.stack(
         [size * energy_NHW.mean((1, 2)) for size, energy_NHW in zip(sizes, energies, strict=True)]
     ).sum(0)
-    return (squares_N / 2 - log_det) / sum(sizes)
+    return (squares_N / 2 - log_det) / gaussians.whitening.dimensions()

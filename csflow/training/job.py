@@ -31,6 +31,7 @@ from csflow.training.closing import CALIBRATED
 from csflow.training.config import TrainConfig, check_calibration
 from csflow.training.features import extract
 from csflow.training.labelled import LabelledImages
+from csflow.training.mask import Mask, read_mask
 from csflow.training.outliers import ClosedForm, outlier_files, trimmed_images
 from csflow.training.parts import by_uri, divided, pattern_of, with_own_calibration, with_tags
 from csflow.training.plant import train_by_routes
@@ -72,7 +73,8 @@ def _train(config: TrainConfig, listed: pa.Table | None = None) -> ExitStatus:
     check_shares(config.validation, config.holdout)
     pattern = pattern_of(config.tags, config.part, config.calibrate_by) if listed is None else None
     output.check_writable()
-    detector = build_detector(config)
+    mask = _read_mask(config)
+    detector = build_detector(config, mask)
     images = _list_images(config) if listed is None else listed
     check_enough(images.num_rows)
     if pattern:
@@ -94,6 +96,8 @@ def _train(config: TrainConfig, listed: pa.Table | None = None) -> ExitStatus:
     if all_cached is None:
         return ExitStatus.INCOMPLETE
     cached = find_images(images, all_cached)[0]
+    if mask:
+        mask.check_shapes(cached)
     warning = stretch_warning(cached, detector.architecture.preprocessing)
     if warning:
         print(warning)
@@ -214,10 +218,17 @@ def _expected_duration(config: TrainConfig, detector: Detector, images: int) -> 
     return f"{described(resources)}, no GPU: {duration.in_words(seconds)}"
 
 
-def build_detector(config: TrainConfig) -> Detector:
+def _read_mask(config: TrainConfig) -> Mask | None:
+    if config.mask is None:
+        return None
+    location = Location(config.mask, config.storage_options)
+    return read_mask(location, replace(config.architecture(), interpolation="bilinear").preprocessing)
+
+
+def build_detector(config: TrainConfig, mask: Mask | None = None) -> Detector:
     """A detector with the backbone's weights and an untrained flow. Raises WrongUse if a setting is wrong."""
     try:
-        detector = Detector(config.architecture())
+        detector = Detector(replace(config.architecture(), mask=mask and mask.text))
         load_weights(detector.backbone, find_weights(config.weights, config.backbone, config.storage_options))
     except BackboneError as error:
         is_default = error.setting == "weights" and config.weights == KNOWN_PACKAGE

@@ -118,11 +118,14 @@ class Trainer:
         self.settings, self.worker = settings, worker
         self.training, self.validation = training, validation
         self.gaussians = gaussians
-        dimensions = sum(math.prod(shape) for shape in training.feature_shapes)
-        self._whitening_log_det = gaussians.whitening.log_det() / dimensions if gaussians else 0.0
+        self._dimensions: int | None = None
+        self._whitening_log_det = 0.0
+        if gaussians:
+            self._dimensions = gaussians.whitening.dimensions()
+            self._whitening_log_det = gaussians.whitening.log_det() / self._dimensions
         self._format = _memory_format(worker.device)
         self.plain_flow = (
-            new_flow(settings.architecture, [channels for channels, _, _ in training.feature_shapes])
+            new_flow(settings.architecture, training.feature_shapes)
             .to(worker.device)
             .to(memory_format=self._format)
         )
@@ -188,7 +191,12 @@ class Trainer:
             return
         zero = torch.zeros((), dtype=torch.float64, device=self.worker.device)
         is_tiled = self.gaussians.is_tiled
-        levels = [Moments.about(zero.expand(shape[0]), shape, is_tiled) for shape in source.feature_shapes]
+        shapes = source.feature_shapes
+        inside: Sequence[Tensor | None] = self.gaussians.inside or [None] * len(shapes)
+        levels = [
+            Moments.about(zero.expand(shape[0]), shape, is_tiled, inside_HW)
+            for shape, inside_HW in zip(shapes, inside, strict=True)
+        ]
         shares = self._shares_of_all(source)
         with self._best_weights():
             for y in source.batches(0, shares):
@@ -235,7 +243,7 @@ class Trainer:
 
     def _losses(self, output: FlowOutput) -> Tensor:
         """The loss (B,) of each image, including the constant log-determinant of the whitening."""
-        return negative_log_likelihood(output) - self._whitening_log_det
+        return negative_log_likelihood(output, self._dimensions) - self._whitening_log_det
 
     def _train(self, epoch: int) -> tuple[Tensor, list[Tensor]]:
         """One pass over the training images; returns this worker's sum of losses, and the gradient norms."""

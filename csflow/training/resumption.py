@@ -35,7 +35,9 @@ def check_replacement(
     Raises:
         WrongUse: the model is of another training, and this one has no checkpoint yet.
     """
-    if repeats(read_config(output), config, listing_fingerprint(images)):
+    stored = read_config(output)
+    has_same_mask = stored["architecture"].get("mask") == detector.architecture.mask
+    if has_same_mask and repeats(stored, config, listing_fingerprint(images)):
         return
     if not has_checkpoint(config, detector, images, cache, work_dir):
         raise WrongUse(
@@ -65,7 +67,7 @@ def repeats(stored: Mapping[str, Any], config: TrainConfig, images: str) -> bool
         for settings in (earlier, config)
     )
     versions = (stored["format_version"], decoding)
-    expected = (format_version(config.tile is not None), DECODING_VERSION)
+    expected = (format_version(config.tile is not None, config.mask is not None), DECODING_VERSION)
     return one == other and images == stored_images and versions == expected
 
 

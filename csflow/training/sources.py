@@ -32,6 +32,10 @@ class FeatureSource(Protocol):
     def feature_shapes(self) -> Sequence[Sequence[int]]:
         """Channels, height and width of each level."""
 
+    @property
+    def inside(self) -> Sequence[Tensor] | None:
+        """The places in the region of interest, as from `Architecture.inside`."""
+
     def __len__(self) -> int:
         """Number of images or tiles."""
 
@@ -71,7 +75,7 @@ class ResidentFeatures:
         device: torch.device,
         whitening: Whitening | None = None,
     ) -> None:
-        self.feature_shapes = cache.feature_shapes
+        self.feature_shapes, self.inside = cache.feature_shapes, cache.inside
         self._cache = cache
         self._features_ND = features_ND
         self._device = device
@@ -105,7 +109,7 @@ class StreamedFeatures:
         device: torch.device,
         whitening: Whitening | None = None,
     ) -> None:
-        self.feature_shapes = cache.feature_shapes
+        self.feature_shapes, self.inside = cache.feature_shapes, cache.inside
         self._cache = cache
         self._images = images
         self._device = device
