@@ -5,12 +5,13 @@
 Trains the default on each data set of `quality_data.py`. Then it draws a pseudo-defect into every held-out
 image: a patch or a strip of the image itself from another place (as CutPaste by Li et al., arXiv 2104.04015),
 or a larger area that is a little brighter or darker. For each variant of the statistic it prints the AUROC of
-these images against the same without, over small and over large pseudo-defects.
+these images against the same without, over small, large and tiny pseudo-defects.
 """
 
 import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,21 +35,21 @@ from csflow.training.job import build_detector
 Image_HW = NDArray[np.uint8]
 FEWEST = 150
 """Pseudo-defects of each kind, if there are fewer held-out images."""
-AREAS = {"small": (0.001, 0.02), "large": (0.03, 0.3)}
+AREAS = {"small": (0.001, 0.02), "large": (0.03, 0.3), "tiny": (0.0005, 0.005)}
 """Least and largest share of the image."""
 WINDOWS = (1, 3)
 """Sides; 1 for latents behind the last layer, without windows."""
 
 
-def small(image_HW: Image_HW, rng: Generator, number: int) -> Image_HW:
+def pasted(size: str, image_HW: Image_HW, rng: Generator, number: int) -> Image_HW:
     """With a patch or, every other time, a strip of the image itself from another place."""
     height, width = image_HW.shape
     ratio = rng.uniform(1, 3) if number % 2 == 0 else rng.uniform(8, 20)
-    u, v, a, b = _turned(rng, height, width, AREAS["small"], ratio, 2)
+    u, v, a, b = _turned(rng, height, width, AREAS[size], ratio, 2)
     alpha_HW = ((abs(u) <= a) & (abs(v) <= max(b, 0.8))).astype(np.float32)
     shift = [int(rng.uniform(0.2, 0.8) * side) for side in (height, width)]
-    pasted_HW = np.roll(image_HW, shift, (0, 1)).astype(np.float32) * rng.uniform(0.75, 1.25)
-    return _blended(image_HW, pasted_HW, ndimage.gaussian_filter(alpha_HW, rng.uniform(0.4, 1.5)))
+    other_HW = np.roll(image_HW, shift, (0, 1)).astype(np.float32) * rng.uniform(0.75, 1.25)
+    return _blended(image_HW, other_HW, ndimage.gaussian_filter(alpha_HW, rng.uniform(0.4, 1.5)))
 
 
 def large(image_HW: Image_HW, rng: Generator, number: int) -> Image_HW:
@@ -59,7 +60,11 @@ def large(image_HW: Image_HW, rng: Generator, number: int) -> Image_HW:
     return _blended(image_HW, changed_HW, ndimage.gaussian_filter(alpha_HW, rng.uniform(2, 12)))
 
 
-KINDS: dict[str, Callable[[Image_HW, Generator, int], Image_HW]] = {"small": small, "large": large}
+KINDS: dict[str, Callable[[Image_HW, Generator, int], Image_HW]] = {
+    "small": partial(pasted, "small"),
+    "large": large,
+    "tiny": partial(pasted, "tiny"),
+}
 
 
 def _turned(
@@ -120,7 +125,7 @@ def one_average(statistic: StandardisedStatistic, name: str) -> StandardisedStat
 
 @torch.no_grad()
 def measure(name: str, seed: int, data: Path, features: Path) -> dict[tuple[int, str], list[float]]:
-    """AUROC over small and over large pseudo-defects, by window and average."""
+    """AUROC over each of the `KINDS`, by window and average."""
     folder = prepare(name, data)
     config = TrainConfig.model_validate({"input": [str(folder)], "output": "unused", "seed": seed})
     images = cached_images(config, folder, features)
@@ -158,7 +163,7 @@ def main() -> None:
     arguments = parser.parse_args()
     process.set_up(arguments.threads, gpus=0)
     sums: dict[tuple[int, str], list[list[float]]] = {}
-    print("| data set, seed | window | average | small | large |\n|---|---|---|---|---|")
+    print(f"| data set, seed | window | average | {' | '.join(KINDS)} |\n|{'---|' * (3 + len(KINDS))}")
     for name in arguments.names:
         for seed in arguments.seeds:
             found = measure(name, seed, arguments.data, arguments.work / "features")
@@ -170,7 +175,7 @@ def main() -> None:
 
 
 def line(of: str, variant: tuple[int, str], figures: Sequence[float]) -> str:
-    return f"| {of} | {variant[0]} | {variant[1]} | {figures[0]:.3f} | {figures[1]:.3f} |"
+    return f"| {of} | {variant[0]} | {variant[1]} | {' | '.join(f'{figure:.3f}' for figure in figures)} |"
 
 
 if __name__ == "__main__":
