@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from results import record
 
 from csflow.inputs.listing import LISTING
-from csflow.output.layout import Output
+from csflow.output.layout import Output, ShardFile
 from csflow.output.schemas import SCORES
 from csflow.process import peak_memory_bytes
 from csflow.scoring import outcomes, plan_log
@@ -163,8 +163,8 @@ class WrittenNights:
     def settle(self) -> None:
         """Writes the outcome files of all nights since the last time."""
 
-        def known(files: Sequence[Location]) -> Iterator[pa.RecordBatch]:
-            yield from (self._images.pop(file.url) for file in files)
+        def known(files: Sequence[ShardFile]) -> Iterator[pa.RecordBatch]:
+            yield from (self._images.pop(file.location.url) for file in files)
 
         read, outcomes.scored_images = outcomes.scored_images, known  # type: ignore[assignment]
         plans = self._reader.log.read()

@@ -169,5 +169,5 @@ def _name(number: int, group: Sequence[ShardFile]) -> str:
 
 def _merged(files: Sequence[ShardFile], schema: pa.Schema) -> bytes:
     """The rows of these files, sorted by URI, so that readers skip the row groups of other images."""
-    table = dataset([file.location for file in files], schema).to_table()
+    table = dataset(files, schema).to_table()
     return to_parquet(table.sort_by("image_uri"))

@@ -102,7 +102,7 @@ def _rows(files: Sequence[OutputFile], schema: pa.Schema, unit: str) -> str:
     if not files:
         return f"no {unit}s"
     # Counting reads nothing but footers, several at a time.
-    rows = dataset([file.location for file in files], schema).count_rows()
+    rows = dataset(files, schema).count_rows()
     dates = sorted({file.date for file in files})
     when = str(dates[0]) if len(dates) == 1 else f"{len(dates)} dates, {dates[0]} to {dates[-1]}"
     return f"{_count(rows, unit)} in {_count(len(files), 'file')}; {when}"

@@ -221,6 +221,12 @@ class FoundFile:
     size: int
     """In bytes."""
 
+    def read(self) -> bytes:
+        """The content by one request. S3's client would first ask for the size."""
+        with _naming(self.location.url, "read"):
+            fs, path = filesystem(self.location.url, self.location.storage_options)
+            return bytes(fs.cat_file(path, start=0, end=self.size)) if self.size else b""
+
 
 def to_parquet(table: pa.Table) -> bytes:
     """A Parquet file in memory, so that its size is known and it is published whole."""
@@ -238,12 +244,12 @@ def read_parquet(location: Location, schema: pa.Schema | None = None) -> pa.Tabl
         raise pa.ArrowInvalid(str(error)) from error
 
 
-def read_all(files: Iterable[Location]) -> Iterator[bytes]:
+def read_all(files: Iterable[FoundFile]) -> Iterator[bytes]:
     """The contents of many files in their order, a few of which are read at a time."""
     waiting = iter(files)
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         while some := list(itertools.islice(waiting, READS_AT_ONCE)):
-            yield from pool.map(Location.read, some)
+            yield from pool.map(FoundFile.read, some)
 
 
 def _find_local(folder: str) -> dict[str, dict[str, Any]]:

@@ -1,15 +1,18 @@
 """One model's part of the output: where its files are, which of them count, and what readers find there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
+from faulty_s3 import FaultyS3
 from scored_output import write_record
 
 from csflow.errors import WrongUse
+from csflow.literal_paths import READ_AHEAD
 from csflow.output import reading
 from csflow.output.layout import Output, listing_folder
 from csflow.output.reading import (
@@ -22,7 +25,7 @@ from csflow.output.reading import (
 )
 from csflow.output.runs import ScoredWith
 from csflow.output.schemas import ERRORS, SCORES
-from csflow.storage import Location, read_parquet, to_parquet
+from csflow.storage import Location, read_all, read_parquet, to_parquet
 
 MODEL, OTHER = "0123456789abcdef", "fedcba9876543210"
 
@@ -100,10 +103,37 @@ def test_a_shard_is_finished_by_its_file_of_the_day_and_model(output: Output) ->
         "1-a": output.scores_file("1-a", "2026-11-02"),
         "2-b": output.scores_file("2-b", "2026-11-03"),
     }
-    found = pa.Table.from_batches(scored_images([file.location for file in finished]))
+    found = pa.Table.from_batches(scored_images(finished))
     assert sorted(found["image_uri"].to_pylist()) == ["a.png", "b.png"]
     assert found.schema.names == ["image_uri", "image_version"]
     assert list(scored_images([])) == []
+
+
+@pytest.fixture
+def store() -> Iterator[FaultyS3]:
+    server = FaultyS3()
+    yield server
+    server.stop()
+
+
+def test_a_store_is_not_asked_for_the_sizes_of_files_that_it_has_listed(store: FaultyS3) -> None:
+    output = Output(Location("s3://inputs/out", store.options), MODEL)
+    small = {"image_uri": "a.png"}
+    # A map that does not compress, so that the file is larger than what is read at once.
+    large = {"image_uri": "b.png", "anomaly_map": np.random.default_rng(0).random(1_000_000).tolist()}
+    for number, row in enumerate((small, large)):
+        output.scores_file(f"{number}-a", "2026-11-02").write(scores(row))
+    (output.location / "empty").write(b"")
+    files = output.files("scores")
+    assert files[1].size > 2 * READ_AHEAD
+    store.requests.clear()
+    found = pa.Table.from_batches(scored_images(files))
+    assert sorted(found["image_uri"].to_pylist()) == ["a.png", "b.png"]
+    assert sorted(request.split()[0] for request in store.requests) == ["GET"] * 3
+    everything = output.location.find_details("")
+    store.requests.clear()
+    assert [len(content) for content in read_all(everything)] == [file.size for file in everything]
+    assert [request.split()[0] for request in store.requests] == ["GET"] * 2
 
 
 def test_errors_that_stay_are_those_of_these_days_that_are_not_transient(output: Output) -> None:
@@ -117,7 +147,7 @@ def test_errors_that_stay_are_those_of_these_days_that_are_not_transient(output:
         output.errors_file("1", night, table).write(to_parquet(table))
         Output(output.location, OTHER).errors_file("2", night, table).write(to_parquet(table))
     files = output.files("errors", {"2026-11-02", "2026-11-03", "2026-11-05"})
-    batches = list(permanent_errors([file.location for file in files]))
+    batches = list(permanent_errors(files))
     assert sorted(uri for batch in batches for uri in batch["image_uri"].to_pylist()) == ["a.png", "d.png"]
 
 
@@ -149,7 +179,7 @@ def test_an_output_in_a_store_is_read_with_the_options_of_its_location(s3_bucket
     output = Output(Location(f"{s3_bucket}/out", options), MODEL)
     write_scores(output, {"image_uri": "a.png"})
     (file,) = output.files("scores", {"2026-11-02"})
-    (found,) = scored_images([file.location])
+    (found,) = scored_images([file])
     assert found["image_uri"].to_pylist() == ["a.png"]
     for url in (f"{s3_bucket}/out/", f"{s3_bucket}/out/scores"):
         opened = open_scores(Location(url, options))

@@ -25,6 +25,7 @@ from csflow.inputs.http_objects import is_http
 from csflow.inputs.native import Native, NativeReader
 from csflow.inputs.store_errors import NO_CREDENTIALS, check_size, image_error
 from csflow.inputs.uris import is_s3, local_path, path_in, root_of, scheme_of, split_s3
+from csflow.ranged_file import RangedFile
 from csflow.storage import filesystem
 
 T = TypeVar("T")
@@ -115,7 +116,13 @@ class ObjectStore:
 
         Each read fetches at least `read_ahead` bytes.
         """
-        return cast(BinaryIO, _RangeFile(self, stored, read_ahead))
+
+        def fetch(start: int, end: int) -> bytes:
+            if end - start > MAX_RANGE_BYTES:
+                raise ImageError(ErrorCode.TOO_LARGE, f"a part of the file has {end - start} bytes")
+            return self.fetch(stored.uri, stored.version, start, end)
+
+        return cast(BinaryIO, RangedFile(fetch, stored.size, read_ahead))
 
     def pages(self, uri: str) -> Iterator[StoredObject]:
         """The objects of Google or Azure below a folder, in order; one page at a time is in memory.
@@ -255,53 +262,6 @@ class ObjectStore:
         except Exception:
             fs.clear_instance_cache()
             raise
-
-
-class _RangeFile(io.RawIOBase):
-    """One version of an object as a read-only file."""
-
-    def __init__(self, store: ObjectStore, stored: StoredObject, read_ahead: int) -> None:
-        self._store = store
-        self._stored = stored
-        self._read_ahead = read_ahead
-        self._position = 0
-        self._buffer = b""
-        self._buffer_start = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._stored.size}[whence]
-        if base + offset < 0:
-            raise ValueError("seek before the start of the file")
-        self._position = base + offset
-        return self._position
-
-    def read(self, size: int | None = -1) -> bytes:
-        start, end = self._position, self._stored.size
-        if size is not None and size >= 0:
-            end = min(end, start + size)
-        if end <= start:
-            return b""
-        if end - start > MAX_RANGE_BYTES:
-            raise ImageError(ErrorCode.TOO_LARGE, f"a part of the file has {end - start} bytes")
-        buffer_end = self._buffer_start + len(self._buffer)
-        if not self._buffer_start <= start <= end <= buffer_end:
-            fetch_end = min(max(end, start + self._read_ahead), self._stored.size)
-            self._buffer = self._store.fetch(self._stored.uri, self._stored.version, start, fetch_end)
-            self._buffer_start = start
-        self._position = end
-        return self._buffer[start - self._buffer_start : end - self._buffer_start]
-
-    def readall(self) -> bytes:
-        return self.read()
 
 
 def described(uri: str, info: Mapping[str, Any]) -> StoredObject:

@@ -117,6 +117,8 @@ class OutputFile:
     """A Parquet file of `scores` or `errors`, and the parts of its path."""
 
     location: Location
+    size: int
+    """In bytes."""
     model_id: str
     date: date
     shard: str
@@ -129,9 +131,12 @@ class OutputFile:
 
 def output_files(output: Location, kind: Kind) -> list[OutputFile]:
     """All files of `scores` or `errors`, sorted by path; none if there is no such folder."""
-    matches = ((file, _PARTITION.search(file.path)) for file in (output / kind).find(".parquet"))
+    found = (output / kind).find_details(".parquet")
+    matches = ((file, _PARTITION.search(file.location.path)) for file in found)
     return [
-        OutputFile(file, match[1], date.fromisoformat(match[2]), _shard(file, kind))
+        OutputFile(
+            file.location, file.size, match[1], date.fromisoformat(match[2]), _shard(file.location, kind)
+        )
         for file, match in matches
         if match
     ]

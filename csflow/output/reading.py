@@ -12,7 +12,7 @@ import pyarrow.dataset as ds
 
 from csflow.errors import WrongUse
 from csflow.literal_paths import arrow_filesystem
-from csflow.output.layout import SCORES_FILES, Kind, output_files, run_ids
+from csflow.output.layout import SCORES_FILES, Kind, OutputFile, ShardFile, output_files, run_ids
 from csflow.output.runs import RecordOfModel, RunRecord, read_record
 from csflow.output.schemas import ERRORS, KEY_COLUMNS, SCORES
 from csflow.storage import Location
@@ -148,24 +148,25 @@ def _labels(root: Location, model_ids: Iterable[str]) -> str:
     return ", ".join(known.get(model_id, model_id) for model_id in model_ids)
 
 
-def scored_images(files: Sequence[Location]) -> Iterator[pa.RecordBatch]:
+def scored_images(files: Sequence[ShardFile]) -> Iterator[pa.RecordBatch]:
     """The images in these scores files, without reading the maps."""
     return _read(files, KEY_COLUMNS, SCORES)
 
 
-def permanent_errors(files: Sequence[Location]) -> Iterator[pa.RecordBatch]:
+def permanent_errors(files: Sequence[ShardFile]) -> Iterator[pa.RecordBatch]:
     """The images in these errors files whose error is permanent."""
     for batch in _read(files, [*KEY_COLUMNS, "is_transient"], ERRORS):
         yield batch.filter(pc.invert(batch["is_transient"]))
 
 
-def dataset(files: Sequence[Location], schema: pa.Schema) -> ds.Dataset:
+def dataset(files: Sequence[ShardFile] | Sequence[OutputFile], schema: pa.Schema) -> ds.Dataset:
     """At least one file, opened as one dataset of this schema."""
-    fs = arrow_filesystem(files[0].fs)
-    return ds.dataset([file.path for file in files], schema, format="parquet", filesystem=fs)
+    sizes = {file.location.path: file.size for file in files}
+    fs = arrow_filesystem(files[0].location.fs, sizes)
+    return ds.dataset(list(sizes), schema, format="parquet", filesystem=fs)
 
 
-def _read(files: Sequence[Location], columns: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _read(files: Sequence[ShardFile], columns: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     if files:
         # Read-ahead is bounded, so that memory does not grow with the number of files.
         ahead = {"batch_readahead": 4, "fragment_readahead": 4}

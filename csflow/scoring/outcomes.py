@@ -101,8 +101,8 @@ class OutcomeReader:
         self._settle(settled)
         scored, failed = KeySet(), KeySet()
         for files in [*(group.files for group in open_groups), others]:
-            _add(scored_images(_locations(files["scores"])), scored)
-            _add(permanent_errors(_locations(files["errors"])), failed)
+            _add(scored_images(files["scores"]), scored)
+            _add(permanent_errors(files["errors"]), failed)
         return Outcomes(unfinished, [self._scored, scored], [self._failed, failed])
 
     def _groups(
@@ -135,11 +135,13 @@ class OutcomeReader:
             # Files were deleted or replaced since the last time. It is rare, so all is read again.
             self._scored, self._failed, self._known = KeySet(), KeySet(), set()
         new = [settled[name] for name in sorted(settled.keys() - self._known)]
-        written = [(group, file) for group, file in new if file.name in self.log.outcome_files]
-        for (group, file), content in zip(written, read_all(file for _, file in written), strict=True):
+        known = self.log.outcome_files
+        written = [(group, file) for group, file in new if file.name in known]
+        contents = read_all(known[file.name] for _, file in written)
+        for (group, file), content in zip(written, contents, strict=True):
             self._take(file, _parsed(content) or self._written(group, file))
         for group, file in new:
-            if file.name not in self.log.outcome_files:
+            if file.name not in known:
                 self._take(file, self._written(group, file))
 
     def _take(self, file: Location, outcome: tuple[Keys, Keys]) -> None:
@@ -149,8 +151,8 @@ class OutcomeReader:
 
     def _written(self, group: _Group, file: Location) -> tuple[Keys, Keys]:
         """The keys of a group's scored and failed images, read from its files and written to `file`."""
-        scored = _keys(scored_images(_locations(group.files["scores"])))
-        failed = np.unique(_keys(permanent_errors(_locations(group.files["errors"]))))
+        scored = _keys(scored_images(group.files["scores"]))
+        failed = np.unique(_keys(permanent_errors(group.files["errors"])))
         both = np.concatenate([scored, failed])
         key = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(16), len(both), [None, pa.py_buffer(both.tobytes())]
@@ -169,10 +171,6 @@ def _parsed(content: bytes) -> tuple[Keys, Keys] | None:
     key = np.frombuffer(b"".join(table["image_key"].to_pylist()), dtype="S16")
     is_scored = table["is_scored"].to_numpy()
     return key[is_scored], key[~is_scored]
-
-
-def _locations(files: Iterable[ShardFile]) -> list[Location]:
-    return [file.location for file in files]
 
 
 def _keys(images: Iterable[pa.RecordBatch]) -> Keys:

@@ -22,7 +22,7 @@ from csflow.errors import WrongUse
 from csflow.output.layout import Output
 from csflow.output.schemas import KEY_COLUMNS
 from csflow.scoring.frozen_listing import FROZEN, Listing, rebatched
-from csflow.storage import Location, read_all
+from csflow.storage import FoundFile, Location, read_all
 
 SHARD_STEP, MAX_SHARD_SIZE = 32, 256
 """Shards have a multiple of this many images, so that even their last batches are full, also on GPUs: a batch
@@ -114,8 +114,8 @@ class PlanLog:
 
     def __init__(self, output: Output) -> None:
         self.output = output
-        self.outcome_files: frozenset[str] = frozenset()
-        """Names of the outcome files that there were when the log was last read."""
+        self.outcome_files: dict[str, FoundFile] = {}
+        """The outcome files that there were when the log was last read, by name."""
         self._plans: dict[int, Plan] = {}
 
     def read(self) -> list[Plan]:
@@ -124,13 +124,15 @@ class PlanLog:
         Raises:
             WrongUse: an entry is missing, so its plan may hold images that no other entry tells of.
         """
-        files = self.output.folder("_plans").find("")
-        self.outcome_files = frozenset(file.name for file in files if file.name.startswith("outcome-"))
-        copies = [file for file in files if file.name.endswith(".jsonl")]
+        files = {file.location.name: file for file in self.output.folder("_plans").find_details("")}
+        self.outcome_files = {name: file for name, file in files.items() if name.startswith("outcome-")}
+        copies = [file for name, file in files.items() if name.endswith(".jsonl")]
         if copies and not self._plans:
             self._add(copies[-1].read().splitlines())
-        entries = [file for file in files if file.name.endswith(".json")]
-        new = [file for file in entries if int(file.name.removesuffix(".json")) not in self._plans]
+        entries = {
+            int(name.removesuffix(".json")): file for name, file in files.items() if name.endswith(".json")
+        }
+        new = [file for number, file in entries.items() if number not in self._plans]
         self._add(read_all(new))
         missing = set(range(1, len(self._plans) + 1)) - self._plans.keys()
         if missing:
