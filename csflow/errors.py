@@ -105,6 +105,12 @@ TRANSIENT = frozenset(
 """Codes of errors that may be temporary or repaired: the next run tries these images again."""
 
 
+OF_CONTENT = frozenset(
+    {ErrorCode.CORRUPT, ErrorCode.CRASHED, ErrorCode.TOO_LARGE, ErrorCode.UNSUPPORTED_FORMAT}
+)
+"""Codes of errors that the content of a container is to blame for, so that reading it again is in vain."""
+
+
 class ImageError(Exception):
     """One image cannot be read or decoded; it becomes a row of `errors` and its neighbours go on."""
 

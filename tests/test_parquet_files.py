@@ -14,10 +14,11 @@ from small_models import save_small
 from test_inputs import contents, failure, parquet_of, png, write
 from test_unlisted import listed
 
-from csflow.errors import ErrorCode, WrongUse
+from csflow.errors import ErrorCode, ImageError, WrongUse
 from csflow.evaluation.labels import read_labels
 from csflow.inputs import rows
 from csflow.inputs.child_process import Child, ChildDied
+from csflow.inputs.reading import ImageReader
 from csflow.inputs.selection import Selection
 from csflow.inputs.unlisted import Reason, Unlisted
 from csflow.model_directory import read_model
@@ -181,8 +182,15 @@ def test_a_row_group_that_unpacks_to_too_much_is_too_large(
     found = listed(tmp_path)
     assert contents(dict(list(found.items())[:1])) == {f"{tmp_path}/r.parquet#0": image}
     monkeypatch.setattr(rows, "MAX_RANGE_BYTES", 32 << 20)
-    assert failure(*next(iter(found.items()))).code == ErrorCode.TOO_LARGE
+    reader = ImageReader({}, deadline_s=5)
+    for uri, version in list(found.items())[:3]:
+        with pytest.raises(ImageError, match="row group unpacks to more"):
+            reader.read(uri, version)
+        # It is unpacked once for all its rows.
+        (tmp_path / "r.parquet").unlink(missing_ok=True)
     monkeypatch.undo()
+    write(tmp_path / "r.parquet", parquet_of({"image": [image] * 64}, row_group_size=64))
+    found = listed(tmp_path)
     assert failure(*next(iter(found.items())), max_bytes=1000).code == ErrorCode.TOO_LARGE
 
 

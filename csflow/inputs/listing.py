@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from csflow.errors import ErrorCode, ImageError, WrongUse
+from csflow.errors import OF_CONTENT, ErrorCode, ImageError, WrongUse
 from csflow.inputs import archives, containers, folders, inventories, manifests, rows
 from csflow.inputs.containers import Containers
 from csflow.inputs.local_folders import fixed_part
@@ -35,8 +35,6 @@ LISTING = pa.schema(
 """Schema of a listing. `size_bytes` is 0 if a manifest does not say, and an average for Parquet rows.
 `image_modified_at` is null if nothing says when the image was last changed."""
 
-OF_CONTENT = (ErrorCode.CORRUPT, ErrorCode.CRASHED, ErrorCode.TOO_LARGE, ErrorCode.UNSUPPORTED_FORMAT)
-"""Codes of errors that the content of a container is to blame for."""
 FOUND_SUFFIXES = (*IMAGE_SUFFIXES, *containers.SUFFIXES)
 BATCH_ROWS = 10_000
 THREADS = 16

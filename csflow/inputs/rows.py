@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from csflow.errors import ErrorCode, ImageError
+from csflow.errors import OF_CONTENT, ErrorCode, ImageError
 from csflow.inputs.objects import MAX_RANGE_BYTES, ObjectStore, StoredObject
 from csflow.inputs.store_errors import check_size, parsing
 
@@ -187,6 +187,7 @@ class RowReader:
                     images.append(value)
                     size += len(value or b"")
                 if size > MAX_RANGE_BYTES:
+                    images.clear()  # The error is kept, and with it what this function holds.
                     raise ImageError(ErrorCode.TOO_LARGE, "its row group unpacks to more than 1 GiB")
         return images
 
@@ -200,7 +201,10 @@ class _Footer(NamedTuple):
 
 
 class _Cache(Generic[Value]):
-    """Keeps the last results of slow calls. A caller waits for a result that another is computing."""
+    """Keeps the last results of slow calls. A caller waits for a result that another is computing.
+
+    What the content of a file is to blame for is kept, too: all rows of a row group ask for the same.
+    """
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -224,9 +228,10 @@ class _Cache(Generic[Value]):
         try:
             result.set_result(make())
         except BaseException as error:
-            # A failure is for those who wait now; later calls try again.
+            # Any other failure is for those who wait now; later calls try again.
+            is_kept = isinstance(error, ImageError) and error.code in OF_CONTENT
             with self._lock:
-                if self._results.get(key) is result:
+                if not is_kept and self._results.get(key) is result:
                     del self._results[key]
             result.set_exception(error)
 
