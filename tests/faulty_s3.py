@@ -33,7 +33,7 @@ class FaultyFront:
 
     `faults` are used up one by one, by the requests as they come; "none" is a request that goes through.
     When they are used up, `weather` decides by method and path. `before` is called ahead of every request,
-    one at a time.
+    one at a time. `rewrite` changes what is answered to a GET.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -46,6 +46,7 @@ class FaultyFront:
         self.faults: deque[str] = deque()
         self.weather: Callable[[str, str], str | None] = clear_sky
         self.before: Callable[[str, str], None] = lambda method, path: None
+        self.rewrite: Callable[[str, bytes], bytes] = lambda path, data: data
         self.lock = threading.Lock()
         self.requests: list[str] = []
         self.user_agents: list[str] = []
@@ -56,6 +57,7 @@ class FaultyFront:
         """Forgets all faults and requests."""
         self.faults.clear()
         self.weather = clear_sky
+        self.rewrite = lambda path, data: data
         self.requests.clear()
         self.user_agents.clear()
         self.authorizations.clear()
@@ -149,8 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
         connection = http.client.HTTPConnection(server.host, server.port)
         connection.request(self.command, self.path, body, dict(self.headers))
         response = connection.getresponse()
-        data = response.read()
-        length = int(response.getheader("Content-Length", len(data)))
+        data = server.rewrite(self.path, response.read())
+        length = int(response.getheader("Content-Length", 0)) if self.command == "HEAD" else len(data)
         skipped = ("connection", "content-length", "transfer-encoding")
         headers = [header for header in response.getheaders() if header[0].lower() not in skipped]
         if fault == "cut":

@@ -694,6 +694,25 @@ def test_replaced_s3_objects_are_changed_and_removed_ones_not_found(bucket: faul
     assert {error.code for error in failures} == {ErrorCode.NOT_FOUND}
 
 
+def test_an_s3_object_that_listings_name_otherwise_for_good_is_read(
+    bucket: faulty_s3.FaultyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = bucket.put("a.png", png(1))
+    bucket.put("a.png.png", png(2))  # Its name begins with that of the other.
+    known = bucket.fs.info(uri)["ETag"].strip('"').encode()
+    bucket.rewrite = lambda path, data: data.replace(known, b"of an index") if "list-type" in path else data
+    found = listing("s3://inputs", options=bucket.options)
+    assert found[uri] == "of an index"
+    # A listing may lag behind a change.
+    assert failure(uri, found[uri], options=bucket.options).code == ErrorCode.CHANGED
+    monkeypatch.setattr(objects, "LONGEST_LAG_S", -60.0)
+    assert contents(found, bucket.options)[uri] == png(1)
+    # Another version than the one in question.
+    assert failure(uri, "listed long ago", options=bucket.options).code == ErrorCode.CHANGED
+    bucket.weather = lambda method, path: "denied" if "list-type" in path else None
+    assert failure(uri, found[uri], options=bucket.options).code == ErrorCode.CHANGED
+
+
 def cut_inside_data() -> bytes:
     return tar_of({"a.png": png(1), "b.png": bytes(5000)})[:3000]
 

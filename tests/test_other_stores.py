@@ -100,6 +100,8 @@ class WebServer:
         self.statuses: deque[int] = deque()
         """Answers to the next requests, used up one by one; 200 lets one through."""
         self.without_head = False
+        self.head: dict[str, str] = {}
+        """Headers of answers to HEAD, in place of those of GET."""
         self.sent_bytes = 0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _WebHandler)
         self._server.site = self  # type: ignore[attr-defined]
@@ -130,7 +132,8 @@ class _WebHandler(BaseHTTPRequestHandler):
             data, headers = site.files[self.path]
         else:
             return self._head(404, {"Content-Length": "0"})
-        self._head(200, headers | {"Content-Length": str(len(data))})
+        of_head = site.head if self.command == "HEAD" else {}
+        self._head(200, headers | {"Content-Length": str(len(data))} | of_head)
         if self.command == "GET":
             self.wfile.write(data)
         return None
@@ -181,6 +184,17 @@ def test_a_changed_file_on_a_web_server_is_seen_by_listing_and_by_reading(
     assert failure(uri, listed[uri]).code == ErrorCode.CHANGED
     assert contents(listing(uri)) == {uri: png(2)}
     assert listing(uri) != listed
+
+
+def test_a_file_that_a_web_server_describes_otherwise_in_listings_is_read(site: WebServer) -> None:
+    site.files["/a.png"] = (png(1), FIRST)
+    site.head = {"ETag": '"of HEAD"'}
+    uri = f"{site.url}/a.png"
+    listed = listing(uri)
+    assert listed == {uri: "of HEAD"}
+    assert contents(listed) == {uri: png(1)}
+    site.head = SECOND
+    assert failure(uri, listed[uri]).code == ErrorCode.CHANGED
 
 
 def test_the_images_of_a_web_page_have_versions(site: WebServer) -> None:

@@ -38,6 +38,8 @@ SHORTEST_ATTEMPT_S = 5.0
 """Seconds that the last attempt before a deadline gets, even past it; a shorter one could only time out."""
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 20.0
+LONGEST_LAG_S = 3600.0
+"""Seconds after which a listing knows of a change, if it ever will."""
 PAGE_OBJECTS = 1000
 """Number of objects in a page of a listing, except of S3's."""
 MAX_RANGE_BYTES = 1 << 30
@@ -87,6 +89,34 @@ class ObjectStore:
                 files can tell), TOO_LARGE above `limit` bytes, and the errors of `image_error`. Transient
                 failures are retried until the deadline.
         """
+        try:
+            return self._fetch(uri, version, start, end, limit)
+        except ImageError as failure:
+            current = self._version_of_reads(uri, version) if failure.code == ErrorCode.CHANGED else None
+            if current is None:
+                raise
+        return self._fetch(uri, current, start, end, limit)
+
+    def _version_of_reads(self, uri: str, listed: str) -> str | None:
+        """The version that reads know the object by, if it differs for good from the one in listings.
+
+        After a crash, a store's index may name a version that its object does not have. Without this, the
+        image would be `changed` in every run. A listing that only lags behind is not meant.
+        """
+        if not is_s3(uri):
+            return None
+        bucket, key = split_s3(uri)
+        try:
+            page = self.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
+            in_listing = {entry["Key"]: entry["ETag"].strip('"') for entry in page.get("Contents", ())}
+            if in_listing.get(key) != listed:
+                return None
+            current = self.stat(uri)
+        except ImageError:  # such as a role that may not list
+            return None
+        return current.version if time.time() - current.modified_at > LONGEST_LAG_S else None
+
+    def _fetch(self, uri: str, version: str, start: int, end: int | None, limit: int) -> bytes:
         path = local_path(uri)
         if path is not None:
             return self.retried(lambda _: _read_local(path, version, start, end, limit))
@@ -232,7 +262,8 @@ class ObjectStore:
     ) -> bytes:
         fs = self.remote(uri)
         data, info = sync(fs.loop, http_objects.get, fs, uri, start, end, limit, timeout=left_s)
-        if version_of(info) != version:
+        # Some servers describe a file otherwise if only its description is asked for, as a listing does.
+        if version_of(info) != version and self._stat_http(uri, left_s).version != version:
             raise ImageError(ErrorCode.CHANGED, "the file was changed after it was listed")
         return bytes(data)
 
