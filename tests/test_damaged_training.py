@@ -120,6 +120,7 @@ def reshaped(**changes: object) -> Callable[[bytes], bytes]:
         (STATE_FILE, None),
         (PROGRESS_FILE, lambda content: content[:10]),
         (PROGRESS_FILE, lambda content: b"[]"),
+        (PROGRESS_FILE, None),
     ],
 )
 def test_whatever_ends_a_continued_training_is_found_before_it_begins(

@@ -32,8 +32,8 @@ def written_checkpoint(trainer: Trainer, closing: Mapping[str, Tensor]) -> Itera
         yield folder
 
 
-def read_checkpoint(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and progress of a checkpoint.
+def read_checkpoint(folder: str, location: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and progress of a checkpoint. `location` says where `folder` was copied from, if it was.
 
     Tensors' names begin with `flow.`, `best.` (the weights of the epoch to keep) or `optimizer.`; a finished
     training also has `closing.`. Progress holds `history` (the loss curves) and `best_epoch`.
@@ -42,7 +42,7 @@ def read_checkpoint(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         DamagedFile: a file is damaged or missing.
         StorageFailed: a file cannot be read.
     """
-    with _naming_damage(folder):
+    with _naming_damage(location or folder):
         tensors = safetensors.torch.load_file(Path(folder) / STATE_FILE)
         progress = json.loads((Path(folder) / PROGRESS_FILE).read_text())
         return tensors, {"history": progress["history"], "best_epoch": progress["best_epoch"]}

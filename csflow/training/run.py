@@ -206,20 +206,22 @@ def check_continuable(folder: Location) -> None:
         DamagedFile: the training cannot continue from it.
         StorageFailed: a file cannot be read.
     """
-    found = [file.url.split("/")[-2] for file in folder.find(PROGRESS_FILE)]
-    if not found:
+    files = folder.find("")
+    if not files:
         return
+    snapshot = folder / SNAPSHOT_FILE
     with tempfile.TemporaryDirectory() as copy:
         # Ray reads a copy, so that none of its errors is one of the store. It asks whether checkpoints exist.
-        for name in found:
+        for name in {file.parent.name for file in files} - {folder.name}:
             (Path(copy) / name).mkdir()
-        if (folder / SNAPSHOT_FILE).exists():
-            (Path(copy) / SNAPSHOT_FILE).write_bytes((folder / SNAPSHOT_FILE).read())
+        if snapshot in files:
+            (Path(copy) / SNAPSHOT_FILE).write_bytes(snapshot.read())
         try:
             checkpoint = ray.train.Result.from_path(copy).checkpoint
         except Exception as error:
-            raise damaged(f"{folder / SNAPSHOT_FILE}", error) from None
+            raise damaged(str(snapshot), error) from None
     if checkpoint is not None:
-        path = (folder / Path(checkpoint.path).name).path
-        with ray.train.Checkpoint(path, arrow_filesystem(folder.fs)).as_directory() as directory:
-            read_checkpoint(directory)
+        location = folder / Path(checkpoint.path).name
+        remote = ray.train.Checkpoint(location.path, arrow_filesystem(folder.fs))
+        with remote.as_directory() as directory:
+            read_checkpoint(directory, location.url)
