@@ -70,3 +70,7 @@ class PixelBudget:
             with self._changed:
                 self._free += share
                 self._changed.notify_all()
+
+
+OF_PROCESS = PixelBudget()
+"""Shared by all who decode in this process and have no budget of their own."""

@@ -24,7 +24,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ from PIL.TiffImagePlugin import (
 from PIL.WebPImagePlugin import WebPImageFile
 
 from csflow.damage import check_undamaged, diagnosis, jpeg_scans
-from csflow.decode_limits import MAX_PIXELS, PixelBudget
+from csflow.decode_limits import MAX_PIXELS, OF_PROCESS, PixelBudget
 from csflow.errors import ErrorCode, ImageError
 from csflow.exif import taken_at
 from csflow.interest import OUTSIDE, from_text
@@ -77,6 +77,8 @@ _REDUCING_GAP = 3.0
 # Box-reduces huge rasters first; 0.3 levels from the plain filter, a quarter faster at 3000 px.
 
 _BAND_ROWS = 512
+_BLOCK_BYTES = 1 << 26
+# Pillow's default, 16 MB, is less than what glibc maps singly. A thread's freed rasters would stay with it.
 
 _FILTERS: dict[Interpolation, Image.Resampling] = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -132,7 +134,7 @@ def decode(
     target: Preprocessing | tuple[int, int] | None = None,
     max_pixels: int = MAX_PIXELS,
     is_strict: bool = False,
-    budget: PixelBudget | None = None,
+    budget: PixelBudget = OF_PROCESS,
 ) -> DecodedImage:
     """The first frame of a JPEG, PNG, WebP, BMP or TIFF file as upright RGB.
 
@@ -150,7 +152,7 @@ def decode(
     """
     preprocessing = Preprocessing(target) if isinstance(target, tuple) else target
     with _opening(data) as image_file:
-        read = _read(image_file, data, preprocessing, max_pixels, budget.holding if budget else _unbounded)
+        read = _read(image_file, data, preprocessing, max_pixels, budget.holding)
         if is_strict:
             check_undamaged(image_file, data)
     height, width, range_used, taken_at = read[1:]
@@ -219,10 +221,6 @@ def _opening(data: bytes) -> Iterator[type[ImageFile]]:
         if "unknown pixel mode" in message:
             message = WIDE_KINDS
         raise ImageError(code, message) from error
-
-
-def _unbounded(pixels: int) -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 class _Read(NamedTuple):
@@ -333,6 +331,9 @@ def _opened(image_file: type[ImageFile], data: bytes, max_pixels: int) -> ImageF
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
         # Pillow refuses WebPs and TIFFs of more than twice this value, which is one of the process.
         Image.MAX_IMAGE_PIXELS = max_pixels
+    allocator = Image.core  # type: ignore[attr-defined]  # which has no types
+    if allocator.get_block_size() < _BLOCK_BYTES:
+        allocator.set_block_size(_BLOCK_BYTES)
     image = image_file(io.BytesIO(data))
     _check_size(*image.size, max_pixels)
     # Pillow gathers a row block by block, quadratic in the blocks: minutes for a WebP 16 million wide.

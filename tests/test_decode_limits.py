@@ -3,6 +3,8 @@
 import io
 import random
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -167,6 +169,26 @@ def test_small_images_do_not_overtake_a_large_one_that_waits() -> None:
     for thread in threads:
         thread.join()
     assert order == ["large", "small"]
+
+
+MEMORY = """
+import io
+from concurrent.futures import ThreadPoolExecutor
+from PIL import Image
+from csflow.images import decode
+from csflow.process import peak_memory_bytes
+file = io.BytesIO()
+Image.new("RGB", (9500, 9500)).save(file, "PNG", compress_level=1)
+before = peak_memory_bytes()
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(decode, [file.getvalue()] * 4, [(32, 32)] * 4))
+print(peak_memory_bytes() - before)
+"""
+
+
+def test_threads_without_a_budget_of_their_own_take_the_memory_of_one_large_image() -> None:
+    job = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(job.stdout) < 4 * 9500 * 9500  # which is Pillow's raster; the first was there before
 
 
 def test_an_image_that_fails_gives_its_pixels_back() -> None:

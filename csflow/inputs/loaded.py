@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from csflow.decode_limits import DEFAULT_LIMITS, DecodeLimits, PixelBudget, ThreadClock
+from csflow.decode_limits import DEFAULT_LIMITS, OF_PROCESS, DecodeLimits, PixelBudget, ThreadClock
 from csflow.errors import ErrorCode, ImageError
 from csflow.images import DecodedImage, decode
 from csflow.inputs.reading import ImageReader
@@ -41,7 +41,7 @@ def load_one(
     image_uri: str,
     image_version: str,
     limits: DecodeLimits = DEFAULT_LIMITS,
-    budget: PixelBudget | None = None,
+    budget: PixelBudget = OF_PROCESS,
     decoding: Callable[[ThreadClock], object] = lambda clock: None,
 ) -> LoadedImage:
     """Reads and decodes one image; an error is returned in the result.
