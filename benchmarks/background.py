@@ -71,8 +71,9 @@ def write_images(folder: Path, seed: int) -> None:
 
 
 def measure(folder: Path, seed: int, settings: dict[str, Any]) -> dict[str, float]:
-    model = folder / ("masked" if settings else "whole")
-    csflow.train(input=[str(folder / "train")], output=str(model), seed=seed, overwrite=True, **settings)
+    model = folder / ("masked" if "mask" in settings else "whole")
+    settings = {"calibration": "holdout", "seed": seed, "overwrite": True} | settings
+    csflow.train(input=[str(folder / "train")], output=str(model), **settings)
     judge = csflow.load(model)
     scores = {
         part: [result.anomaly_score for result in judge.score(sorted((folder / part).iterdir()))]

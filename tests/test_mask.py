@@ -82,6 +82,14 @@ def test_a_mask_is_kept_as_text_and_another_size_or_damage_is_refused():
             from_text(damaged, height, 31)
 
 
+def test_every_map_has_a_place_in_a_region_however_small():
+    mask_HW = np.zeros((64, 48), bool)
+    mask_HW[10:14, 30:33] = True
+    fine, coarse = inside_levels(mask_HW, SIZES)
+    assert fine.nonzero().tolist() == [[1, 3]]
+    assert coarse.nonzero().tolist() == [[0, 1]]
+
+
 def test_the_log_determinant_is_that_of_the_dimensions_inside_and_the_others_stay():
     flow = random_flow(torch.float64)
     y = [y_BCHW.double() * inside_HW for y_BCHW, inside_HW in zip(random_features(1), inside(), strict=True)]
@@ -231,7 +239,7 @@ def image_of(path: Path, pixels_HW: NDArray[np.uint8]) -> str:
         ),
         (
             lambda folder: image_of(folder / "small.png", np.pad([[255]], (150, 149))),
-            "--mask: its region is smaller than a place of the smallest map",
+            "nothing is left of its region at 128 x 128 pixels; enlarge the region or --image_size",
         ),
         (
             lambda folder: image_of(folder / "wide.png", np.full((100, 200), 255)),

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 LEAST_INSIDE = 0.5
-"""A place of a map lies in the region of interest if at least this share of its pixels does."""
+"""A place of a map lies in the region of interest if at least this share of its pixels does, or as many as of
+any place."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,8 @@ def _misfit(
 def inside_levels(mask_HW: NDArray[np.bool_], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """For maps of these heights and widths, 1 at places in the region and 0 at others, (H, W), float32.
 
-    Raises:
-        ValueError: a map has no place in the region.
+    Each map has a place in the region, also if the region is smaller than any.
     """
     share_11HW = torch.from_numpy(mask_HW.astype(np.float32))[None, None]
-    levels = [(F.interpolate(share_11HW, size, mode="area")[0, 0] >= LEAST_INSIDE).float() for size in sizes]
-    for (height, width), inside_HW in zip(sizes, levels, strict=True):
-        if not inside_HW.any():
-            raise ValueError(
-                f"--mask: its region is smaller than a place of the smallest map ({height} x {width} places)"
-            )
-    return levels
+    shares = [F.interpolate(share_11HW, size, mode="area")[0, 0] for size in sizes]
+    return [(share_HW >= share_HW.max().clamp(max=LEAST_INSIDE)).float() for share_HW in shares]

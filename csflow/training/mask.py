@@ -58,4 +58,10 @@ def read_mask(location: Location, preprocessing: Preprocessing) -> Mask:
         raise WrongUse(f"--mask {location} is all black; what the model is to look at must be white")
     # Half of the maximum: masks of 0 and 1 are common, too.
     is_inside_HW = image.pixels_HWC.max(2) > np.float32(largest) / 2
+    if not is_inside_HW.any():
+        height, width = is_inside_HW.shape
+        raise WrongUse(
+            f"--mask {location}: nothing is left of its region at {height} x {width} pixels; "
+            "enlarge the region or --image_size"
+        )
     return Mask(location, to_text(is_inside_HW), image.height, image.width)
