@@ -82,7 +82,7 @@ class Architecture:
         )
 
     def inside(self, feature_shapes: Sequence[Sequence[int]]) -> list[Tensor] | None:
-        """For each level, 1 at places in the region of interest and 0 at others, (H, W); None if it is all."""
+        """For each level, 1 at places in the region of interest and 0 at others, (H, W); None for all."""
         if self.mask is None:
             return None
         with torch.device("cpu"):
