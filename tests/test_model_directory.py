@@ -393,8 +393,8 @@ def test_a_directory_is_no_model_until_all_its_files_are_there(detector, tmp_pat
         ("config.json", b'{"format_version": 4}', r"is damaged \(KeyError: 'architecture'\)"),
         (
             "config.json",
-            b'{"format_version": 6}',
-            "has format version 6, this csflow reads 5; use the csflow",
+            b'{"format_version": 7}',
+            "has format version 7, this csflow reads 6; use the csflow",
         ),
         ("model.safetensors", b"torn", r"is damaged \(SafetensorError"),
         ("calibration.parquet", b"torn", r"is damaged \(ArrowInvalid"),
@@ -485,7 +485,9 @@ def test_an_architecture_that_cannot_be_built_is_damage(detector, tmp_path, chan
     values = detector.architecture.to_json() | change
     odd = copy.copy(detector)
     odd.architecture = SimpleNamespace(
-        tiling=None, to_json=lambda: {name: value for name, value in values.items() if value is not ...}
+        tiling=None,
+        mask=None,
+        to_json=lambda: {name: value for name, value in values.items() if value is not ...},
     )
     save(Location(str(tmp_path)), odd)
     with pytest.raises(WrongUse, match=rf"is damaged \({complaint}"):
