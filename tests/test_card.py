@@ -102,6 +102,8 @@ def test_without_validation_images_or_a_gaussian_only_what_is_known_is_said():
 class Features:
     """A source of features that are in memory."""
 
+    inside = None
+
     def __init__(self, y: list[torch.Tensor]) -> None:
         self.y = y
         self.feature_shapes = [tuple(y_BCHW.shape[1:]) for y_BCHW in y]
