@@ -151,9 +151,9 @@ def test_a_damaged_model_is_refused(wrong_use, file, model, good_cells, tmp_path
 def test_a_model_of_another_format_version_is_refused(wrong_use, model, good_cells, tmp_path):
     copy = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("_work"))
     config = (copy / "config.json").read_text()
-    (copy / "config.json").write_text(config.replace('"format_version": 4', '"format_version": 6'))
+    (copy / "config.json").write_text(config.replace('"format_version": 4', '"format_version": 7'))
     line = wrong_use("score", "--model", copy, "--input", good_cells, "--output", tmp_path / "out")
-    assert "format version 6, this csflow reads 5" in line
+    assert "format version 7, this csflow reads 6" in line
 
 
 @pytest.mark.parametrize("verb", VERBS)
