@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from csflow.model.pyramid import Region
+
 SOFT_CLAMP = 3.0
 """α of the soft clamp σ(s) = α · 0.636 · atan(s / α), which bounds one block's scaling to exp(±α)."""
 
@@ -167,10 +169,7 @@ class CrossScaleSubnetwork(nn.Module):
         self.up = convolutions(hidden[1:], out[:-1])
         """up[s] feeds scale s from scale s + 1."""
         self.gamma_S = nn.Parameter(torch.zeros(len(given)))
-        self.has_inside = inside is not None
-        for s, inside_HW in enumerate(inside or ()):
-            # No part of the state: the architecture tells it.
-            self.register_buffer(f"inside_{s}", inside_HW, persistent=False)
+        self.region = Region(inside)
 
     def forward(self, x: Sequence[Tensor], keep_BK: Tensor | None = None) -> list[Tensor]:
         hidden = [
@@ -191,13 +190,8 @@ class CrossScaleSubnetwork(nn.Module):
                     hidden[s + 1], scale_factor=2, mode="bilinear", align_corners=False
                 )
                 out_BCHW = out_BCHW + self.up[s](upsampled_BCHW)
-            out_BCHW = out_BCHW * self.gamma_S[s]
-            out.append(out_BCHW * self.inside(s) if self.has_inside else out_BCHW)
+            out.append(self.region.only(out_BCHW * self.gamma_S[s], s))
         return out
-
-    def inside(self, scale: int) -> Tensor:
-        """1 at the places of the region of interest and 0 at others, (H, W); only if there is a region."""
-        return self.get_buffer(f"inside_{scale}")
 
 
 class MapConvolution(nn.Conv2d):

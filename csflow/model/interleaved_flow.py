@@ -120,9 +120,7 @@ class _InterleavedWhitening(nn.Module):
             self.register_buffer(f"order_{level}", order_C)
             self.register_buffer(f"matrix_{level}", matrix_CC)
             self.register_buffer(f"bias_{level}", -(mean_HWC @ matrix_CC.T).unsqueeze(2))
-            if whitening.has_inside:
-                self.register_buffer(f"inside_{level}", whitening.inside(level)[:, :, None, None])
-        self.has_inside = whitening.has_inside
+        self.region = whitening.region.interleaved(whitening.levels)
 
     def forward(self, y: Sequence[Tensor]) -> list[Tensor]:
         whitened = []
@@ -130,7 +128,7 @@ class _InterleavedWhitening(nn.Module):
             ordered_HWBC = y_HWBC.index_select(3, self.get_buffer(f"order_{level}"))
             x_HWBC = F.linear(ordered_HWBC, self.get_buffer(f"matrix_{level}"))
             x_HWBC.add_(self.get_buffer(f"bias_{level}"))
-            whitened.append(x_HWBC.mul_(self.get_buffer(f"inside_{level}")) if self.has_inside else x_HWBC)
+            whitened.append(self.region.only(x_HWBC, level))
         return whitened
 
 
@@ -198,9 +196,7 @@ class _InterleavedSubnetwork(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.scales = len(trained.enter)
-        self.has_inside = trained.has_inside
-        for s in range(self.scales if trained.has_inside else 0):
-            self.register_buffer(f"inside_{s}", trained.inside(s)[:, :, None, None])
+        self.region = trained.region.interleaved(self.scales)
         gamma_S = trained.gamma_S.detach()
         self.enter = nn.ModuleList(
             _InterleavedConvolution(*_parameters(convolution), LEAKY, dtype, size)
@@ -231,9 +227,7 @@ class _InterleavedSubnetwork(nn.Module):
                 out_HWBC += self.down[s - 1](hidden[s - 1])
             if s + 1 < self.scales:
                 out_HWBC += self.up[s](hidden[s + 1])
-            if self.has_inside:
-                out_HWBC *= self.get_buffer(f"inside_{s}")
-            out.append(out_HWBC)
+            out.append(self.region.only(out_HWBC, s))
         return out
 
 

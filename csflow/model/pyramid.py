@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 LEAST_INSIDE = 0.5
 """A place of a map lies in the region of interest if at least this share of its pixels does, or as many as of
@@ -71,6 +71,31 @@ def _misfit(
         f"{', '.join(map(str, reductions))}, which do not double from one to the next; fill the gap with "
         f"--scales or --cut_after: the stages and strides of this network are {fitting}"
     )
+
+
+class Region(nn.Module):
+    """The places of each map in the region of interest. It has no state, since the architecture tells it."""
+
+    def __init__(self, inside: Sequence[Tensor] | None) -> None:
+        """`inside` is, per level, 1 at places in the region and 0 at others, (H, W); None if it is all."""
+        super().__init__()
+        self.is_all = inside is None
+        for level, inside_HW in enumerate(inside or ()):
+            self.register_buffer(f"inside_{level}", inside_HW, persistent=False)
+
+    def inside(self, level: int) -> Tensor | None:
+        """1 at places of a level in the region and 0 at others, (H, W); None if it is all."""
+        return None if self.is_all else self.get_buffer(f"inside_{level}")
+
+    def only(self, x: Tensor, level: int) -> Tensor:
+        """A level's maps (…, H, W), with zeros outside."""
+        inside_HW = self.inside(level)
+        return x if inside_HW is None else x * inside_HW
+
+    def interleaved(self, levels: int) -> "Region":
+        """The same for maps (H, W, B, C)."""
+        inside = [self.inside(level) for level in range(levels)]
+        return Region(None if self.is_all else [i[:, :, None, None] for i in inside if i is not None])
 
 
 def inside_levels(mask_HW: NDArray[np.bool_], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:

@@ -27,6 +27,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from csflow.model.pyramid import Region
+
 SMALLEST_SHRINKAGE = 1e-3
 """Smallest weight of the mean variance in a covariance, for any number of images. Directions that hardly vary
 must not magnify the rounding errors of cached features and of bfloat16."""
@@ -64,12 +66,6 @@ class Gaussians(nn.Module):
         self.latents = PositionGaussian(feature_shapes, is_tiled)
         """The last layer, behind the flow."""
 
-    @property
-    def inside(self) -> list[Tensor] | None:
-        """Per level, 1 at positions in the region of interest and 0 at others, (H, W); None for all."""
-        levels = range(self.whitening.levels)
-        return [self.whitening.inside(level) for level in levels] if self.whitening.has_inside else None
-
 
 class Whitening(nn.Module):
     """Computes W · (y − μ) at every level; each position has its own μ."""
@@ -79,23 +75,17 @@ class Whitening(nn.Module):
     ) -> None:
         super().__init__()
         self.levels = len(feature_shapes)
-        self.has_inside = inside is not None
-        for level, inside_HW in enumerate(inside or ()):
-            # No part of the state: the architecture tells it.
-            self.register_buffer(f"inside_{level}", inside_HW, persistent=False)
+        self.region = Region(inside)
         for level, (channels, height, width) in enumerate(feature_shapes):
             self.register_buffer(f"mean_{level}", torch.zeros(channels, height, width))
             self.register_buffer(f"matrix_{level}", _identity(channels))
 
     def forward(self, y: Sequence[Tensor]) -> list[Tensor]:
         """Whitened features, given the backbone's features, per level (B, C, H, W)."""
-        x = [
-            _product(self.matrix(level).unsqueeze(0), y_BCHW - self.mean(level))
+        return [
+            self.region.only(_product(self.matrix(level).unsqueeze(0), y_BCHW - self.mean(level)), level)
             for level, y_BCHW in enumerate(y)
         ]
-        if not self.has_inside:
-            return x
-        return [x_BCHW * self.inside(level) for level, x_BCHW in enumerate(x)]
 
     def inverse(self, x: Sequence[Tensor]) -> list[Tensor]:
         """The backbone's features, given whitened ones; their mean outside a region of interest."""
@@ -118,11 +108,8 @@ class Whitening(nn.Module):
 
     def positions(self, level: int) -> int:
         """The number of positions of a level, in the region of interest if there is one."""
-        return int(self.inside(level).sum()) if self.has_inside else self.mean(level)[0].numel()
-
-    def inside(self, level: int) -> Tensor:
-        """1 at positions in the region of interest and 0 at others, (H, W); only if there is a region."""
-        return self.get_buffer(f"inside_{level}")
+        inside_HW = self.region.inside(level)
+        return self.mean(level)[0].numel() if inside_HW is None else int(inside_HW.sum())
 
     def mean(self, level: int) -> Tensor:
         """The mean μ of a level, (C, H, W)."""

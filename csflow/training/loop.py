@@ -191,11 +191,10 @@ class Trainer:
             return
         zero = torch.zeros((), dtype=torch.float64, device=self.worker.device)
         is_tiled = self.gaussians.is_tiled
-        shapes = source.feature_shapes
-        inside: Sequence[Tensor | None] = self.gaussians.inside or [None] * len(shapes)
+        region = self.gaussians.whitening.region
         levels = [
-            Moments.about(zero.expand(shape[0]), shape, is_tiled, inside_HW)
-            for shape, inside_HW in zip(shapes, inside, strict=True)
+            Moments.about(zero.expand(shape[0]), shape, is_tiled, region.inside(level))
+            for level, shape in enumerate(source.feature_shapes)
         ]
         shares = self._shares_of_all(source)
         with self._best_weights():
