@@ -299,8 +299,9 @@ def test_cpu_seconds_by_stage_add_up_to_the_process(scorer, shards, monkeypatch)
 def test_cpu_seconds_of_a_process_are_handed_out_once():
     cpu = ProcessCpu()
     sum(i * i for i in range(2_000_000))
-    assert cpu.take()[0] > 0.01
-    assert cpu.take()[0] < 0.01
+    first, second = cpu.take()[0], cpu.take()[0]
+    assert first > 0.01
+    assert second < first / 2
 
 
 def test_a_stage_that_fails_is_measured_too():

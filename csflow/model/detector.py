@@ -174,15 +174,9 @@ class Detector(Head):
         self.rounding_shifts: dict[str, Tensor] = {}
         """Shifts of the backbone's convolutions in bfloat16; empty before `measure_rounding`."""
 
-    @torch.no_grad()
     def measure_rounding(self, image_BHWC: Tensor) -> None:
         """Measures the `rounding_shifts` on some normal uint8 RGB images of `image_size`."""
-        pixel_BCHW = self._normalised(image_BHWC)
-        # One by one: large images would take gigabytes together.
-        found = [rounding_shifts(self.backbone.layers, pixel_CHW[None]) for pixel_CHW in pixel_BCHW]
-        self.rounding_shifts = {
-            name: torch.stack([shifts[name] for shifts in found]).mean(0) for name in found[0]
-        }
+        self.rounding_shifts = rounding_shifts(self.backbone.layers, self.normalised(image_BHWC))
 
     @torch.no_grad()
     def features(self, image_BHWC: Tensor) -> list[Tensor]:
@@ -193,7 +187,7 @@ class Detector(Head):
         Args:
             image_BHWC: uint8 RGB images of `image_size`.
         """
-        pixel_BCHW = self._normalised(image_BHWC)
+        pixel_BCHW = self.normalised(image_BHWC)
         # Each pixel of a smaller scale is the mean of those it covers; nearest-neighbour sampling, as in
         # the official code, aliases fine structure.
         return self.pyramid.join(
@@ -203,7 +197,7 @@ class Detector(Head):
             ]
         )
 
-    def _normalised(self, image_BHWC: Tensor) -> Tensor:
+    def normalised(self, image_BHWC: Tensor) -> Tensor:
         """The normalised pixels (B, C, H, W) that the backbone takes."""
         check_pixels(image_BHWC, (*self.architecture.image_size, 3))
         pixel_BHWC = image_BHWC.float() / 255

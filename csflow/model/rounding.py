@@ -18,9 +18,15 @@ from torch import Tensor, nn
 Layers = TypeVar("Layers", bound=nn.Module)
 
 
-@torch.no_grad()
 def rounding_shifts(layers: nn.Module, x_BCHW: Tensor) -> dict[str, Tensor]:
     """The mean shift (C,) of each convolution's results, on the CPU, by the convolution's name."""
+    # One by one: large images would take gigabytes together.
+    found = [_shifts(layers, x_CHW[None]) for x_CHW in x_BCHW]
+    return {name: torch.stack([shifts[name] for shifts in found]).mean(0) for name in found[0]}
+
+
+@torch.no_grad()
+def _shifts(layers: nn.Module, x_BCHW: Tensor) -> dict[str, Tensor]:
     shifts: dict[str, Tensor] = {}
 
     def measure(name: str, convolution: nn.Module, inputs: tuple[Tensor], exact_BCHW: Tensor) -> None:
