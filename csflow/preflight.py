@@ -20,19 +20,18 @@ LARGEST_FILE = 256 << 20
 
 def describe_images(
     images: int,
-    sample: pa.Table,
+    sizes: Sequence[tuple[int, int]],
     preprocessing: Preprocessing,
     map_shape: Sequence[int],
-    storage_options: Mapping[str, Any],
 ) -> str:
     """How many images there are, of which size, what the model makes of them, and what one map cell covers.
 
     Args:
-        sample: `image_uri` and `image_version` of the images to look at. What cannot be read is left out.
+        sizes: height and width of some of the images.
         map_shape: height and width of an anomaly map, in cells.
     """
     height, width = preprocessing.image_size
-    sizes = sorted(set(_sizes(sample, storage_options)))
+    sizes = sorted(set(sizes))
     resized = f"{_count(images)} → {'tiles of ' * bool(preprocessing.tiling)}{width} × {height} pixels"
     if not sizes:
         return f"{resized}, {map_shape[1]} × {map_shape[0]} map cells"
@@ -52,22 +51,26 @@ def describe_images(
     )
 
 
+def some_sizes(images: pa.Table, storage_options: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Height and width of a few images, up to the first that cannot be read; none if one kills its process.
+
+    Args:
+        images: `image_uri` and `image_version` of all images.
+    """
+    child = Child(storage_options)
+    try:
+        return child.call(_measured, spread(images).select(["image_uri", "image_version"]).to_pylist())
+    except ChildDied:
+        return []
+    finally:
+        child.close()
+
+
 def spread(images: pa.Table) -> pa.Table:
     """A few rows from all over a listing, since one folder's images may be of one camera."""
     last = images.num_rows - 1
     rows = sorted({round(last * i / (LOOKED_AT - 1)) for i in range(LOOKED_AT)})
     return images.take(pa.array([row for row in rows if 0 <= row <= last], pa.int64()))
-
-
-def _sizes(sample: pa.Table, storage_options: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Height and width of the images, up to the first that cannot be read; none if one kills its process."""
-    child = Child(storage_options)
-    try:
-        return child.call(_measured, sample.select(["image_uri", "image_version"]).to_pylist())
-    except ChildDied:
-        return []
-    finally:
-        child.close()
 
 
 def _measured(

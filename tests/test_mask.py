@@ -252,7 +252,7 @@ def test_a_wrong_mask_is_one_line_and_exit_2(make, message, good_cells, ray_clus
     arguments = ["--input", good_cells, "--output", tmp_path / "m", "--mask", make(tmp_path), *SMALL_MODEL]
     with pytest.raises(WrongUse, match=message):
         train(parse(TrainConfig, None, list(map(str, arguments))))
-    assert not (tmp_path / "m" / "config.json").exists()
+    assert not list((tmp_path / "m").rglob("*")), "no feature was extracted"
 
 
 @pytest.mark.parametrize("other", [["--tile", "64"], ["--augment"], ["--recipe", "paper"]])

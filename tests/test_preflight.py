@@ -10,7 +10,7 @@ from csflow.calibration import heldout_for, lowest_rate, p_values, why_none_is_f
 from csflow.errors import WrongUse
 from csflow.inputs.listing import list_table
 from csflow.model import Architecture
-from csflow.preflight import describe_images, spread
+from csflow.preflight import describe_images, some_sizes, spread
 from csflow.preprocessing import Preprocessing
 from csflow.training.advice import calibration_warning
 from csflow.training.config import CROSS_BELOW, TrainConfig
@@ -21,7 +21,8 @@ from csflow.training.split import split_sizes
 
 def described(folder, fit="stretch", map_shape=(8, 8)):
     images = list_table([str(folder)], {})
-    return describe_images(images.num_rows, spread(images), Preprocessing((256, 256), fit), map_shape, {})
+    sizes = some_sizes(images, {})
+    return describe_images(images.num_rows, sizes, Preprocessing((256, 256), fit), map_shape)
 
 
 def test_the_description_names_the_size_of_the_photographs_and_of_a_map_cell_in_their_pixels(cells):

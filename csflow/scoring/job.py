@@ -15,7 +15,7 @@ from csflow.inputs.selection import Selection
 from csflow.inputs.unlisted import Unlisted
 from csflow.output.layout import COMPACTED, Output, new_run_id
 from csflow.output.runs import RunRecord
-from csflow.preflight import describe_images, spread
+from csflow.preflight import describe_images, some_sizes
 from csflow.scoring.config import ScoreConfig, ScoringSettings
 from csflow.scoring.grouping import worker_bytes
 from csflow.scoring.heartbeat import Heartbeat
@@ -131,7 +131,8 @@ def _say_what_is_to_come(config: ScoreConfig, models: Models) -> None:
     model = busy[0].model
     _, *map_shape = model.feature_shapes[0]
     images = sum(one.listing.images for one in busy)
-    say(describe_images(images, spread(first), model.preprocessing, map_shape, config.storage_options))
+    sizes = some_sizes(first, config.storage_options)
+    say(describe_images(images, sizes, model.preprocessing, map_shape))
     for one in busy:
         heldout, unit = one.model.calibration.size, one.model.calibration.unit
         if why := why_none_is_flagged(heldout, config.false_positive_rate, unit):

@@ -1,6 +1,7 @@
 """The training job: lists normal images, extracts their features once, trains, writes a model directory."""
 
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,7 @@ from csflow.inputs.unlisted import Unlisted, in_words
 from csflow.model import BackboneError, Detector, load_weights
 from csflow.model.rounding import rounding_shifts
 from csflow.model_directory import Calibration, check_free, holds_model, save_model, worker_bytes
-from csflow.preflight import describe_images, spread
+from csflow.preflight import describe_images, some_sizes
 from csflow.storage import Location
 from csflow.training.advice import advice, calibration_warning, stretch_warning
 from csflow.training.cache import FeatureCache, find_images
@@ -83,7 +84,11 @@ def _train(config: TrainConfig, listed: pa.Table | None = None) -> ExitStatus:
         images = with_tags(images, pattern.tags, config.part, config.calibrate_by)
     config = config.with_calibration(count_units(images))
     is_cross = config.calibration == "cross"
-    _say_what_is_to_come(config, images, detector)
+    sizes = some_sizes(images, config.storage_options)
+    if mask:
+        for height, width in sizes:
+            mask.check_shape(height, width, "a photograph")
+    _say_what_is_to_come(config, images, sizes, detector)
     labelled = LabelledImages.read(config, images)
     work_dir = Location(config.work_dir, config.storage_options) if config.work_dir else output / "_work"
     cache = FeatureCache.of(work_dir / "features", detector, config.limits, config.tiles_per_image)
@@ -185,8 +190,14 @@ def _list_images(config: TrainConfig) -> pa.Table:
     return images
 
 
-def _say_what_is_to_come(config: TrainConfig, images: pa.Table, detector: Detector) -> None:
-    """Describes images and calibration. Raises WrongUse if the shares leave a part with too few images."""
+def _say_what_is_to_come(
+    config: TrainConfig, images: pa.Table, sizes: Sequence[tuple[int, int]], detector: Detector
+) -> None:
+    """Describes images and calibration. Raises WrongUse if the shares leave a part with too few images.
+
+    Args:
+        sizes: height and width of some of the images.
+    """
     is_cross = config.calibration == "cross"
     count, unit = count_units(images), unit_of(images)
     heldout = count
@@ -194,7 +205,7 @@ def _say_what_is_to_come(config: TrainConfig, images: pa.Table, detector: Detect
         *_, heldout = split_sizes(count, config.validation, config.holdout, unit=unit)
     _, *map_shape = detector.feature_shapes[0]
     preprocessing = detector.architecture.preprocessing
-    say(describe_images(images.num_rows, spread(images), preprocessing, map_shape, config.storage_options))
+    say(describe_images(images.num_rows, sizes, preprocessing, map_shape))
     if is_cross:
         say(
             f"--calibration cross: the model is trained on all {images.num_rows} images, and each is held "

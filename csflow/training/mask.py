@@ -29,14 +29,17 @@ class Mask(NamedTuple):
         """Raises WrongUse if an image (a row of `INDEX`) has another aspect ratio than the mask."""
         columns = ("image_uri", "image_height", "image_width")
         for uri, height, width in zip(*(images[name].to_pylist() for name in columns), strict=True):
-            if height is None:  # it could not be read
-                continue
-            ratio = (height / width) / (self.height / self.width)
-            if not 1 / SAME_SHAPE < ratio < SAME_SHAPE:
-                raise WrongUse(
-                    f"--mask {self.location} has {self.height} x {self.width} pixels, and {uri} "
-                    f"{height} x {width}: the mask must have the shape of the photographs"
-                )
+            if height is not None:  # it could be read
+                self.check_shape(height, width, uri)
+
+    def check_shape(self, height: int, width: int, image: str) -> None:
+        """Raises WrongUse if an image of this size, called so, has another aspect ratio than the mask."""
+        ratio = (height / width) / (self.height / self.width)
+        if not 1 / SAME_SHAPE < ratio < SAME_SHAPE:
+            raise WrongUse(
+                f"--mask {self.location} has {self.height} x {self.width} pixels, and {image} "
+                f"{height} x {width}: the mask must have the shape of the photographs"
+            )
 
 
 def read_mask(location: Location, preprocessing: Preprocessing) -> Mask:
