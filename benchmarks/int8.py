@@ -46,7 +46,7 @@ def main() -> None:
     detector = build_detector(parse(TrainConfig, None, settings))
     paths = sorted(arguments.images.iterdir())[:CALIBRATING]
     images = [decode(path.read_bytes(), detector.architecture.preprocessing).pixels_HWC for path in paths]
-    pixel_BHWC = detector.normalised(torch.from_numpy(np.stack(images))).permute(0, 2, 3, 1).contiguous()
+    pixel_BHWC = detector._normalised(torch.from_numpy(np.stack(images))).permute(0, 2, 3, 1).contiguous()
 
     def network(pixel_BHWC: Tensor) -> list[Tensor]:
         layers = detector.backbone.layers

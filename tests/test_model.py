@@ -352,7 +352,7 @@ def test_a_level_holds_the_maps_of_the_larger_image_first():
     detector = Detector(Architecture("resnet10t", (128, 128), ("layer3", "layer4"), 2, 4, (3,)))
     image_BHWC = torch.randint(0, 256, (2, 128, 128, 3), dtype=torch.uint8)
     features = detector.features(image_BHWC)
-    pixel_BCHW = detector.normalised(image_BHWC)
+    pixel_BCHW = detector._normalised(image_BHWC)
     large, small = detector.backbone(pixel_BCHW), detector.backbone(F.avg_pool2d(pixel_BCHW, 2))
     expected = [large[0], torch.cat([large[1], small[0]], dim=1), small[1]]
     torch.testing.assert_close(features, expected, rtol=0, atol=0)

@@ -176,7 +176,7 @@ class Detector(Head):
 
     def measure_rounding(self, image_BHWC: Tensor) -> None:
         """Measures the `rounding_shifts` on some normal uint8 RGB images of `image_size`."""
-        self.rounding_shifts = rounding_shifts(self.backbone.layers, self.normalised(image_BHWC))
+        self.rounding_shifts = rounding_shifts(self.backbone.layers, self._normalised(image_BHWC))
 
     @torch.no_grad()
     def features(self, image_BHWC: Tensor) -> list[Tensor]:
@@ -187,7 +187,7 @@ class Detector(Head):
         Args:
             image_BHWC: uint8 RGB images of `image_size`.
         """
-        pixel_BCHW = self.normalised(image_BHWC)
+        pixel_BCHW = self._normalised(image_BHWC)
         # Each pixel of a smaller scale is the mean of those it covers; nearest-neighbour sampling, as in
         # the official code, aliases fine structure.
         return self.pyramid.join(
@@ -197,7 +197,7 @@ class Detector(Head):
             ]
         )
 
-    def normalised(self, image_BHWC: Tensor) -> Tensor:
+    def _normalised(self, image_BHWC: Tensor) -> Tensor:
         """The normalised pixels (B, C, H, W) that the backbone takes."""
         check_pixels(image_BHWC, (*self.architecture.image_size, 3))
         pixel_BHWC = image_BHWC.float() / 255

@@ -259,7 +259,7 @@ def _inside(y_BCHW: Tensor, inside_HW: Tensor | None) -> Tensor:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Context in which matrices are factorised.
+    """Context of one thread, in which sums do not depend on how many there are, and matrices are factorised.
 
     With several threads, MKL's factorisations of small matrices wait for each other at every step. Beside
     other processes that took minutes in place of a second, and MKL complained of `Parameter 6` of `DLASWP`.

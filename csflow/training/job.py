@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch import Tensor, nn
 
 from csflow import duration
 from csflow.cluster import connect, described, run_task, share_out
@@ -23,7 +22,7 @@ from csflow.inputs.range_use import RangeUse
 from csflow.inputs.selection import Selection
 from csflow.inputs.unlisted import Unlisted, in_words
 from csflow.model import BackboneError, Detector, load_weights
-from csflow.model.rounding import rounding_shifts
+from csflow.model.whitening import one_thread
 from csflow.model_directory import Calibration, check_free, holds_model, save_model, worker_bytes
 from csflow.preflight import describe_images, some_sizes
 from csflow.storage import Location
@@ -314,14 +313,10 @@ def _measure_rounding(detector: Detector, data: TrainingData, config: TrainConfi
     """Measures what scoring in bfloat16 corrects. If no image can be read, there is no correction."""
     pixels = some_pixels(detector, data.subset("training"), config.storage_options, config.limits)
     if pixels:
-        pixel_BCHW = detector.normalised(torch.from_numpy(np.stack(list(pixels.values()))))
-        # In a task on one CPU of the cluster: with as many threads as the machine has that the job runs on,
-        # the same training would give a model of another id there.
-        detector.rounding_shifts = run_task(_rounding_shifts, detector.backbone.layers, pixel_BCHW)
-
-
-def _rounding_shifts(_: torch.device, layers: nn.Module, pixel_BCHW: Tensor) -> dict[str, Tensor]:
-    return rounding_shifts(layers, pixel_BCHW)
+        # With as many threads as this process happens to have, sums would differ by roundings, and the same
+        # training would give a model of another id elsewhere.
+        with one_thread():
+            detector.measure_rounding(torch.from_numpy(np.stack(list(pixels.values()))))
 
 
 def _calibrated_on_whole_images(detector: Detector, heldout: pa.Table, config: TrainConfig) -> pa.Table:
