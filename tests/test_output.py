@@ -26,6 +26,7 @@ from csflow.output.reading import (
 from csflow.output.runs import ScoredWith
 from csflow.output.schemas import ERRORS, SCORES
 from csflow.storage import Location, read_all, read_parquet, to_parquet
+from csflow.tables.files import final_files, read_footers
 
 MODEL, OTHER = "0123456789abcdef", "fedcba9876543210"
 
@@ -134,6 +135,10 @@ def test_a_store_is_not_asked_for_the_sizes_of_files_that_it_has_listed(store: F
     store.requests.clear()
     assert [len(content) for content in read_all(everything)] == [file.size for file in everything]
     assert [request.split()[0] for request in store.requests] == ["GET"] * 2
+    store.requests.clear()
+    assert len(open_scores(output.location).scores.to_table(columns=["image_uri"])) == 2
+    assert len(read_footers(final_files(output.location)["scores"])) == 2
+    assert {request.split()[0] for request in store.requests if "parquet" in request} == {"GET"}
 
 
 def test_errors_that_stay_are_those_of_these_days_that_are_not_transient(output: Output) -> None:

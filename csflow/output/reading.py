@@ -173,7 +173,7 @@ def _read(files: Sequence[ShardFile], columns: Sequence[str], schema: pa.Schema)
         yield from dataset(files, schema).to_batches(columns=list(columns), **ahead)
 
 
-def _find_models(location: Location) -> tuple[Location, dict[str, list[str]]]:
+def _find_models(location: Location) -> tuple[Location, dict[str, list[OutputFile]]]:
     for root in _possible_roots(location):
         try:
             models = _files_by_model(root, "scores")
@@ -195,23 +195,28 @@ def _possible_roots(location: Location) -> Iterator[Location]:
         yield Location(url.removesuffix("/scores"), location.storage_options)
 
 
-def _files_by_model(root: Location, kind: Kind) -> dict[str, list[str]]:
-    """Paths of the files of `scores` or `errors`, by model id, sorted."""
+def _files_by_model(root: Location, kind: Kind) -> dict[str, list[OutputFile]]:
+    """The files of `scores` or `errors`, by model id, sorted."""
     files = defaultdict(list)
     for file in output_files(root, kind):
-        files[file.model_id].append(file.location.path)
+        files[file.model_id].append(file)
     return dict(files)
 
 
-def _open_dataset(root: Location, paths: list[str], schema: pa.Schema) -> ds.Dataset:
+def _open_dataset(root: Location, files: Sequence[OutputFile], schema: pa.Schema) -> ds.Dataset:
+    sizes = {file.location.path: file.size for file in files}
+    # Arrow's own access to local files is faster, and asks no store for sizes.
+    fs = root.fs if root.is_local else arrow_filesystem(root.fs, sizes)
     partitioning = ds.partitioning(pa.schema([("date", pa.date32())]), flavor="hive")
     try:
-        found = ds.dataset(paths, filesystem=root.fs, format="parquet", partitioning=partitioning)
+        found = ds.dataset(list(sizes), filesystem=fs, format="parquet", partitioning=partitioning)
     except pa.ArrowInvalid as error:
         raise WrongUse(f"{root} holds a file that is no Parquet: {error}") from None
     required = [name for name in schema.names if not schema.field(name).nullable]
     missing = [name for name in required if name not in found.schema.names]
     if missing:
-        raise WrongUse(f"{paths[0]} lacks the columns {', '.join(missing)}; was it written by a scoring job?")
+        raise WrongUse(
+            f"{files[0].location} lacks the columns {', '.join(missing)}; was it written by a scoring job?"
+        )
     # A nullable column that an older csflow did not write reads as null.
     return found.replace_schema(pa.unify_schemas([schema, found.schema]))

@@ -51,7 +51,7 @@ def _add_columns(table: DeltaTable, columns: pa.Schema) -> None:
 def _add(footer: Footer) -> AddAction:
     return AddAction(
         path=footer.file.path,
-        size=footer.size,
+        size=footer.file.size,
         partition_values={"model_id": footer.file.model_id, "date": footer.file.date.isoformat()},
         modification_time=int(time.time() * 1000),
         data_change=True,

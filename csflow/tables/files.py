@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from csflow.literal_paths import arrow_filesystem
 from csflow.output.layout import Kind, OutputFile, output_files
 from csflow.storage import Location
 
@@ -18,7 +19,6 @@ class Footer:
     """The metadata that a table keeps about one file."""
 
     file: OutputFile
-    size: int
     metadata: pq.FileMetaData
 
 
@@ -41,9 +41,9 @@ def read_footers(files: Sequence[OutputFile]) -> list[Footer]:
     """Reads the footers of these files, several at a time."""
 
     def read(file: OutputFile) -> Footer:
-        # Nothing but the last bytes of a file is wanted, so nothing is read ahead.
-        with file.location.fs.open(file.location.path, "rb", cache_type="none") as opened:
-            return Footer(file, opened.size, pq.read_metadata(opened))
+        path = file.location.path
+        fs = arrow_filesystem(file.location.fs, {path: file.size})
+        return Footer(file, pq.read_metadata(path, filesystem=fs))
 
     with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
         return list(pool.map(read, files))

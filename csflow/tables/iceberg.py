@@ -102,7 +102,7 @@ def _data_file(table: Table, footer: Footer) -> DataFile:
         file_path=_uri(footer.file.location),
         file_format=FileFormat.PARQUET,
         partition=Record(footer.file.model_id, (footer.file.date - EPOCH).days),
-        file_size_in_bytes=footer.size,
+        file_size_in_bytes=footer.file.size,
         sort_order_id=None,
         spec_id=table.spec().spec_id,
         equality_ids=None,
