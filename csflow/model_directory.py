@@ -24,11 +24,12 @@ from csflow.storage import Location, to_parquet
 if TYPE_CHECKING:  # the driver of a scoring run needs no torch, which takes seconds and 500 MB
     from csflow.model import Detector, Head
 
-FORMAT_WITHOUT_TILES, FORMAT_WITH_TILES, FORMAT_WITH_MASK = 4, 5, 6
+FORMAT_WITHOUT_TILES, FORMAT_WITH_TILES, FORMAT_NEWEST = 4, 5, 6
 """What models are written as: an older csflow reads those whose parts it knows."""
-READABLE_VERSIONS = (1, 2, 3, FORMAT_WITHOUT_TILES, FORMAT_WITH_TILES, FORMAT_WITH_MASK)
+READABLE_VERSIONS = (1, 2, 3, FORMAT_WITHOUT_TILES, FORMAT_WITH_TILES, FORMAT_NEWEST)
 """Version 1 has no rounding shifts; models before version 3 have no whitening and only one score, before
-version 4 one average of energies and no windows, before version 5 no tiles, and before version 6 no mask."""
+version 4 one average of energies and no windows, before version 5 no tiles, and before version 6 no mask and
+features of their own way alone."""
 PROCESS_BYTES = 1 << 30
 """What a worker takes without a model: libraries and activations."""
 ROUNDING = "rounding."
@@ -269,7 +270,8 @@ def save_model(
     scores = Calibration.of(calibration)
     config = {
         "format_version": format_version(
-            detector.architecture.tiling is not None, detector.architecture.mask is not None
+            detector.architecture.tiling is not None,
+            detector.architecture.mask is not None or detector.architecture.has_foreign_features,
         ),
         "model_id": _model_id(architecture, decoding, state, scores),
         "model_name": name,
@@ -342,9 +344,13 @@ def worker_bytes(state: Mapping[str, Any]) -> int:
     return PROCESS_BYTES + 2 * sum(int(value.nbytes) for value in state.values())
 
 
-def format_version(is_tiled: bool, has_mask: bool) -> int:
-    """The format version as which a model is written."""
-    return FORMAT_WITH_MASK if has_mask else FORMAT_WITH_TILES if is_tiled else FORMAT_WITHOUT_TILES
+def format_version(is_tiled: bool, is_newest: bool) -> int:
+    """The format version as which a model is written.
+
+    Args:
+        is_newest: whether it has a mask or features of other code.
+    """
+    return FORMAT_NEWEST if is_newest else FORMAT_WITH_TILES if is_tiled else FORMAT_WITHOUT_TILES
 
 
 def holds_model(location: Location) -> bool:
@@ -381,7 +387,7 @@ def read_config(location: Location) -> dict[str, Any]:
         format_version = config["format_version"]
     if format_version not in READABLE_VERSIONS:
         raise WrongUse(
-            f"model {location} has format version {format_version!r}, this csflow reads {FORMAT_WITH_MASK}; "
+            f"model {location} has format version {format_version!r}, this csflow reads {FORMAT_NEWEST}; "
             "use the csflow version named in its config.json, or train it anew"
         )
     return dict(config)

@@ -1,7 +1,7 @@
 """Importing models of other code bases: the same scores on the same features, and no pickled code run.
 
-tests/golden/anomalib_golden.py says how the checkpoint and values of anomalib were made; the official values
-are those of tests/golden/*.npz.
+tests/golden/anomalib_golden.py says how the checkpoint and values of anomalib were made, and
+official_extractor.py those of the official extractor. The official flow's are in tests/golden/official*.npz.
 """
 
 import gzip
@@ -15,20 +15,33 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 import torchvision
 from torch import Tensor
 
+import csflow
 from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
 from csflow.importing.checkpoints import ForeignModelError, load_extractor, permutations, read_foreign
-from csflow.importing.job import ImportConfig, import_model
-from csflow.model import Architecture, Backbone, CrossScaleFlow, Detector
+from csflow.importing.job import IMAGENET_MEAN, IMAGENET_STD, ImportConfig, import_model
+from csflow.model import (
+    Architecture,
+    Backbone,
+    CrossScaleFlow,
+    Detector,
+    InferenceBackbone,
+    InferenceDetector,
+    load_weights,
+)
 from csflow.model_directory import load_model
 from csflow.storage import Location
 from csflow.weights import find_weights
 
 GOLDEN = Path(__file__).parent / "golden"
+sys.path.append(str(GOLDEN))
+import extractors  # noqa: E402
+
 OFFICIAL = sorted(GOLDEN.glob("official*.npz"))
 ANOMALIB = json.loads((GOLDEN / "anomalib_2.7.0.json").read_text())
 
@@ -104,21 +117,12 @@ def test_prefixes_of_wrappers_do_not_matter(golden):
     torch.testing.assert_close(wrapped.flow.state_dict(), read_foreign(state).flow.state_dict())
 
 
-def random_extractor() -> torch.nn.Module:
-    """torchvision's EfficientNet-B5 up to its sixth stage, with batch statistics that matter."""
-    torch.manual_seed(0)
-    network = torchvision.models.efficientnet_b5(weights=None).features[:7].eval()
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.running_var, 0.001, 0.5)
-            torch.nn.init.normal_(module.running_mean, std=0.05)
-            torch.nn.init.uniform_(module.weight, 0.2, 0.6)
-    return network
-
-
 @pytest.fixture(scope="module")
 def extractor() -> torch.nn.Module:
-    return random_extractor()
+    """torchvision's EfficientNet-B5 up to its sixth stage."""
+    network = torchvision.models.efficientnet_b5(weights=None).features[:7].eval()
+    network.load_state_dict(extractors.weights(network.state_dict()))
+    return network
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +147,27 @@ def test_the_feature_extractor_of_an_anomalib_checkpoint_gives_the_same_features
     with torch.inference_mode():
         torch.testing.assert_close(b5(image_BCHW)[0], extractor(image_BCHW), rtol=1e-3, atol=1e-4)
     assert extractor(image_BCHW).std() > 0.01
+
+
+def test_the_features_of_an_official_model_are_those_of_the_original():
+    shape = Architecture(
+        "tf_efficientnet_b5",
+        (extractors.SIDE, extractors.SIDE),
+        hidden_channels=1,
+        kernel_sizes=(3,),
+        subsampling="first",
+        static_padding=True,
+    )
+    detector = Detector(shape).eval()
+    whole = timm.create_model(shape.backbone).state_dict()  # in the order of the original's tensors
+    load_weights(detector.backbone, extractors.weights(whole))
+    for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+        detector.get_buffer(name).copy_(torch.tensor(values))
+    image_BHWC = torch.from_numpy(extractors.images())
+    golden = np.load(GOLDEN / "efficientnet_pytorch.npz")
+    for features in (detector.features(image_BHWC), InferenceBackbone(detector, "float32", 2)(image_BHWC)):
+        for s, y_BCHW in enumerate(features):
+            np.testing.assert_allclose(y_BCHW, golden[f"scale{s}"], rtol=1e-3, atol=1e-4)
 
 
 def test_another_feature_extractor_is_refused(extractor, b5):
@@ -178,6 +203,13 @@ def test_an_imported_model_is_whole_and_calibrated_on_the_named_images(
     assert model.detector.architecture.image_size == (128, 128)
     scores = model.detector.score_features(anomalib_features())
     np.testing.assert_allclose(scores.anomaly_score_B, ANOMALIB["score"], rtol=1e-5)
+    image_BHWC = torch.from_numpy(extractors.images())
+    form = InferenceDetector(model.detector, "float32", 2)
+    for score_B in (model.detector(image_BHWC).anomaly_score_B, form(image_BHWC).anomaly_score_B):
+        np.testing.assert_allclose(score_B, ANOMALIB["whole_scores"], rtol=1e-4)
+    for image_HWC, expected in zip(extractors.images(), ANOMALIB["whole_scores"], strict=True):
+        found = csflow.load(tmp_path / "model").score(image_HWC)
+        assert found.anomaly_score == pytest.approx(expected, rel=1e-4)
     calibration = pq.read_table(tmp_path / "model" / "calibration.parquet").to_pylist()
     assert [Path(row["image_uri"]).name for row in calibration] == sorted(
         path.name for path in good_images.iterdir() if path.name != "damaged.png"

@@ -487,6 +487,7 @@ def test_an_architecture_that_cannot_be_built_is_damage(detector, tmp_path, chan
     odd.architecture = SimpleNamespace(
         tiling=None,
         mask=None,
+        has_foreign_features=False,
         to_json=lambda: {name: value for name, value in values.items() if value is not ...},
     )
     save(Location(str(tmp_path)), odd)

@@ -54,8 +54,8 @@ images with it: `python jobs/score.py --model <this folder> --input <images> --o
 | calibration score, 95 % | {high:.4f} |
 | smallest possible p-value | {smallest:.4g} |
 
-The flow gives the scores of the original on the same features. The features are csflow's: see
-`docs/import.md` for how they differ. P-values compare an image's anomaly score with those of the images in
+Images of the model's size have the scores of the original; `docs/import.md` tells how resized ones differ.
+P-values compare an image's anomaly score with those of the images in
 `calibration.parquet`; whether these took no part in training is known to whoever chose them.
 """
 
@@ -146,6 +146,8 @@ def build_detector(foreign: ForeignModel, config: ImportConfig) -> tuple[Detecto
         scales=SCALES,
         hidden_channels=foreign.hidden_channels,
         kernel_sizes=foreign.kernel_sizes,
+        subsampling="first",
+        static_padding=foreign.source == "official" and backbone.startswith("tf_efficientnet"),
     )
     is_own = bool(foreign.extractor) and config.weights is None and config.backbone is None
     try:

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -119,6 +120,23 @@ class Backbone(nn.Module):
         if isinstance(self.layers, nn.Sequential):
             return stage_maps(self.layers, self.is_stage, image_BCHW)
         return cast(list[Tensor], self.layers(image_BCHW))
+
+    def pad_statically(self) -> None:
+        """Pads strided convolutions as for images of `native_side`, as the package efficientnet_pytorch does.
+
+        A `tf_…` network pads as TensorFlow does, by the size of the map: of an odd one, both sides alike, and
+        of an even one, such as all are in images that a detector takes, one side more.
+        """
+        from timm.layers.conv2d_same import Conv2dSame  # only now, since `import_timm` must come first
+
+        side = self.native_side
+        for name, convolution in list(self.layers.named_modules()):
+            if not isinstance(convolution, Conv2dSame) or convolution.stride[0] == 1:
+                continue
+            if side % 2:
+                parent, _, child = name.rpartition(".")
+                self.layers.get_submodule(parent).set_submodule(child, _padded_alike(convolution))
+            side = math.ceil(side / convolution.stride[0])
 
     def train(self, mode: bool = True) -> "Backbone":
         """Stays in eval mode, since a pass in train mode would change the batch-norm statistics."""
@@ -259,6 +277,22 @@ class IntermediateMaps(nn.Module):
         fixed = copy.deepcopy(self)
         cast(Any, fixed.network).set_input_size((height, width))
         return fixed
+
+
+def _padded_alike(convolution: nn.Conv2d) -> nn.Conv2d:
+    """The same convolution with as many zeros on each side."""
+    height, width = (size // 2 for size in convolution.kernel_size)
+    alike = nn.Conv2d(
+        convolution.in_channels,
+        convolution.out_channels,
+        (convolution.kernel_size[0], convolution.kernel_size[1]),
+        (convolution.stride[0], convolution.stride[1]),
+        (height, width),
+        groups=convolution.groups,
+        bias=convolution.bias is not None,
+    )
+    alike.weight, alike.bias = convolution.weight, convolution.bias
+    return alike.train(convolution.training)
 
 
 def stage_maps(layers: nn.Sequential, is_stage: Sequence[bool], x_BCHW: Tensor) -> list[Tensor]:

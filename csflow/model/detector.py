@@ -5,7 +5,7 @@ Dimension letters: B batch, C channels, H height, W width, S levels of the pyram
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from csflow.model.whitening import Gaussians
 from csflow.precision import PrecisionSetting
 from csflow.preprocessing import DECODING_VERSION, Fit, Interpolation, Preprocessing, Tiling
 
+Subsampling = Literal["mean", "first"]
+
 OLD_DEFAULTS: dict[str, Any] = {
     "fit": "stretch",
     "interpolation": "bilinear",
@@ -30,6 +32,8 @@ OLD_DEFAULTS: dict[str, Any] = {
     "decoding_version": 1,
     "tiling": None,
     "mask": None,
+    "subsampling": "mean",
+    "static_padding": False,
 }
 """Values for models whose config.json does not have these keys."""
 
@@ -67,6 +71,12 @@ class Architecture:
     """How images are cut into tiles, which only a detector with whitening can see; None for whole images."""
     mask: str | None = None
     """The region of interest, which only a detector with whitening of whole images can have; None for all."""
+    subsampling: Subsampling = "mean"
+    """How smaller scales are made of an image: of the mean of each square of pixels, or of its first pixel,
+    as in the original code, which aliases fine structure."""
+    static_padding: bool = False
+    """Whether convolutions of a `tf_…` network are padded as for images of its native side, whatever the
+    image's: see `Backbone.pad_statically`."""
 
     def __post_init__(self) -> None:
         # A single stage is a string, as it always was: the id of a model depends on it.
@@ -89,6 +99,11 @@ class Architecture:
             return inside_levels(
                 from_text(self.mask, *self.image_size), [(h, w) for _, h, w in feature_shapes]
             )
+
+    @property
+    def has_foreign_features(self) -> bool:
+        """Whether features are those of other code, as of an imported model."""
+        return self.subsampling != "mean" or self.static_padding
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self) | {
@@ -162,6 +177,8 @@ class Detector(Head):
         is_proven = feature_shapes is not None
         with torch.device("cpu"):  # never without memory: a pass through it tells its maps
             backbone = Backbone(architecture.backbone, architecture.cut_after, is_proven)
+        if architecture.static_padding:
+            backbone.pad_statically()
         strides = dict(zip(backbone.stages, backbone.strides, strict=True))
         pyramid = Pyramid.of(strides, architecture.scales, backbone.known_stages)
         _check_size(architecture, backbone, pyramid, is_proven)
@@ -188,14 +205,7 @@ class Detector(Head):
             image_BHWC: uint8 RGB images of `image_size`.
         """
         pixel_BCHW = self._normalised(image_BHWC)
-        # Each pixel of a smaller scale is the mean of those it covers; nearest-neighbour sampling, as in
-        # the official code, aliases fine structure.
-        return self.pyramid.join(
-            [
-                self.backbone(F.avg_pool2d(pixel_BCHW, 2**s) if s else pixel_BCHW)
-                for s in range(self.architecture.scales)
-            ]
-        )
+        return self.pyramid.join([self.backbone(scale) for scale in scales(pixel_BCHW, self.architecture)])
 
     def _normalised(self, image_BHWC: Tensor) -> Tensor:
         """The normalised pixels (B, C, H, W) that the backbone takes."""
@@ -207,6 +217,15 @@ class Detector(Head):
     def forward(self, image_BHWC: Tensor) -> Scores:
         """Scores of uint8 RGB images of `image_size`."""
         return self.score_features(self.features(image_BHWC))
+
+
+def scales(pixel_BCHW: Tensor, architecture: Architecture) -> list[Tensor]:
+    """The images in each size in which the backbone sees them, largest first."""
+    sizes = [pixel_BCHW]
+    for _ in range(1, architecture.scales):
+        is_mean = architecture.subsampling == "mean"
+        sizes.append(F.avg_pool2d(sizes[-1], 2) if is_mean else sizes[-1][..., ::2, ::2])
+    return sizes
 
 
 def check_pixels(image_BHWC: Tensor, shape: tuple[int, ...]) -> None:

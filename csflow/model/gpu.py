@@ -12,11 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
 from torch import Tensor, nn
 
-from csflow.model.detector import Detector, energies
+from csflow.model.detector import Detector, energies, scales
 from csflow.model.fallbacks import Fallbacks
 from csflow.model.statistic import Scores
 
@@ -39,7 +38,7 @@ class GpuFeatures(nn.Module):
     def __init__(self, detector: Detector, dtype: torch.dtype, fallbacks: Fallbacks) -> None:
         super().__init__()
         self.dtype = dtype
-        self.scales = detector.architecture.scales
+        self.architecture = detector.architecture
         self.pyramid = detector.pyramid
         for name in ("mean", "std"):
             self.register_buffer(name, 255 * detector.get_buffer(name))
@@ -51,11 +50,8 @@ class GpuFeatures(nn.Module):
         """Features, float32 per level, of uint8 RGB images."""
         pixel_BHWC = (image_BHWC.float() - self.get_buffer("mean")) / self.get_buffer("std")
         pixel_BCHW = pixel_BHWC.permute(0, 3, 1, 2)
-        maps = []
         with _autocast(self.dtype, image_BHWC.device):
-            for s in range(self.scales):
-                pixel_BCHW = F.avg_pool2d(pixel_BCHW, 2) if s else pixel_BCHW
-                maps.append(self.backbone(pixel_BCHW.to(self.dtype)))
+            maps = [self.backbone(scale.to(self.dtype)) for scale in scales(pixel_BCHW, self.architecture)]
         return [y_BCHW.float() for y_BCHW in self.pyramid.join(maps)]
 
     def _fuse(self, fallbacks: Fallbacks) -> None:
