@@ -476,6 +476,7 @@ def test_tensors_that_are_not_of_the_architecture_are_damage(detector, tmp_path)
     [
         ({"new_setting": 1}, "TypeError: .*new_setting"),
         ({"kernel_sizes": [2]}, "ValueError: kernel_sizes"),
+        ({"subsampling": "median"}, "ValueError: subsampling 'median'"),
         ({"image_size": ...}, "KeyError: 'image_size'"),
         ({"scales": 0}, "IndexError"),
         ({"backbone": "unheard_of"}, "BackboneError: .*unheard_of"),

@@ -5,7 +5,7 @@ Dimension letters: B batch, C channels, H height, W width, S levels of the pyram
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,8 @@ class Architecture:
     image's: see `Backbone.pad_statically`."""
 
     def __post_init__(self) -> None:
+        if self.subsampling not in get_args(Subsampling):
+            raise ValueError(f"subsampling {self.subsampling!r}")
         # A single stage is a string, as it always was: the id of a model depends on it.
         if not isinstance(self.cut_after, str | None):
             single = len(self.cut_after) == 1
