@@ -29,7 +29,11 @@ SUBMITTER = {
 """`GetDefaultSubmitterTemplate`: the pod of a RayJob without a template of its own. No security context."""
 AUTOSCALER = {"name": "autoscaler", "image": "of the head"}
 """`BuildAutoscalerContainer`: beside the head, with the security context of `autoscalerOptions`."""
-WAITS_FOR_HEAD = {"name": "wait-gcs-ready", "image": "of the worker"}
+WAITS_FOR_HEAD = {
+    "name": "wait-gcs-ready",
+    "image": "of the worker",
+    "resources": {kind: {"cpu": "200m", "memory": "256Mi"} for kind in ("requests", "limits")},
+}
 """`DefaultWorkerPodTemplate`: an init container of workers, with the security context of their container."""
 
 

@@ -115,6 +115,39 @@ def test_a_head_with_its_memory_in_redis_is_valid(overlay, version):
     assert kuberay.kuberay_errors(cluster, version) == []
 
 
+def test_a_quota_has_room_for_all_workers_and_every_container_says_what_it_takes_of_it(overlay):
+    component = CLUSTER / "kuberay" / "components" / "quota"
+    resources = kustomize.build(component, json.loads(json.dumps(overlay)))
+    quota = only(resources, "ResourceQuota")
+    assert kuberay.kubernetes_errors(quota) == []
+    asked = {}
+    for name, pod in all_pods(resources).items():
+        # Without these, a namespace with a quota takes no pod.
+        containers = [*pod["containers"], *pod.get("initContainers", [])]
+        assert [
+            c["name"] for c in containers if not c["resources"]["requests"].keys() >= {"cpu", "memory"}
+        ] == []
+        asked[name] = {
+            kind: sum(
+                amount(container["resources"]["requests"].get(kind, "0")) for container in pod["containers"]
+            )
+            for kind in ("cpu", "memory", "nvidia.com/gpu")
+        }
+    groups = only(resources, "RayCluster")["spec"]["workerGroupSpecs"]
+    workers = {f"RayCluster csflow, worker {group['groupName']}": group["maxReplicas"] for group in groups}
+    hard = quota["spec"]["hard"]
+    assert sum(workers.get(name, 1) for name in asked if "RayCronJob" not in name) <= int(hard["pods"])
+    for kind in ("cpu", "memory", "nvidia.com/gpu"):
+        of_a_night = [asked[name][kind] * workers.get(name, 1) for name in asked if "RayCronJob" not in name]
+        assert sum(of_a_night) <= amount(hard[f"requests.{kind}"])
+
+
+def amount(quantity: str) -> float:
+    """The number that a quantity of Kubernetes stands for."""
+    number, unit = re.fullmatch(r"(\d+)(m|[KMGT]i)?", quantity).groups()
+    return int(number) * {None: 1, "m": 0.001, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}[unit]
+
+
 def test_what_is_invalid_is_found(overlay, version):
     cluster = only(overlay, "RayCluster")
     head = cluster["spec"]["headGroupSpec"]
