@@ -115,6 +115,14 @@ def test_a_head_with_its_memory_in_redis_is_valid(overlay, version):
     assert kuberay.kuberay_errors(cluster, version) == []
 
 
+def test_traffic_is_encrypted_where_kuberay_offers_it(overlay, version):
+    component = CLUSTER / "kuberay" / "components" / "tls"
+    cluster = only(kustomize.build(component, json.loads(json.dumps(overlay))), "RayCluster")
+    errors = kuberay.kuberay_errors(cluster, version)
+    assert ("tlsOptions" in str(errors)) == (version == "v1.6.2")
+    assert len(errors) == (version == "v1.6.2")
+
+
 def test_a_quota_has_room_for_all_workers_and_every_container_says_what_it_takes_of_it(overlay):
     component = CLUSTER / "kuberay" / "components" / "quota"
     resources = kustomize.build(component, json.loads(json.dumps(overlay)))
