@@ -96,6 +96,9 @@ def compact(config: CompactConfig) -> ExitStatus:
 
 def _check_target(source: Location, target: Location) -> None:
     """Refuses folders in which files may be that are not of this source's compaction."""
+    below = target.path.removeprefix(f"{source.path.rstrip('/')}/")
+    if below != target.path and below.split("/")[0].startswith(("scores", "errors", "_")):
+        raise WrongUse(f"--output {target} is where scoring jobs write; choose another folder")
     try:
         origin = (target / COMPACTED).read().decode().strip()
     except FileNotFoundError:

@@ -42,7 +42,7 @@ def _in_utc(value: datetime) -> datetime:
     return value if value.tzinfo else value.replace(tzinfo=UTC)
 
 
-Locations = Annotated[list[str], BeforeValidator(_one_or_more)]
+Locations = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_one_or_more)]
 Patterns = Annotated[list[str], BeforeValidator(_one_or_more)]
 Schemes = Annotated[
     list[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9+.-]*$")]], BeforeValidator(_one_or_more)

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageChops
+from PIL import ExifTags, Image, ImageChops, PngImagePlugin
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -67,6 +67,8 @@ from csflow.wide_samples import (
 
 # H, W: rows and columns of the upright image; C: red, green, blue.
 
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26
+"""Most bytes of an unpacked colour profile or text, which take no part. Pillow itself refuses a megabyte."""
 MAX_SCANS = 100
 """Most scans of a JPEG. Encoders write ten or so; a file of thousands takes minutes."""
 _DRAFT_MARGIN = 1.5

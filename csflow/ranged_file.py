@@ -1,5 +1,6 @@
 """A file of known size whose bytes are fetched in ranges."""
 
+import errno
 import io
 from collections.abc import Callable
 
@@ -33,7 +34,7 @@ class RangedFile(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         if base + offset < 0:
-            raise ValueError("seek before the start of the file")
+            raise OSError(errno.EINVAL, "seek before the start of the file")  # as files do
         self._position = base + offset
         return self._position
 

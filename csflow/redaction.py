@@ -18,10 +18,14 @@ SECRET_VARIABLES = (
 )
 
 _USERINFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^/?#\s'\"]*)@")
+_LONG_USERINFO = re.compile(
+    r"([A-Za-z][A-Za-z0-9+.-]*://)(?!arn:)([^/?#@:\s'\"]+:(?!\d*(?:[/?#\s'\"]|$))[^@\s'\"]*)@"
+)
+"""A user whose password has slashes, as keys of AWS may have; `host:8080/path@2x.png` is none."""
 _CONTAINER = re.compile(r"(?:abfss?|az|wasbs?)://[a-z0-9$-]+@", re.IGNORECASE)
 """Azure's own form of a URI, `abfs://container@account.dfs.core.windows.net/…`, names no user."""
 _SECRET_NAME = (
-    r"(?:[\w-]*(?:secret|password|passwd|token|signature|credential"
+    r"(?:[\w-]*(?:secret|password|passwd|token|signature|credential|passphrase"
     r"|(?:access|account|private|api)[_-]?key|connection[_-]?string)[\w-]*"
     r"|key|sig|sas)"
 )
@@ -49,6 +53,7 @@ def holds_credentials(url: str) -> bool:
     # Keys in S3 are plain text: `?key=` may be a part of one.
     query = _PRESIGNED if scheme in ("s3", "s3a", "s3n") else _QUERY
     has_user = "@" in re.split(r"[/?#]", rest)[0] and not _CONTAINER.match(url)
+    has_user = has_user or bool(_LONG_USERINFO.match(url))
     return has_user or bool(query.search(rest))
 
 
@@ -68,6 +73,7 @@ def redact(text: str, options: Mapping[str, Any] | None = None) -> str:
     for value in sorted((v for v in known if len(v) >= 6), key=len, reverse=True):
         text = text.replace(value, HIDDEN)
     text = _USERINFO.sub(_without_user, text)
+    text = _LONG_USERINFO.sub(_without_user, text)
     text = _BEARER.sub(rf"\g<1>\g<2>{HIDDEN}", _PEM.sub(rf"\g<1>{HIDDEN}", text))
     for pair in (_EQUAL_PAIR, _COLON_PAIR, _CAPITAL_PAIR):
         text = pair.sub(rf"\g<1>{HIDDEN}", text)

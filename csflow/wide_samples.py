@@ -33,13 +33,19 @@ _CHANNELS: dict[int, int] = {
     tifffile.PHOTOMETRIC.SEPARATED: 4,
 }
 _ORIENTATION, _MAX_SAMPLE_VALUE = 274, 281
+_COMPRESSIONS = {
+    *(tifffile.COMPRESSION.NONE, tifffile.COMPRESSION.LZW, tifffile.COMPRESSION.PACKBITS),
+    *(tifffile.COMPRESSION.ADOBE_DEFLATE, tifffile.COMPRESSION.DEFLATE),
+    *(tifffile.COMPRESSION.LZMA, tifffile.COMPRESSION.ZSTD),
+}
+"""Those whose strips are as large as the page says. JPEG 2000 and others have a size of their own."""
 _PLAIN_FORMATS = {tifffile.SAMPLEFORMAT.UINT, tifffile.SAMPLEFORMAT.VOID}
 _LARGEST_CHUNK = 1 << 26
 """Most values in a strip or tile that is larger than its image, as the edges of tiles are."""
 
 WIDE_KINDS = (
     "a TIFF whose pixels are of a kind that is not read, such as floats of 64 bits; save it as grey, RGB or "
-    "CMYK with integers of 8 or 16 bits, or floats of 32"
+    "CMYK with integers of 8 or 16 bits, or floats of 32, uncompressed or with LZW, deflate or Zstandard"
 )
 
 
@@ -122,7 +128,7 @@ def read_page(page: tifffile.TiffPage, data: bytes) -> WideImage:
 
 
 def _is_read(page: tifffile.TiffPage) -> bool:
-    if page.dtype is None or page.imagedepth != 1:
+    if page.dtype is None or page.imagedepth != 1 or page.compression not in _COMPRESSIONS:
         return False
     is_integer = page.dtype.kind in "iu" and page.dtype.itemsize <= 4
     return is_integer or page.dtype == np.float32

@@ -130,6 +130,9 @@ def test_a_folder_with_other_scores_is_refused(output, tmp_path, is_compacted):
 def test_nothing_is_compacted_into_the_output_itself_or_of_no_day(output, tmp_path):
     with pytest.raises(WrongUse, match="were not compacted"):
         run(output, output)
+    for folder in ("scores", "errors/large", "_plans"):
+        with pytest.raises(WrongUse, match="is where scoring jobs write; choose another folder"):
+            run(output, output / folder)
     with pytest.raises(WrongUse, match=f"no scores of a day before {FIRST_NIGHT}"):
         run(output, tmp_path / "large", before=FIRST_NIGHT)
     with pytest.raises(WrongUse, match=f"no scores of model 00; it has {OLD_MODEL}, {NEW_MODEL}"):

@@ -334,6 +334,8 @@ def test_flows_that_csflow_cannot_represent_are_refused():
     checkpoint = anomalib_checkpoint()
     with pytest.raises(ForeignModelError, match="clamp 5; csflow's flow has 3"):
         read_foreign(checkpoint | {"hyper_parameters": {"clamp": 5}})
+    with pytest.raises(ForeignModelError, match=r"clamp .*; csflow.s flow has 3"):
+        read_foreign(checkpoint | {"hyper_parameters": {"clamp": torch.ones(2)}})
     state = checkpoint["state_dict"]
     unused = {name: value * 0 if "gamma" in name else value for name, value in state.items()}
     with pytest.raises(ForeignModelError, match="every γ is 0"):

@@ -23,12 +23,14 @@ import pytest
 from PIL import Image
 from pyarrow import csv, orc
 
+from csflow.config import parse
 from csflow.errors import ErrorCode, ImageError, WrongUse
 from csflow.inputs import folders, inventories, native, native_s3, objects
 from csflow.inputs.exclusion import read_exclusion
 from csflow.inputs.listing import LISTING, list_images, list_table
 from csflow.inputs.reading import ImageReader
 from csflow.inputs.selection import EVERYTHING, Selection
+from csflow.scoring.config import ScoreConfig
 from csflow.scoring.frozen_listing import Listing
 from csflow.storage import Location
 
@@ -1149,3 +1151,26 @@ def test_unreachable_store_is_a_connection_error(monkeypatch: pytest.MonkeyPatch
     options = {"key": "a", "secret": "b", "endpoint_url": "http://127.0.0.1:9"}
     with pytest.raises(ConnectionError, match="AWS_ENDPOINT_URL"):
         listing("s3://inputs/a.png", options=options)
+
+
+def test_a_row_or_member_that_a_manifest_names_and_a_container_lacks_is_not_found(tmp_path: Path) -> None:
+    write(tmp_path / "x.parquet", parquet_of({"image": [png(1)] * 3}))
+    write(tmp_path / "x.zip", zip_of({"a.png": png(2)}))
+    named = [f"{tmp_path}/x.parquet#2", f"{tmp_path}/x.parquet#3", f"{tmp_path}/x.zip!/b.png"]
+    write(tmp_path / "m.csv", "\n".join(["image_uri", *named]).encode())
+    found = listing(tmp_path / "m.csv")
+    assert list(found) == named
+    assert list(contents({named[0]: found[named[0]]}).values()) == [png(1)]
+    for uri in named[1:]:
+        assert failure(uri, found[uri]).code == ErrorCode.NOT_FOUND
+
+
+def test_an_archive_without_members_holds_no_images(tmp_path: Path) -> None:
+    write(tmp_path / "d" / "empty.zip", zip_of({}))
+    write(tmp_path / "d" / "a.png", png(1))
+    assert list(listing(tmp_path / "d")) == [f"{tmp_path}/d/a.png"]
+
+
+def test_an_empty_input_is_refused() -> None:
+    with pytest.raises(WrongUse, match="--input: String should have at least 1 character"):
+        parse(ScoreConfig, None, ["--model", "m", "--input", "", "--output", "o"])

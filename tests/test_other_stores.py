@@ -22,9 +22,11 @@ from pyftpdlib.servers import ThreadedFTPServer
 from test_inputs import contents, failure, listing, png, write, zip_of
 
 from csflow.errors import ErrorCode, ImageError
+from csflow.inputs.listing import list_table
 from csflow.inputs.reading import ImageReader
 from csflow.inputs.selection import Selection
 from csflow.inputs.store_errors import image_error
+from csflow.inputs.unlisted import Unlisted
 
 FTP_OPTIONS = {"username": "line", "password": "1"}
 
@@ -100,6 +102,8 @@ class WebServer:
         self.statuses: deque[int] = deque()
         """Answers to the next requests, used up one by one; 200 lets one through."""
         self.without_head = False
+        self.has_loop = False
+        """Whether folders hold a link to themselves, `loop/`."""
         self.head: dict[str, str] = {}
         """Headers of answers to HEAD, in place of those of GET."""
         self.sent_bytes = 0
@@ -125,11 +129,13 @@ class _WebHandler(BaseHTTPRequestHandler):
             return self._head(status, {"Content-Length": "0"})
         if self.path == "/endless.png":
             return self._endless(site)
-        if self.path == "/":
-            links = "".join(f'<a href="{path}">{path}</a>' for path in site.files)
-            data, headers = links.encode(), {"Content-Type": "text/html"}
-        elif self.path in site.files:
-            data, headers = site.files[self.path]
+        path = "/" + self.path.lstrip("/").replace("loop/", "") if site.has_loop else self.path
+        if path.endswith("/"):
+            links = [f'<a href="{file}">{file}</a>' for file in site.files] if path == "/" else []
+            links += ['<a href="loop/">loop/</a>', '<a href="b.png">b.png</a>'] * site.has_loop
+            data, headers = "".join(links).encode(), {"Content-Type": "text/html"}
+        elif path in site.files:
+            data, headers = site.files[path]
         else:
             return self._head(404, {"Content-Length": "0"})
         of_head = site.head if self.command == "HEAD" else {}
@@ -202,6 +208,27 @@ def test_the_images_of_a_web_page_have_versions(site: WebServer) -> None:
     found = listing(f"{site.url}/")
     assert contents(found) == {f"{site.url}/{name}.png": png(i + 1) for i, name in enumerate("abc")}
     assert list(found.values()) == ["1", f"{len(png(2))}-2026-11-27T08:00:00+00:00", f"{len(png(3))}-"]
+
+
+def test_a_folder_that_links_to_itself_is_listed_once_and_named(site: WebServer) -> None:
+    site.files["/b.png"] = (png(1), FIRST)
+    site.has_loop = True
+    unlisted = Unlisted()
+    found = list_table([f"{site.url}/"], {}, unlisted=unlisted)
+    assert found["image_uri"].to_pylist() == [f"{site.url}/b.png"]
+    assert unlisted.failures == {f"{site.url}/loop/": "it is the same as a folder above it: a link?"}
+
+
+def test_a_link_of_a_folder_to_one_above_it_on_ftp_is_named(ftp: list[FtpServer]) -> None:
+    (ftp[0].folder / "d" / "up").symlink_to(ftp[0].folder)
+    unlisted = Unlisted()
+    found = list_table([f"{ftp[0].url}/"], FTP_OPTIONS, unlisted=unlisted)
+    assert [uri.removeprefix(ftp[0].url) for uri in found["image_uri"].to_pylist()] == [
+        "/d/#1.png",
+        "/d/a.png",
+    ]
+    assert all(uri.startswith(f"{ftp[0].url}/d/up/") for uri in unlisted.failures)
+    assert unlisted.failed
 
 
 def test_a_web_server_without_ranges_gives_the_images_of_an_archive(site: WebServer) -> None:

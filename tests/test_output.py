@@ -216,6 +216,14 @@ def test_scores_of_one_model_are_opened_with_its_errors_and_its_runs_alone(
         open_scores(output.location, "m3")
 
 
+def test_a_folder_of_a_day_that_there_is_not_is_no_partition(output: Output, tmp_path: Path) -> None:
+    write_scores(output, {"image_uri": "a.png"})
+    odd = tmp_path / "scores" / f"model_id={MODEL}" / "date=2026-99-99" / "part-1.parquet"
+    odd.parent.mkdir()
+    odd.write_bytes(b"")
+    assert open_scores(output.location).scores.count_rows() == 1
+
+
 def test_columns_that_older_files_lack_are_null_and_others_are_missed_by_name(output: Output) -> None:
     write_scores(output, {"image_uri": "a.png"})
     file = output.scores_file("1", "2026-11-02")

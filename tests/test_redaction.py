@@ -39,6 +39,8 @@ def job(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     [
         f"s3://AKIA:{SECRET}@plant/images",
         f"https://user:{SECRET}@plant.example/images",
+        f"s3://AKIA:a/b/{SECRET}@plant/images",
+        f"ftp://user:a/2#{SECRET}@plant.example/images",
         PRESIGNED,
         f"https://plant.example/a.png?sig={SECRET}&se=2026",
         f"s3://plant/a.png?X-Amz-Signature={SECRET}",
@@ -63,6 +65,8 @@ def test_what_only_looks_like_credentials_is_left_alone():
         "https://plant.example/a.png?width=300",
         *(f"{scheme}://images@plant.dfs.core.windows.net/a.png" for scheme in ("abfs", "abfss", "az")),
         "s3://arn:aws:s3:eu-central-1:123456789012:accesspoint/plant/a.png",
+        "s3://arn:aws:s3:eu-central-1:123456789012:accesspoint/plant/a@2x.png",
+        "http://plant.example:8080/a:b@2x.png",
     ):
         assert holds_credentials(location) is False
         assert redact(location) == location or "key=" in location
@@ -183,6 +187,10 @@ def test_of_storage_options_only_those_with_the_name_of_a_secret_are_hidden():
         (
             """{"secret": "a b", 'account_key':'c d', token: abc}""",
             """{"secret": ***, 'account_key':***, token: ***}""",
+        ),
+        (
+            "s3://AKIA:a/b@plant/a.png, passphrase=abc",
+            "s3://***@plant/a.png, passphrase=***",
         ),
         (
             "https://user:a:b@plant.example and https://c@other.example",

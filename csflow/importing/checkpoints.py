@@ -176,7 +176,7 @@ def _convert_block(tensors: Mapping[str, Tensor], drawn: Sequence[Tensor]) -> di
 
 def _check_clamp(settings: Any) -> None:
     clamp = settings.get("clamp", SOFT_CLAMP) if isinstance(settings, Mapping) else SOFT_CLAMP
-    if clamp != SOFT_CLAMP:
+    if not isinstance(clamp, int | float) or clamp != SOFT_CLAMP:
         raise ForeignModelError(f"it was trained with clamp {clamp}; csflow's flow has {SOFT_CLAMP:g}")
 
 

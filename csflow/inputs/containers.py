@@ -67,7 +67,7 @@ class Containers:
                 continue
             index = self._index(part[0])
             if index is not None:
-                yield index(image.uri) or image
+                yield index(image.uri)
             elif part[0] not in self._unindexed:
                 self._unindexed.add(part[0])
                 yield StoredObject(part[0], UNKNOWN_VERSION, 0)
@@ -114,16 +114,22 @@ class Containers:
             f"{archive}{archives.SEPARATOR}", IMAGE_SUFFIXES, self._unlisted, skipped, folder_marks=(".",)
         )
 
-    def _read_index(self, uri: str) -> Callable[[str], StoredObject | None] | None:
-        """Finds the image of a URI in a container; None if the container cannot be indexed."""
+    def _read_index(self, uri: str) -> Callable[[str], StoredObject] | None:
+        """Finds the image of a URI in a container; None if the container cannot be indexed.
+
+        What is not in it has the container's version, so that reading it tells what is wrong.
+        """
+        find: Callable[[str], StoredObject | None]
         try:
             file = self._store.stat(uri)
             if uri.lower().endswith(rows.SUFFIX):
-                return partial(self._parquet.outline(file).find, file)
-            images = archives.list_members(self._store, file, lambda name: True)
+                find = partial(self._parquet.outline(file).find, file)
+            else:
+                images = archives.list_members(self._store, file, lambda name: True)
+                find = {image.uri: image for image in images}.get
         except ImageError:
             return None
-        return {image.uri: image for image in images}.get
+        return lambda image_uri: find(image_uri) or StoredObject(image_uri, file.version, 0)
 
 
 def _needs_look(file: StoredObject) -> bool:

@@ -21,6 +21,7 @@ from csflow.inputs.uris import is_s3, local_path, path_in, root_of, scheme_of, s
 LISTINGS_AT_ONCE = 16
 PAGES_IN_A_ROW = 10
 """A folder that has had so many pages is divided."""
+MOST_FOLDERS_DEEP = 100
 LAST_CHARACTER = "\U0010ffff"
 PATTERN_MARKS = "*?["
 
@@ -71,7 +72,7 @@ def walk(
         return _walk_s3(store, pool, uri, takes, unlisted)
     if scheme_of(uri) in CLOUDS:
         return _walk_pages(store, uri, takes)
-    return _walk_other(store, uri, takes)
+    return _walk_other(store, uri, takes, unlisted)
 
 
 def glob(
@@ -123,16 +124,38 @@ def escaped(store: ObjectStore, pattern: str) -> str:
 
 def _walk_pages(store: ObjectStore, uri: str, takes: Takes) -> Iterator[StoredObject]:
     root = uri.rstrip("/") + "/"
-    return (file for file in store.pages(uri) if takes(file.uri.removeprefix(root)))
+    # A name that ends in a slash marks an empty folder.
+    return (
+        file for file in store.pages(uri) if not file.uri.endswith("/") and takes(file.uri.removeprefix(root))
+    )
 
 
-def _walk_other(store: ObjectStore, uri: str, takes: Takes) -> Iterator[StoredObject]:
+def _walk_other(store: ObjectStore, uri: str, takes: Takes, unlisted: Unlisted) -> Iterator[StoredObject]:
+    """As `walk`, folder by folder, since servers follow links: one to a folder above would have no end."""
     fs = store.remote(uri)
     root = path_in(fs, uri).rstrip("/") + "/"
-    found = store.retried(lambda _: fs.find(root, detail=True))
+    found: dict[str, Description] = {}
+    waiting: list[tuple[str, tuple[frozenset[str], ...]]] = [(root, ())]
+    while waiting:
+        folder, above = waiting.pop()
+        entries = _entries(store, fs, folder)
+        files = {path: info for path, info in entries.items() if info["type"] != "directory"}
+        names = frozenset(path.removeprefix(folder) for path in entries)
+        if (files and names in above) or len(above) > MOST_FOLDERS_DEEP:
+            unlisted.fail(uri_of(fs, root_of(uri), folder), "it is the same as a folder above it: a link?")
+            continue
+        found |= files
+        below = entries.keys() - files.keys()
+        waiting += [(f"{path.rstrip('/')}/", (*above, names)) for path in below]
     for path, info in sorted(found.items()):
         if takes(path.removeprefix(root)):
             yield _described(store, uri_of(fs, root_of(uri), path), info)
+
+
+def _entries(store: ObjectStore, fs: Any, folder: str) -> dict[str, Description]:
+    """What is in a folder, by path, without the folder itself."""
+    listed: list[Description] = store.retried(lambda _: fs.ls(folder, detail=True))
+    return {info["name"]: info for info in listed if info["name"].rstrip("/") != folder.rstrip("/")}
 
 
 def _walk_s3(

@@ -6,6 +6,7 @@ import hashlib
 import re
 import secrets
 from collections.abc import Set
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Literal
@@ -132,14 +133,14 @@ class OutputFile:
 def output_files(output: Location, kind: Kind) -> list[OutputFile]:
     """All files of `scores` or `errors`, sorted by path; none if there is no such folder."""
     found = (output / kind).find_details(".parquet")
-    matches = ((file, _PARTITION.search(file.location.path)) for file in found)
-    return [
-        OutputFile(
-            file.location, file.size, match[1], date.fromisoformat(match[2]), _shard(file.location, kind)
-        )
-        for file, match in matches
-        if match
-    ]
+    files = []
+    for file in found:
+        if match := _PARTITION.search(file.location.path):
+            with suppress(ValueError):  # a folder that somebody named like a day that there is not
+                day = date.fromisoformat(match[2])
+                shard = _shard(file.location, kind)
+                files.append(OutputFile(file.location, file.size, match[1], day, shard))
+    return files
 
 
 def scored_models(output: Location) -> list[str]:
