@@ -16,7 +16,7 @@ from pydantic import Field
 
 from csflow.config import JobConfig
 from csflow.console import Progress, warn
-from csflow.errors import ExitStatus, WrongUse
+from csflow.errors import ExitStatus, Failed, WrongUse
 from csflow.output.layout import COMPACTED, Kind, Output, ShardFile, scored_models
 from csflow.output.reading import dataset
 from csflow.output.schemas import SCHEMAS
@@ -172,5 +172,9 @@ def _name(number: int, group: Sequence[ShardFile]) -> str:
 
 def _merged(files: Sequence[ShardFile], schema: pa.Schema) -> bytes:
     """The rows of these files, sorted by URI, so that readers skip the row groups of other images."""
-    table = dataset(files, schema).to_table()
+    try:
+        table = dataset(files, schema).to_table()
+    except pa.ArrowInvalid as error:
+        reason = str(error).partition("\n")[0]
+        raise Failed(f"a file of {files[0].location.parent} cannot be read: {reason}; restore it") from None
     return to_parquet(table.sort_by("image_uri"))

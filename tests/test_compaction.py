@@ -14,7 +14,7 @@ from conftest import run_score
 from scored_output import FIRST_NIGHT, NEW_MODEL, OLD_MODEL, day_of, write_output, write_record
 
 from csflow.compaction import CompactConfig, compact
-from csflow.errors import ExitStatus, WrongUse
+from csflow.errors import ExitStatus, Failed, WrongUse
 from csflow.output.layout import Output
 from csflow.output.schemas import SCORES
 from csflow.pruning import PruneConfig, prune
@@ -137,6 +137,14 @@ def test_nothing_is_compacted_into_the_output_itself_or_of_no_day(output, tmp_pa
         run(output, tmp_path / "large", before=FIRST_NIGHT)
     with pytest.raises(WrongUse, match=f"no scores of model 00; it has {OLD_MODEL}, {NEW_MODEL}"):
         run(output, tmp_path / "large", model_id="00")
+
+
+def test_a_damaged_file_is_named_by_its_folder_and_nothing_stands_for_it(output, tmp_path):
+    file = sorted((output / "scores").rglob("*.parquet"))[0]
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(Failed, match=f"a file of {file.parent} cannot be read: .*; restore it"):
+        run(output, tmp_path / "large")
+    assert not (tmp_path / "large" / file.parent.relative_to(output)).exists()
 
 
 def test_scoring_refuses_a_compacted_folder(output, model, cells, tmp_path):

@@ -437,3 +437,17 @@ def test_images_of_too_few_bits_are_warned_of_once() -> None:
     few.add(3, dark)
     mixed.add(200, bright)
     assert few.warning(are_all=True) and not mixed.warning(are_all=True) and not none.warning(are_all=True)
+
+
+def test_a_strip_that_is_an_image_of_its_own_size_is_refused() -> None:
+    """Decoding it would take the memory that it says, and not that of the page."""
+    data = tiff_of(np.zeros((64, 64), np.uint16), "<", compression="jpeg2000")
+    with pytest.raises(ImageError, match="uncompressed or with LZW, deflate or Zstandard") as refused:
+        decode(data)
+    assert refused.value.code == ErrorCode.UNSUPPORTED_FORMAT
+
+
+def test_a_png_with_a_large_colour_profile_is_read() -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (16, 8), 7).save(buffer, "PNG", icc_profile=bytes(2_000_000))
+    assert (decode(buffer.getvalue()).pixels_HWC == 7).all()

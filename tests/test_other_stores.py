@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
+from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,7 +132,7 @@ class _WebHandler(BaseHTTPRequestHandler):
             return self._endless(site)
         path = "/" + self.path.lstrip("/").replace("loop/", "") if site.has_loop else self.path
         if path.endswith("/"):
-            links = [f'<a href="{file}">{file}</a>' for file in site.files] if path == "/" else []
+            links = [f'<a href="{escape(file)}">a file</a>' for file in site.files] if path == "/" else []
             links += ['<a href="loop/">loop/</a>', '<a href="b.png">b.png</a>'] * site.has_loop
             data, headers = "".join(links).encode(), {"Content-Type": "text/html"}
         elif path in site.files:
@@ -204,9 +205,10 @@ def test_a_file_that_a_web_server_describes_otherwise_in_listings_is_read(site: 
 
 
 def test_the_images_of_a_web_page_have_versions(site: WebServer) -> None:
-    site.files |= {"/a.png": (png(1), FIRST), "/b.png": (png(2), EARLIER), "/c.png": (png(3), {})}
+    site.files |= {"/a.png": (png(1), FIRST), "/b&b.png": (png(2), EARLIER), "/c.png": (png(3), {})}
     found = listing(f"{site.url}/")
-    assert contents(found) == {f"{site.url}/{name}.png": png(i + 1) for i, name in enumerate("abc")}
+    names = ["a", "b&b", "c"]
+    assert contents(found) == {f"{site.url}/{name}.png": png(i + 1) for i, name in enumerate(names)}
     assert list(found.values()) == ["1", f"{len(png(2))}-2026-11-27T08:00:00+00:00", f"{len(png(3))}-"]
 
 

@@ -5,6 +5,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from html import unescape
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,9 @@ def _walk_other(store: ObjectStore, uri: str, takes: Takes, unlisted: Unlisted) 
 def _entries(store: ObjectStore, fs: Any, folder: str) -> dict[str, Description]:
     """What is in a folder, by path, without the folder itself."""
     listed: list[Description] = store.retried(lambda _: fs.ls(folder, detail=True))
-    return {info["name"]: info for info in listed if info["name"].rstrip("/") != folder.rstrip("/")}
+    # fsspec takes the links of a page as they are written in it.
+    named = {unescape(info["name"]) if is_http(folder) else info["name"]: info for info in listed}
+    return {path: info for path, info in named.items() if path.rstrip("/") != folder.rstrip("/")}
 
 
 def _walk_s3(
