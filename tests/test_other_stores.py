@@ -23,6 +23,7 @@ from pyftpdlib.servers import ThreadedFTPServer
 from test_inputs import contents, failure, listing, png, write, zip_of
 
 from csflow.errors import ErrorCode, ImageError
+from csflow.inputs import http_objects
 from csflow.inputs.listing import list_table
 from csflow.inputs.reading import ImageReader
 from csflow.inputs.selection import Selection
@@ -128,7 +129,7 @@ class _WebHandler(BaseHTTPRequestHandler):
             status = 405
         if status != 200:
             return self._head(status, {"Content-Length": "0"})
-        if self.path == "/endless.png":
+        if self.path in ("/endless.png", "/endless/"):
             return self._endless(site)
         path = "/" + self.path.lstrip("/").replace("loop/", "") if site.has_loop else self.path
         if path.endswith("/"):
@@ -243,6 +244,13 @@ def test_an_answer_without_end_is_too_large_and_ended(site: WebServer) -> None:
     limit = 1 << 20
     assert failure(f"{site.url}/endless.png", "None-", max_bytes=limit).code == ErrorCode.TOO_LARGE
     assert limit < site.sent_bytes < 64 * limit  # what the sockets hold comes on top
+
+
+def test_a_page_of_links_without_end_is_ended(site: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_objects, "PAGE_BYTES", 1 << 20)
+    with pytest.raises(ConnectionError, match="/endless/ cannot be listed: .* at most 1048576 are read"):
+        list_table([f"{site.url}/endless/"], {})
+    assert site.sent_bytes < 64 << 20  # what the sockets hold comes on top
 
 
 @pytest.mark.parametrize(

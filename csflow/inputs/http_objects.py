@@ -14,10 +14,24 @@ from csflow.errors import ErrorCode, ImageError
 from csflow.inputs.store_errors import check_size
 
 CHUNK_BYTES = 1 << 16
+PAGE_BYTES = 64 << 20
+"""Largest size of a page of links, of some hundred thousand files."""
 NO_HEAD = frozenset({400, 403, 405, 501})
 """Statuses of servers that answer GET and not HEAD."""
 AS_IT_IS = {"Accept-Encoding": "identity"}
 """Compressed on the way, an answer would have another size and another ETag."""
+
+
+class BoundedResponse(aiohttp.ClientResponse):
+    """An answer that fsspec may take into memory as a whole, as it does with pages of links."""
+
+    async def read(self) -> bytes:
+        """The body. Raises ImageError: TOO_LARGE if it is larger than `PAGE_BYTES`."""
+        if self._body is None:
+            body = await _read(self, 0, PAGE_BYTES + 1)
+            check_size(len(body), PAGE_BYTES)
+            self._body = body
+        return self._body
 
 
 def is_http(uri: str) -> bool:

@@ -21,7 +21,7 @@ from fsspec.asyn import sync
 
 from csflow.errors import ErrorCode, ImageError, WrongUse
 from csflow.inputs import azure_objects, google_objects, http_objects, native_s3, plain_reads
-from csflow.inputs.http_objects import is_http
+from csflow.inputs.http_objects import BoundedResponse, is_http
 from csflow.inputs.native import Native, NativeReader
 from csflow.inputs.store_errors import NO_CREDENTIALS, check_size, image_error
 from csflow.inputs.uris import is_s3, local_path, path_in, root_of, scheme_of, split_s3
@@ -194,6 +194,9 @@ class ObjectStore:
             options = self._options
             if root == S3:
                 options = options | {"config_kwargs": S3_CLIENT | options.get("config_kwargs", {})}
+            if is_http(root):
+                bounded = {"response_class": BoundedResponse}
+                options = options | {"client_kwargs": bounded | options.get("client_kwargs", {})}
             fs, _ = filesystem(root, options)
             if root == S3:
                 fs.retries = 1
