@@ -248,7 +248,7 @@ def test_an_answer_without_end_is_too_large_and_ended(site: WebServer) -> None:
 
 def test_a_page_of_links_without_end_is_ended(site: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_objects, "PAGE_BYTES", 1 << 20)
-    with pytest.raises(ConnectionError, match="/endless/ cannot be listed: .* at most 1048576 are read"):
+    with pytest.raises(ConnectionError, match=r"/endless/ cannot be listed: .* at most 1048576 are read"):
         list_table([f"{site.url}/endless/"], {})
     assert site.sent_bytes < 64 << 20  # what the sockets hold comes on top
 
