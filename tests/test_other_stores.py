@@ -104,8 +104,8 @@ class WebServer:
         self.statuses: deque[int] = deque()
         """Answers to the next requests, used up one by one; 200 lets one through."""
         self.without_head = False
-        self.has_loop = False
-        """Whether folders hold a link to themselves, `loop/`."""
+        self.links: list[str] = []
+        """What the page of files links to besides; `loop/` is the page itself."""
         self.head: dict[str, str] = {}
         """Headers of answers to HEAD, in place of those of GET."""
         self.sent_bytes = 0
@@ -131,11 +131,10 @@ class _WebHandler(BaseHTTPRequestHandler):
             return self._head(status, {"Content-Length": "0"})
         if self.path in ("/endless.png", "/endless/"):
             return self._endless(site)
-        path = "/" + self.path.lstrip("/").replace("loop/", "") if site.has_loop else self.path
-        if path.endswith("/"):
-            links = [f'<a href="{escape(file)}">a file</a>' for file in site.files] if path == "/" else []
-            links += ['<a href="loop/">loop/</a>', '<a href="b.png">b.png</a>'] * site.has_loop
-            data, headers = "".join(links).encode(), {"Content-Type": "text/html"}
+        path = self.path.replace("loop/", "")
+        if path == "/":
+            links = "".join(f'<a href="{escape(link)}">a link</a>' for link in [*site.files, *site.links])
+            data, headers = links.encode(), {"Content-Type": "text/html"}
         elif path in site.files:
             data, headers = site.files[path]
         else:
@@ -215,11 +214,20 @@ def test_the_images_of_a_web_page_have_versions(site: WebServer) -> None:
 
 def test_a_folder_that_links_to_itself_is_listed_once_and_named(site: WebServer) -> None:
     site.files["/b.png"] = (png(1), FIRST)
-    site.has_loop = True
+    site.links = ["loop/", "b.png"]
     unlisted = Unlisted()
     found = list_table([f"{site.url}/"], {}, unlisted=unlisted)
     assert found["image_uri"].to_pylist() == [f"{site.url}/b.png"]
     assert unlisted.failures == {f"{site.url}/loop/": "it is the same as a folder above it: a link?"}
+
+
+def test_a_folder_that_a_page_links_to_and_is_gone_is_named_and_the_rest_is_listed(site: WebServer) -> None:
+    site.files["/b.png"] = (png(1), FIRST)
+    site.links = ["gone/"]
+    unlisted = Unlisted()
+    found = list_table([f"{site.url}/"], {}, unlisted=unlisted)
+    assert found["image_uri"].to_pylist() == [f"{site.url}/b.png"]
+    assert list(unlisted.failures) == [f"{site.url}/gone/"]
 
 
 def test_a_link_of_a_folder_to_one_above_it_on_ftp_is_named(ftp: list[FtpServer]) -> None:

@@ -139,7 +139,13 @@ def _walk_other(store: ObjectStore, uri: str, takes: Takes, unlisted: Unlisted) 
     waiting: list[tuple[str, tuple[frozenset[str], ...]]] = [(root, ())]
     while waiting:
         folder, above = waiting.pop()
-        entries = _entries(store, fs, folder)
+        try:
+            entries = _entries(store, fs, folder)
+        except ImageError as failure:
+            if failure.code not in (ErrorCode.PERMISSION_DENIED, ErrorCode.NOT_FOUND) or not above:
+                raise
+            unlisted.fail(uri_of(fs, root_of(uri), folder), failure.message)
+            continue
         files = {path: info for path, info in entries.items() if info["type"] != "directory"}
         names = frozenset(path.removeprefix(folder) for path in entries)
         if (files and names in above) or len(above) > MOST_FOLDERS_DEEP:
