@@ -29,7 +29,7 @@ FORMAT_WITHOUT_TILES, FORMAT_WITH_TILES, FORMAT_NEWEST = 4, 5, 6
 READABLE_VERSIONS = (1, 2, 3, FORMAT_WITHOUT_TILES, FORMAT_WITH_TILES, FORMAT_NEWEST)
 """Version 1 has no rounding shifts; models before version 3 have no whitening and only one score, before
 version 4 one average of energies and no windows, before version 5 no tiles, and before version 6 no mask and
-features of their own way alone."""
+no features of other code."""
 PROCESS_BYTES = 1 << 30
 """What a worker takes without a model: libraries and activations."""
 ROUNDING = "rounding."
