@@ -214,6 +214,7 @@ def test_the_gaussians_loss_and_all_warnings_stand_in_the_card(odd_model):
         assert f"\n> {line}\n" in card
 
 
+@pytest.mark.soak
 def test_the_list_is_a_manifest_of_images_to_exclude(odd_model, contaminated, tmp_path, capfd):
     arguments = ["--input", contaminated, "--work_dir", odd_model / "_work", "--output", tmp_path / "model"]
     assert run_train(*arguments, "--exclude", odd_model / "outliers.csv") == ExitStatus.DONE
@@ -221,6 +222,7 @@ def test_the_list_is_a_manifest_of_images_to_exclude(odd_model, contaminated, tm
     assert not set(listed(odd_model)) & set(listed(tmp_path / "model"))
 
 
+@pytest.mark.soak
 def test_trimmed_images_are_not_trained_on_and_held_out_ones_stay(odd_model, contaminated, tmp_path, capfd):
     arguments = ["--input", contaminated, "--work_dir", odd_model / "_work", "--output", tmp_path / "model"]
     runs = set((odd_model / "_work" / "training").iterdir())
@@ -237,6 +239,7 @@ def test_trimmed_images_are_not_trained_on_and_held_out_ones_stay(odd_model, con
     assert len(set((odd_model / "_work" / "training").iterdir()) - runs) == 1, "it has checkpoints of its own"
 
 
+@pytest.mark.soak
 def test_the_papers_recipe_has_no_gaussian_in_its_card(ray_cluster, good_cells, model, tmp_path):
     arguments = ["--input", good_cells, "--output", tmp_path / "paper", "--recipe", "paper"]
     arguments += ["--coupling_blocks", 1, "--work_dir", tmp_path / "work"]
@@ -267,6 +270,7 @@ def labels(good_cells: Path, cells: Path, tmp_path_factory: pytest.TempPathFacto
     return table
 
 
+@pytest.mark.soak
 def test_labelled_images_are_measured_as_the_evaluation_job_does_and_change_nothing(
     model, good_cells, labels, tmp_path, capfd
 ):

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from collections import Counter
 
+import pytest
+
 PROGRAM = """
 import os, shutil, tempfile, time
 from pathlib import Path
@@ -67,6 +69,7 @@ def printed_by(scenario: str) -> list[str]:
     return [word for row in rows for word in row]
 
 
+@pytest.mark.soak
 def test_a_node_that_joins_takes_part_until_its_notice_and_one_that_cannot_start_an_actor_ends_nothing():
     scenario = """
 cluster.add_node(num_cpus=1)

@@ -123,6 +123,7 @@ def test_a_store_that_fails_now_and_then_costs_no_image(model, night, store, pla
             assert store.options["secret"].encode() not in store.fs.cat_file(path)
 
 
+@pytest.mark.soak
 def test_refused_writes_end_the_run_and_the_next_one_completes_though_no_write_is_answered(
     model, night, store, plain_loop, capsys
 ):
@@ -152,6 +153,7 @@ def test_refused_writes_end_the_run_and_the_next_one_completes_though_no_write_i
     plain_loop.assert_same(read_scores(STORED_OUTPUT, **store.options), night)
 
 
+@pytest.mark.soak
 def test_a_store_that_refuses_for_good_leaves_errors_that_the_next_run_tries_again(
     model, night, store, plain_loop, tmp_path
 ):
@@ -239,6 +241,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.soak
 def test_a_full_disk_ends_the_run_and_with_more_space_the_next_one_completes(
     model, cells, plain_loop, small_disk, tmp_path, capsys
 ):

@@ -364,6 +364,7 @@ def test_a_gpu_gives_the_scores_of_the_trained_form(monkeypatch, precision, tole
     assert not form.form.fallbacks
 
 
+@pytest.mark.soak
 def test_the_benchmark_for_gpus_runs_without_one(tmp_path):
     command = [sys.executable, gpu.__file__, "--tiny", "--output", str(tmp_path / "gpu.md")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -404,6 +405,7 @@ def test_rounding_is_measured_where_weights_are_rounded():
     assert compensated < plain / 10
 
 
+@pytest.mark.soak
 def test_a_model_that_was_trained_scores_within_one_percent_in_mixed_precision(model, cells):
     detector = load_model(Location(str(model))).detector
     assert detector.rounding_shifts

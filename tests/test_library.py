@@ -199,6 +199,7 @@ def test_scores_go_to_arrow_pandas_polars_and_duckdb(tmp_path: Path) -> None:
         read(date="yesterday")
 
 
+@pytest.mark.soak
 def test_the_jobs_are_functions_over_the_same_settings(
     good_cells: Path, cells: Path, ray_cluster: object, tmp_path: Path
 ) -> None:

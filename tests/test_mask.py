@@ -173,6 +173,7 @@ def masked(good_cells: Path, ray_cluster: object, tmp_path_factory: pytest.TempP
     return folder / "model"
 
 
+@pytest.mark.soak
 def test_what_lies_outside_moves_no_score_of_any_form(
     masked: Path, model: Path, cells: Path, tmp_path: Path
 ) -> None:

@@ -358,6 +358,7 @@ def halves(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.soak
 def test_a_training_keeps_parts_together_and_scores_count_them(
     halves: Path, ray_cluster: object, tmp_path: Path
 ) -> None:

@@ -344,6 +344,7 @@ def test_a_training_by_rules_is_one_training_for_each_model(images: Path, tmp_pa
             TrainConfig.model_validate(settings | wrong)
 
 
+@pytest.mark.soak
 def test_models_trained_by_a_table_score_by_it_and_are_not_trained_again(
     images: Path, ray_cluster: object, tmp_path: Path
 ) -> None:
@@ -420,6 +421,7 @@ def test_a_night_of_three_models_accounts_for_each_image_and_names_what_is_left(
         assert latest.drift is None or latest.drift.sample == latest.counts.scored_in_this_run
 
 
+@pytest.mark.soak
 def test_after_a_kill_two_runs_of_three_models_give_every_image_one_row(
     ray_cluster, models, images, plain_loop, tmp_path
 ) -> None:

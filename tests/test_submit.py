@@ -193,6 +193,7 @@ def test_wrong_use_is_said_in_one_line(words, complaint):
     assert complaint in ran.stderr and ran.stderr.count("\n") == 1
 
 
+@pytest.mark.soak
 def test_a_head_that_goes_and_comes_back_gets_the_job_again(head, tmp_path):
     """Without memory of its own it has forgotten the job, and the job's driver has gone with it."""
     script = f"echo begun >> {tmp_path}/log; while [ ! -e {tmp_path}/go ]; do sleep 0.1; done"

@@ -208,6 +208,7 @@ def test_a_training_that_diverges_fails_at_once_in_one_line_with_the_remedy(
     assert not (tmp_path / "model" / "config.json").exists()
 
 
+@pytest.mark.soak
 def test_training_starts_with_the_workers_that_have_room(model, good_cells, tmp_path):
     arguments = ["--input", good_cells, "--output", tmp_path / "elastic", "--work_dir", model / "_work"]
     # The cluster has room for two.
@@ -217,6 +218,7 @@ def test_training_starts_with_the_workers_that_have_room(model, good_cells, tmp_
         assert some["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-4)
 
 
+@pytest.mark.soak
 def test_an_unreadable_image_is_left_out_and_named(ray_cluster, good_cells, tmp_path, capfd):
     images = copy_some(good_cells, tmp_path / "images", 12)
     (images / "broken.png").write_bytes(next(images.iterdir()).read_bytes()[:5000])
@@ -236,6 +238,7 @@ def test_where_no_image_can_be_read_some_are_named_and_the_input_is_to_blame(ray
     assert named[-1] == "left out: 2 more, 12 in all"
 
 
+@pytest.mark.soak
 def test_excluded_images_take_no_part_and_leave_the_fingerprint_of_an_input_without_them(
     model, good_cells, tmp_path, capfd
 ):
@@ -262,6 +265,7 @@ def test_excluding_all_images_is_wrong_use(good_cells, tmp_path):
         train(configure("--input", good_cells, "--output", tmp_path / "model", "--exclude", "*/none/*", "*"))
 
 
+@pytest.mark.soak
 def test_images_that_are_stretched_are_told_of_until_they_are_letterboxed(
     ray_cluster, good_cells, tmp_path, capfd
 ):
