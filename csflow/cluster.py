@@ -23,7 +23,7 @@ from csflow.console import is_verbose
 from csflow.inputs.helpers import Helpers, Load
 from csflow.inputs.loading import HelpingLoader, LoaderSettings
 from csflow.precision import Device
-from csflow.threads import let_waiting_threads_sleep
+from csflow.threads import ROWS_THREAD, let_waiting_threads_sleep
 
 T = TypeVar("T")
 
@@ -323,7 +323,7 @@ def with_timeout(
         except BaseException as error:
             results.put(error)
 
-    threading.Thread(target=pull, daemon=True).start()
+    threading.Thread(target=pull, name=ROWS_THREAD, daemon=True).start()
     try:
         while True:
             try:

@@ -1,5 +1,6 @@
 """Turns what ends a job into an exit status and, if the user can act on the reason, one error line."""
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from csflow.config import Config, parse
 from csflow.console import complain, is_verbose
 from csflow.errors import ExitStatus, Failed, StorageFailed, WrongUse
 from csflow.redaction import redact
+from csflow.threads import one_was_left
 
 
 def run_job(
@@ -40,6 +42,11 @@ def run_job(
         _print_traceback(error, options)
         status = ExitStatus.FAILED
     sys.stdout.flush()
+    if one_was_left():
+        # While Ray shuts down, its processes go, and a thread that still asks them ends this process with a
+        # status of Ray's. Those that this process has started end with it.
+        sys.stderr.flush()
+        os._exit(int(status))
     sys.exit(int(status))
 
 

@@ -669,6 +669,28 @@ def test_rows_that_do_not_come_end_the_wait():
         list(with_timeout((1 // 0 for _ in [1]), seconds=60))
 
 
+def test_what_ends_beside_a_thread_that_hangs_cannot_change_the_status_of_the_job():
+    job = """
+import atexit, os, threading
+from csflow.cluster import with_timeout
+from csflow.errors import ExitStatus
+from csflow.exit import run_job
+from csflow.scoring.config import ScoreConfig
+
+def main(config):
+    atexit.register(os._exit, 1)  # as Ray does to a process whose raylet has gone
+    try:
+        next(with_timeout((threading.Event().wait() for _ in [1]), seconds=0.01))
+    except TimeoutError:
+        print("stalled")
+    return ExitStatus.INCOMPLETE
+
+run_job(ScoreConfig, main, None, ["--model", "m", "--input", "i", "--output", "o"])
+"""
+    ended = subprocess.run([sys.executable, "-c", job], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (ExitStatus.INCOMPLETE, "stalled\n"), ended.stderr
+
+
 def test_a_run_that_stops_early_gives_its_workers_back(ray_cluster):
     class Echo:
         def __call__(self, batch: dict[str, object]) -> dict[str, object]:
