@@ -128,8 +128,9 @@ def _days(output: Output, before: str) -> Iterator[_Day]:
     for kind in SCHEMAS:
         for file in output.files(kind):
             every_file[file.date][kind].append(file)
-    for day, files in sorted(every_file.items()):
+    for day in sorted(every_file.keys() | planned.keys()):
         if day < before:
+            files = every_file[day]
             scored = {file.shard for file in files["scores"]}
             yield _Day(output, day, files, len(planned[day] - scored))
 

@@ -27,7 +27,7 @@ _CONTAINER = re.compile(r"(?:abfss?|az|wasbs?)://[a-z0-9$-]+@", re.IGNORECASE)
 _SECRET_NAME = (
     r"(?:[\w-]*(?:secret|password|passwd|token|signature|credential|passphrase"
     r"|(?:access|account|private|api)[_-]?key|connection[_-]?string)[\w-]*"
-    r"|key|sig|sas)"
+    r"|key|sig|sas|pwd)"
 )
 _NAME = re.compile(_SECRET_NAME, re.IGNORECASE)
 _VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s&"',;}}\])]+)"""

@@ -102,16 +102,17 @@ def test_a_file_that_changed_since_replaces_the_one_it_was_merged_into(output, t
     assert len(files(target)) == len(before)
 
 
-def test_a_day_with_unfinished_shards_is_named_and_left_out(output, tmp_path, capsys):
-    plan = {"number": 1, "run_id": "r", "date": str(day_of(14)), "shards": 2, "folder": "000001-ab"}
+@pytest.mark.parametrize("day", [14, 12])  # of the latter there is no file at all
+def test_a_day_with_unfinished_shards_is_named_and_left_out(output, tmp_path, capsys, day):
+    plan = {"number": 1, "run_id": "r", "date": str(day_of(day)), "shards": 2, "folder": "000001-ab"}
     Output(Location(str(output)), OLD_MODEL).plan_entry(1).write(
         pa.py_buffer(str(plan).replace("'", '"').encode())
     )
     assert run(output, tmp_path / "large") == ExitStatus.INCOMPLETE
-    assert f"{day_of(14)} of model {OLD_MODEL} is left out: 2 planned shards" in capsys.readouterr().out
+    assert f"{day_of(day)} of model {OLD_MODEL} is left out: 2 planned shards" in capsys.readouterr().out
     found = table(tmp_path / "large" / "scores")
     days = {(row["model_id"], row["date"]) for row in found.select(["model_id", "date"]).to_pylist()}
-    assert (OLD_MODEL, str(day_of(14))) not in days
+    assert (OLD_MODEL, str(day_of(day))) not in days
     assert {(NEW_MODEL, str(day_of(14))), (OLD_MODEL, str(day_of(15)))} <= days
 
 

@@ -28,6 +28,7 @@ from csflow.errors import ErrorCode, ImageError, WrongUse
 from csflow.inputs import folders, inventories, native, native_s3, objects
 from csflow.inputs.exclusion import read_exclusion
 from csflow.inputs.listing import LISTING, list_images, list_table
+from csflow.inputs.manifests import canonical_uri
 from csflow.inputs.reading import ImageReader
 from csflow.inputs.selection import EVERYTHING, Selection
 from csflow.scoring.config import ScoreConfig
@@ -540,15 +541,27 @@ def test_symbolic_links_are_followed_once_and_dangling_ones_accounted_for(tmp_pa
     assert failure(gone, found[gone]).code == ErrorCode.NOT_FOUND
 
 
-def test_names_that_are_not_utf8_do_not_stop_the_listing(tmp_path: Path) -> None:
+def test_files_whose_names_are_not_utf8_are_listed_and_read(tmp_path: Path) -> None:
     write(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")), png(1))
     write(tmp_path / "x.tar", tar_of({"\udcff.png": png(2)}, format=tarfile.GNU_FORMAT))
-    (name, version), (member, member_version) = listing(tmp_path).items()
-    assert name.endswith(("x.tar!/\\udcff.png", "/\\udcff.png"))
-    found = {name: version, member: member_version}
-    packed = next(uri for uri in found if ".tar!/" in uri)
-    assert contents({packed: found.pop(packed)}) == {packed: png(2)}
-    assert failure(*found.popitem()).code == ErrorCode.NOT_FOUND
+    expected = {f"{tmp_path}/\\udcff.png": png(1), f"{tmp_path}/x.tar!/\\udcff.png": png(2)}
+    assert contents(listing(tmp_path)) == expected
+    same = write(tmp_path / "so it is \\udcff named.png", png(3))
+    assert contents({str(same): listing(same)[str(same)]}) == {str(same): png(3)}
+
+
+@pytest.mark.parametrize(
+    ("uri", "canonical"),
+    [
+        ("gcs://plant/a.png", "gs://plant/a.png"),
+        ("az://images/a.png", "abfs://images/a.png"),
+        ("abfss://images@plant.dfs.core.windows.net/a.png", "abfs://images@plant.dfs.core.windows.net/a.png"),
+        ("s3n://plant/a.tar!/b.png", "s3://plant/a.tar!/b.png"),
+        ("file:///plant/../a.png", "/a.png"),
+    ],
+)
+def test_an_object_has_one_uri_whatever_its_stores_scheme_is_called(uri: str, canonical: str) -> None:
+    assert canonical_uri(uri) == canonical
 
 
 def test_every_image_has_the_time_of_its_last_change_if_anything_says_it(tmp_path: Path) -> None:

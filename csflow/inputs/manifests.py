@@ -14,7 +14,7 @@ from csflow.errors import ImageError, WrongUse
 from csflow.inputs import archives
 from csflow.inputs.objects import UNKNOWN_VERSION, ObjectStore, StoredObject
 from csflow.inputs.unlisted import Unlistable
-from csflow.inputs.uris import as_text, local_path, resolve
+from csflow.inputs.uris import SAME_SCHEMES, as_text, local_path, resolve
 from csflow.redaction import holds_credentials
 
 SUFFIX = ".csv"
@@ -58,7 +58,7 @@ def is_manifest(column_names: Sequence[str]) -> bool:
 
 
 def canonical_uri(uri: str, folder: str | None = None) -> str:
-    """The canonical URI of an object: absolute, without `file://`, and with `s3://` for S3's other schemes.
+    """The canonical URI of an object: absolute, without `file://`, and with one scheme for each store.
 
     Relative URIs start at `folder`, or at the working directory.
     """
@@ -69,7 +69,7 @@ def canonical_uri(uri: str, folder: str | None = None) -> str:
     path = local_path(uri)
     if path is None:
         scheme, _, rest = uri.partition("://")
-        return f"{'s3' if scheme in ('s3a', 's3n') else scheme}://{rest}"
+        return f"{SAME_SCHEMES.get(scheme, scheme)}://{rest}"
     if folder is not None and local_path(folder) is None and not path.startswith("/"):
         return resolve(folder, path)
     return os.path.normpath(Path(folder or Path.cwd(), _at_home(path)))

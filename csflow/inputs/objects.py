@@ -24,7 +24,7 @@ from csflow.inputs import azure_objects, google_objects, http_objects, native_s3
 from csflow.inputs.http_objects import BoundedResponse, is_http
 from csflow.inputs.native import Native, NativeReader
 from csflow.inputs.store_errors import NO_CREDENTIALS, check_size, image_error
-from csflow.inputs.uris import is_s3, local_path, path_in, root_of, scheme_of, split_s3
+from csflow.inputs.uris import is_s3, local_path, on_disk, path_in, root_of, scheme_of, split_s3
 from csflow.ranged_file import RangedFile
 from csflow.storage import filesystem
 
@@ -119,7 +119,7 @@ class ObjectStore:
     def _fetch(self, uri: str, version: str, start: int, end: int | None, limit: int) -> bytes:
         path = local_path(uri)
         if path is not None:
-            return self.retried(lambda _: _read_local(path, version, start, end, limit))
+            return self.retried(lambda _: _read_local(on_disk(path), version, start, end, limit))
         if scheme_of(uri) in CLOUDS:
             clients = itertools.chain([self._get_natively], itertools.repeat(self._get_by_driver))
             return self.retried(lambda left_s: next(clients)(uri, version, start, end, limit, left_s))
@@ -131,7 +131,7 @@ class ObjectStore:
         """The current version and size. Raises ImageError as `fetch`; NOT_FOUND for none, or a folder."""
         path = local_path(uri)
         if path is not None:
-            return self.retried(lambda _: _stat_local(uri, path))
+            return self.retried(lambda _: _stat_local(uri, on_disk(path)))
         if is_s3(uri):
             bucket, key = split_s3(uri)
             head = self.call_s3("head_object", Bucket=bucket, Key=key)

@@ -1,5 +1,6 @@
 """Parses URIs of images and files: local paths, `s3://` and those of other stores."""
 
+import os
 import re
 from typing import Any
 
@@ -62,6 +63,14 @@ def resolve(folder: str, path: str) -> str:
         elif part != ".":
             parts.append(part)
     return "/".join([root, *parts])
+
+
+def on_disk(path: str) -> str:
+    """The inverse of `as_text` for a local path; a path that has such escapes by name stays."""
+    escape = r"\\udc([89a-f][0-9a-f])"
+    if not re.search(escape, path) or os.path.lexists(path):
+        return path
+    return re.sub(escape, lambda found: chr(0xDC00 + int(found[1], 16)), path)
 
 
 def as_text(name: str) -> str:
