@@ -218,7 +218,7 @@ def test_ctrl_c_stops_scoring_and_the_same_command_continues(model, cells, tmp_p
 def test_ctrl_c_stops_training(moment, good_cells, tmp_path):
     arguments = ["--input", good_cells, "--output", tmp_path / "model", *SMALL_MODEL, "--epochs", 500]
     terminal = job_in_terminal("train", *arguments, **OWN_RAY)
-    terminal.read_until(moment)
+    terminal.read_until(moment, seconds=240)
     terminal.press(CTRL_C)
     assert terminal.wait(60) == 130
     assert plain(terminal.shown).rstrip().endswith("\nstopped; the same command with --resume continues")
