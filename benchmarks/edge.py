@@ -7,6 +7,11 @@ Times are of the processor, which other work on the machine changes least.
     taskset -c 0 python benchmarks/edge.py --model demo/model --artefacts edge/cells.onnx edge/cells.xml \\
         --images demo/cells/defective
 
+With `--paper`, both are models of the paper's size with random weights, which the script makes and exports
+itself: csflow's, and anomalib's `Csflow` as its own OpenVINO export has it. The latter needs anomalib:
+
+    taskset -c 0 anomalib-env/bin/python benchmarks/edge.py --paper --images demo/cells/defective
+
 Each row is the median of several processes, one form after the other in every round. A process imports,
 loads, scores its first image, then scores the others one by one, reading and decoding included.
 """
@@ -17,12 +22,52 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 FORMS = ("PyTorch, scoring form", "PyTorch, trained form")
+ANOMALIB = "anomalib.xml"
+SIDE = 256
+
+
+def anomalib_scorer(file: Path) -> Callable[[Path], float]:
+    """anomalib's exported model, which resizes and normalises itself; decoding is Pillow's."""
+    import numpy as np
+    import openvino
+    from PIL import Image
+
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
+    request = openvino.Core().compile_model(file, "CPU", settings).create_infer_request()
+
+    def score(path: Path) -> float:
+        pixels_HWC = np.asarray(Image.open(path).convert("RGB").resize((SIDE, SIDE)), np.float32) / 255
+        return float(request.infer([pixels_HWC.transpose(2, 0, 1)[None]])["pred_score"].item())
+
+    return score
+
+
+def write_paper_models(folder: Path, image: Path) -> tuple[Path, list[str]]:
+    """csflow's model of the paper's settings and its artefact, and anomalib's export of its own."""
+    import model as bare_model
+    import openvino
+    import plant
+    import torch
+
+    written = plant.write_model(folder / "model", plant.SETTINGS["paper"])
+    artefact = folder / "csflow.xml"
+    words = ["export", str(written), "--to", "openvino", "--output", str(artefact), "--self_test", str(image)]
+    subprocess.run([sys.executable, "-m", "csflow.cli", *words], check=True)
+    theirs = bare_model.anomalib_model((SIDE, SIDE), 1024).eval()
+    bare_model.draw_gammas(theirs, 0.1, 0.3)
+    onnx = folder / "anomalib.onnx"
+    pixels = torch.rand(1, 3, SIDE, SIDE)
+    names = {"input_names": ["input"], "output_names": ["pred_score", "anomaly_map"]}
+    torch.onnx.export(theirs, (pixels,), onnx, dynamo=False, **names)
+    openvino.save_model(openvino.convert_model(onnx), folder / ANOMALIB, compress_to_fp16=False)
+    return written, [str(artefact), str(folder / ANOMALIB)]
 
 
 def scorer(form: str, model: Path) -> Callable[[Path], float]:
@@ -32,6 +77,8 @@ def scorer(form: str, model: Path) -> Callable[[Path], float]:
 
         loaded = csflow.load(model, precision="float32", device="cpu")
         return lambda path: loaded.score(path).anomaly_score
+    if form.endswith(ANOMALIB):
+        return anomalib_scorer(Path(form))
     from csflow.images import decode
 
     if form == FORMS[1]:
@@ -72,8 +119,9 @@ def measure(form: str, model: Path, images: list[Path]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--artefacts", nargs="+", required=True)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--artefacts", nargs="+")
+    parser.add_argument("--paper", action="store_true", help="models of the paper's size, and anomalib's")
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
@@ -83,10 +131,21 @@ def main() -> None:
     if options.form:
         measure(options.form, options.model, images)
         return
+    if options.paper:
+        with tempfile.TemporaryDirectory() as folder:
+            options.model, options.artefacts = write_paper_models(Path(folder), images[0])
+            compare(options)
+    else:
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Runs each form in processes of its own, and prints their medians."""
     found = defaultdict(list)
     for _ in range(options.rounds):
         for form in (*FORMS, *options.artefacts):
-            words = [sys.executable, __file__, *sys.argv[1:], "--form", form]
+            words = [sys.executable, __file__, "--images", str(options.images), "--count", str(options.count)]
+            words += ["--model", str(options.model), "--form", form]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
             found[form].append(json.loads(done.stdout.splitlines()[-1]))

@@ -1,82 +1,115 @@
-"""The backbone in INT8, as NNCF quantises it after training, beside float32: time and rounding errors.
+"""An exported model in INT8, as NNCF quantises it after training, beside float32: what it gains and loses.
 
     pip install nncf
-    python benchmarks/int8.py --images cells/functional/train
-    python benchmarks/int8.py --images cells/functional/train --backbone tf_efficientnet_b5 --weights b5.pth
+    csflow export demo/model --to onnx --output edge/cells.onnx
+    taskset -c 0 python benchmarks/int8.py --artefact edge/cells.onnx --model demo/model \\
+        --good demo/cells/functional/train --labels demo/cells/labels.csv --images 500
 
-Both forms are whole networks that OpenVINO compiles for eight images, in one thread; processor time, medians
-of interleaved passes. The errors are root mean squares of each map, relative to its standard deviation.
+The convolutions of the backbone, of the flow, or of both are quantised by good images; everything else stays
+in float32. Processor time of passes of one image in one thread, one form after the other for every image.
 """
 
 import argparse
+import logging
+import random
 import time
 from pathlib import Path
 from statistics import median
 
 import nncf
 import numpy as np
+import onnx
 import openvino
-import torch
-from torch import Tensor, nn
+from scipy.stats import spearmanr
+from torch import nn
 
-from csflow.config import parse
+from csflow.evaluation.labels import read_labels
+from csflow.evaluation.ranking import Ranking, bootstrap_intervals
 from csflow.images import decode
-from csflow.model.backbone import stage_maps
-from csflow.model.openvino_backbone import _converted, _settings
-from csflow.training.config import TrainConfig
-from csflow.training.job import build_detector
+from csflow.model_directory import load_model
+from csflow.storage import Location
 
-BATCH, CALIBRATING, ROUNDS = 8, 32, 15
+CALIBRATING, RESAMPLES = 200, 1000
+PRODUCTS = {"Convolution", "GroupConvolution", "MatMul"}
+
+
+def quantised(network: openvino.Model, chosen: set[str], images: list[np.ndarray]) -> openvino.Model:
+    """The network with these products in INT8."""
+    types = {op.get_type_name() for op in network.get_ops()} - PRODUCTS
+    products = [op.get_friendly_name() for op in network.get_ops() if op.get_type_name() in PRODUCTS]
+    # A convolution with a bias becomes two operators, `name/WithoutBiases` and the sum.
+    others = [name for name in products if name.split("/")[0] not in chosen]
+    return nncf.quantize(
+        network,
+        nncf.Dataset(images),
+        subset_size=len(images),
+        preset=nncf.QuantizationPreset.MIXED,
+        ignored_scope=nncf.IgnoredScope(names=others, types=sorted(types), validate=False),
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--side", type=int, default=256)
-    parser.add_argument("--backbone")
-    parser.add_argument("--weights")
+    parser.add_argument("--artefact", type=Path, required=True, help="the model, exported to ONNX")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--good", type=Path, required=True, help="a folder of images to quantise by")
+    parser.add_argument("--labels", required=True)
+    parser.add_argument("--images", type=int, default=500, help="number of labelled images of each class")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    settings = ["--input", str(arguments.images), "--output", "none", "--image_size", str(arguments.side)]
-    for name in ("backbone", "weights"):
-        if value := getattr(arguments, name):
-            settings += [f"--{name}", value]
-    detector = build_detector(parse(TrainConfig, None, settings))
-    paths = sorted(arguments.images.iterdir())[:CALIBRATING]
-    images = [decode(path.read_bytes(), detector.architecture.preprocessing).pixels_HWC for path in paths]
-    pixel_BHWC = detector._normalised(torch.from_numpy(np.stack(images))).permute(0, 2, 3, 1).contiguous()
+    nncf.set_log_level(logging.ERROR)
+    detector = load_model(Location(arguments.model)).detector
+    preprocessing = detector.architecture.preprocessing
 
-    def network(pixel_BHWC: Tensor) -> list[Tensor]:
-        layers = detector.backbone.layers
-        assert isinstance(layers, nn.Sequential)
-        return stage_maps(layers, detector.backbone.is_stage, pixel_BHWC.permute(0, 3, 1, 2))
+    def pixels(file: Path) -> np.ndarray:
+        return decode(file.read_bytes(), preprocessing).pixels_HWC[None]
 
-    exact = _converted(network, pixel_BHWC[:1])
-    exact.reshape(openvino.PartialShape([1, *pixel_BHWC.shape[1:]]))
-    dataset = nncf.Dataset([pixel_1HWC.numpy() for pixel_1HWC in pixel_BHWC.split(1)])
-    int8 = nncf.quantize(exact, dataset, subset_size=CALIBRATING, preset=nncf.QuantizationPreset.MIXED)
-    requests, maps, seconds = {}, {}, {}
-    for name, form in (("float32", exact), ("int8", int8)):
-        form.reshape(openvino.PartialShape([BATCH, *pixel_BHWC.shape[1:]]))
-        compiled = openvino.Core().compile_model(form, "CPU", _settings(torch.float32))
-        requests[name], seconds[name] = compiled.create_infer_request(), []
-        maps[name] = [
-            map_BCHW.copy() for map_BCHW in requests[name].infer([pixel_BHWC[:BATCH].numpy()]).to_tuple()
-        ]
-    for _ in range(ROUNDS):
+    good = sorted(arguments.good.iterdir())
+    calibrating = [pixels(file) for file in good[:: max(1, len(good) // CALIBRATING)][:CALIBRATING]]
+    labels = read_labels(Location(arguments.labels))
+    drawn = random.Random(0)
+    chosen = [
+        uri
+        for is_defective in (True, False)
+        for uri in drawn.sample(
+            sorted(uri for uri, label in labels.items() if label.is_defective == is_defective),
+            arguments.images,
+        )
+    ]
+    convolutions = [node.name for node in onnx.load(arguments.artefact).graph.node if node.op_type == "Conv"]
+    of_backbone = sum(isinstance(layer, nn.Conv2d) for layer in detector.backbone.modules())
+    parts = {
+        "float32": set(),
+        "backbone in INT8": set(convolutions[:of_backbone]),
+        "flow in INT8": set(convolutions[of_backbone:]),
+        "both in INT8": set(convolutions),
+    }
+    requests, scores, seconds = {}, {}, {}
+    core = openvino.Core()
+    for name, products in parts.items():
+        network = core.read_model(arguments.artefact)
+        if products:
+            network = quantised(network, products, calibrating)
+        network.reshape([1, *preprocessing.image_size, 3])
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
+        requests[name] = core.compile_model(network, "CPU", settings).create_infer_request()
+        scores[name], seconds[name] = [], []
+    for uri in chosen:
+        image = pixels(Path(uri))
         for name, request in requests.items():
             started = time.process_time()
-            request.infer([pixel_BHWC[:BATCH].numpy()])
+            scores[name].append(float(np.array(request.infer([image])["anomaly_score"])[0]))
             seconds[name].append(time.process_time() - started)
-    errors = [
-        f"{np.sqrt(((a - b) ** 2).mean()) / a.std():.1%}"
-        for a, b in zip(maps["float32"], maps["int8"], strict=True)
-    ]
-    for name, times in seconds.items():
-        print(f"{name}: {median(times) / BATCH * 1000:.1f} ms per image")
-    print(f"errors of int8: {', '.join(errors)}")
+    print("| | AUROC | 95 % interval | rank correlation with float32 | images/s |\n|---|---|---|---|---|")
+    for name, found in scores.items():
+        ranking = Ranking.of([labels[uri].is_defective for uri in chosen], found)
+        low, high = bootstrap_intervals(ranking, RESAMPLES)["image_auroc"]
+        correlation = spearmanr(scores["float32"], found)[0]
+        print(
+            f"| {name} | {ranking.metrics()['image_auroc']:.3f} | {low:.3f} to {high:.3f} | "
+            f"{correlation:.3f} | {1 / median(seconds[name]):.1f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import base64
 import importlib.util
+import io
 import json
 import math
 import tempfile
@@ -161,6 +162,7 @@ def _save(program: "torch.onnx.ONNXProgram", file: Path, metadata: str) -> None:
         return
     import openvino
 
-    network = openvino.Core().read_model(data)
+    # Converted, and not only read, so that norms are folded here, and not wherever the artefact is loaded.
+    network = openvino.convert_model(io.BytesIO(data))
     network.set_rt_info(metadata, [KEY])
     openvino.save_model(network, file, compress_to_fp16=False)
