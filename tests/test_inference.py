@@ -349,6 +349,15 @@ def test_float16_is_for_gpus():
         InferenceDetector(random_detector("resnet10t", (64, 64), 1, (3,)), "float16", 2)
 
 
+@pytest.mark.parametrize("has_units", [True, False])
+def test_precisions_that_the_processor_only_emulates_are_named_as_slower(monkeypatch, has_units):
+    monkeypatch.setattr(inference, "multiplies_bfloat16", lambda device: has_units)
+    detector = random_detector("mobilenetv2_050", (64, 64), 1, (3,))
+    slower = "--precision mixed, more slowly: this processor does not multiply bfloat16; leave it out"
+    assert InferenceDetector(detector, "mixed", 1).form.fallbacks == (() if has_units else (slower,))
+    assert InferenceDetector(detector, "float32", 1).form.fallbacks == ()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-3), ("float16", 0.02)])
 def test_a_gpu_gives_the_scores_of_the_trained_form(monkeypatch, precision, tolerance):

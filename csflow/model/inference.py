@@ -13,7 +13,7 @@ from csflow.model.detector import Detector, Head, check_pixels
 from csflow.model.fallbacks import Fallbacks
 from csflow.model.interleaved_flow import InterleavedFlow
 from csflow.model.statistic import Scores
-from csflow.precision import Precision, PrecisionSetting, resolved
+from csflow.precision import Precision, PrecisionSetting, multiplies_bfloat16, resolved
 
 if TYPE_CHECKING:  # a CPU needs none of it, nor timm, which comes with it
     from csflow.model.gpu import Recorded
@@ -108,6 +108,9 @@ class InferenceDetector:
         self._score: Callable[[Sequence[Tensor]], Scores]
         self._pass: Callable[[Tensor], Sequence[Tensor]]
         if device.type == "cpu":
+            if chosen != "float32" and not multiplies_bfloat16(device):
+                reason = "this processor does not multiply bfloat16; leave it out"
+                fallbacks.add(f"--precision {chosen}", reason)
             self._backbone = _cpu_backbone(detector, chosen, batch_size, saved, fallbacks)
             self.features, statistic = self._backbone, detector.statistic
             sizes = [(batch_size, height, width) for _, height, width in detector.feature_shapes]
