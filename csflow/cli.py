@@ -187,7 +187,9 @@ def run(verb: str, doc: str | None, argv: Sequence[str] | None = None, prog: str
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         after_echo = "\n" if sys.stderr.isatty() else ""  # the terminal has just written ^C
         print(f"{after_echo}stopped{command.after_stop}", file=sys.stderr)
-        sys.exit(int(ExitStatus.STOPPED))
+        from csflow.exit import leave
+
+        leave(ExitStatus.STOPPED)
 
 
 class _Interrupts:

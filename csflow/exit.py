@@ -41,6 +41,11 @@ def run_job(
     except Exception as error:
         _print_traceback(error, options)
         status = ExitStatus.FAILED
+    leave(status)
+
+
+def leave(status: ExitStatus) -> NoReturn:
+    """Ends the process with this status, whatever still hangs in it."""
     sys.stdout.flush()
     if one_was_left():
         # While Ray shuts down, its processes go, and a thread that still asks them ends this process with a
