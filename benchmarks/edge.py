@@ -135,8 +135,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             options.model, options.artefacts = write_paper_models(Path(folder), images[0])
             compare(options)
-    else:
+    elif options.model and options.artefacts:
         compare(options)
+    else:
+        parser.error("give --model and --artefacts, or --paper")
 
 
 def compare(options: argparse.Namespace) -> None:

@@ -707,7 +707,8 @@ def float64_tiff(values_HW: NDArray[np.float64]) -> bytes:
         (
             float64_tiff(np.ones((8, 8))),
             r"mask .*b\.png cannot be read \(unsupported_format: a TIFF .* floats of 64 bits; save it as "
-            r"grey, RGB or CMYK with integers of 8 or 16 bits, or floats of 32, uncompressed or with .*\)",
+            r"grey, RGB or CMYK with integers of 8 or 16 bits, or floats of 32, uncompressed or with LZW, "
+            r"deflate or Zstandard\)",
         ),
         (None, r"mask .*b\.png cannot be read \(not_found"),
     ],
