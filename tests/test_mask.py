@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import SMALL_MODEL, copy_some, run_job
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 import csflow
 from csflow.config import parse
 from csflow.edge.artefact import Artefact
-from csflow.errors import ExitStatus, WrongUse
+from csflow.errors import ExitStatus, Failed, WrongUse
 from csflow.images import decode
 from csflow.interest import OUTSIDE, from_text, to_text
 from csflow.model import CrossScaleFlow, Detector
@@ -26,10 +26,10 @@ from csflow.model.interleaved_flow import InterleavedFlow
 from csflow.model.pyramid import inside_levels
 from csflow.model.whitening import Gaussians, Moments, fit_latents, gaussians_of
 from csflow.model_directory import load_model
-from csflow.preprocessing import Preprocessing
 from csflow.storage import Location
 from csflow.training.config import TrainConfig
 from csflow.training.job import train
+from csflow.training.mask import mask_for, read_mask
 
 SIDE = 96
 SIZES = [(8, 6), (4, 3)]
@@ -164,10 +164,13 @@ def test_the_flow_of_cpus_gives_the_energies_of_the_trained_one():
 
 @pytest.fixture(scope="module")
 def masked(good_cells: Path, ray_cluster: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that looks at the middle of a cell."""
+    """A model that looks at the middle of a cell, as a polygon around it says."""
     folder = tmp_path_factory.mktemp("masked")
-    Image.fromarray(round_mask(300, 300).astype(np.uint8) * 255).save(folder / "mask.png")
-    arguments = ["--input", good_cells, "--output", folder / "model", "--mask", folder / "mask.png"]
+    angles = np.linspace(0, 2 * np.pi, 73)
+    ring = np.stack([150 + 120 * np.cos(angles), 150 + 120 * np.sin(angles)], 1)
+    polygon = {"type": "Polygon", "coordinates": [ring.tolist()]}
+    (folder / "mask.geojson").write_text(json.dumps({"type": "Feature", "geometry": polygon}))
+    arguments = ["--input", good_cells, "--output", folder / "model", "--mask", folder / "mask.geojson"]
     done = run_job("train", *arguments, *SMALL_MODEL)
     assert done.returncode == 0, done.stderr
     return folder / "model"
@@ -224,6 +227,11 @@ def test_the_model_keeps_its_mask_and_its_map_is_zero_elsewhere(masked: Path, go
     assert loss["validation_loss"] < 3
 
 
+def geojson_of(path: Path, rings: object) -> str:
+    path.write_text(json.dumps({"type": "Polygon", "coordinates": rings}))
+    return str(path)
+
+
 def image_of(path: Path, pixels_HW: NDArray[np.uint8]) -> str:
     Image.fromarray(pixels_HW.astype(np.uint8)).save(path)
     return str(path)
@@ -232,7 +240,7 @@ def image_of(path: Path, pixels_HW: NDArray[np.uint8]) -> str:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: folder / "none.png", "--mask .*none.png cannot be read .*name an image file"),
+        (lambda folder: folder / "none.png", "--mask .*none.png cannot be read .*name an image, or a Geo"),
         (lambda folder: folder / "text.png", "--mask .*text.png cannot be read .*unsupported_format"),
         (
             lambda folder: image_of(folder / "black.png", np.zeros((300, 300))),
@@ -245,6 +253,10 @@ def image_of(path: Path, pixels_HW: NDArray[np.uint8]) -> str:
         (
             lambda folder: image_of(folder / "wide.png", np.full((100, 200), 255)),
             "has 100 x 200 pixels, and .* 300 x 300: the mask must have the shape of the photographs",
+        ),
+        (
+            lambda folder: geojson_of(folder / "beyond.json", [[(0, 0), (400, 0), (400, 90)]]),
+            "beyond.json has the point x 400, y 0 outside of a picture of 300 x 300 pixels",
         ),
     ],
 )
@@ -265,18 +277,92 @@ def test_settings_that_a_mask_cannot_go_with_are_refused(other):
 
 
 def test_a_mask_of_zeros_and_ones_is_read_and_placed_as_photographs_are(tmp_path):
-    from csflow.training.mask import read_mask
-
     mask_HW = np.zeros((100, 200))
     mask_HW[:, :100] = 1
-    file = Location(image_of(tmp_path / "mask.png", mask_HW))
-    preprocessing = Preprocessing((64, 64), fit="letterbox")
-    read = read_mask(file, preprocessing)
+    read = read_mask(config_of(image_of(tmp_path / "mask.png", mask_HW), fit="letterbox"))
     found_HW = from_text(read.text, 64, 64)
     assert (read.height, read.width) == (100, 200)
     assert found_HW[16:48, :31].all()
     assert not found_HW[:15].any()
     assert not found_HW[:, 33:].any()
+
+
+def config_of(mask: str, **settings: object) -> TrainConfig:
+    return TrainConfig(input=["good"], output="m", mask=mask, image_size=[64], **settings)
+
+
+SQUARE = [(20, 20), (100, 20), (100, 80), (20, 80), (20, 20)]
+HOLE = [(40, 40), (60, 40), (60, 60), (40, 60), (40, 40)]
+CORNER = [(180, 0), (200, 0), (200, 20)]
+
+
+def coco(segmentations: dict[int, object], sizes: dict[int, tuple[int, int]]) -> dict[str, object]:
+    images = [{"id": number, "height": h, "width": w} for number, (h, w) in sizes.items()]
+    annotations = [{"image_id": number, "segmentation": s} for number, s in segmentations.items()]
+    return {"images": images, "annotations": annotations, "categories": []}
+
+
+FLAT = [np.ravel(ring).tolist() for ring in (SQUARE, CORNER)]
+
+
+@pytest.mark.parametrize("fit", ["stretch", "letterbox", "crop"])
+def test_polygons_are_filled_where_an_image_of_them_is_white(fit, tmp_path):
+    shapes = {"type": "MultiPolygon", "coordinates": [[SQUARE, HOLE], [CORNER]]}
+    features = [{"type": "Feature", "geometry": geometry} for geometry in (shapes, None)]
+    with_hole = [(SQUARE, 255), (HOLE, 0), (CORNER, 255)]
+    sizes = {7: (100, 200), 8: (100, 200), 9: (50, 50)}
+    for content, rings in (
+        (shapes, with_hole),
+        ({"type": "FeatureCollection", "features": features}, with_hole),
+        (coco({7: FLAT, 8: FLAT}, sizes), [(SQUARE, 255), (CORNER, 255)]),
+    ):
+        drawn = Image.new("L", (200, 100))
+        for ring, level in rings:
+            points = [(x - 0.5, y - 0.5) for x, y in ring]
+            ImageDraw.Draw(drawn).polygon(points, fill=level)
+        drawn.save(tmp_path / "mask.png")
+        expected = read_mask(config_of(str(tmp_path / "mask.png"), fit=fit))
+        (tmp_path / "mask").write_text(json.dumps(content))
+        mask = mask_for(read_mask(config_of(str(tmp_path / "mask"), fit=fit)), [(100, 200)] * 2)
+        assert (mask.height, mask.width) == (100, 200)
+        assert (from_text(mask.text, 64, 64) ^ from_text(expected.text, 64, 64)).mean() < 0.005
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"type": "Polygon", "coordinates": [[(0, 0), (9, 9), (0, 0)]]}, "has a polygon of 2 points"),
+        ({"type": "Polygon", "coordinates": [[(0, 0), (9, 9), (5, 5)]]}, "encloses no area"),
+        ({"type": "Polygon", "coordinates": [[0, 0]]}, "is wrong at 0.0: Input should be a valid list"),
+        ({"type": "LineString", "coordinates": []}, "has a LineString, which is no area"),
+        ({"type": "FeatureCollection", "features": []}, "has no polygon"),
+        ({"shapes": []}, "is neither GeoJSON .* nor COCO"),
+        (coco({}, {1: (9, 9)}), "has no annotation"),
+        (
+            coco({1: {"counts": [0, 81], "size": [9, 9]}}, {1: (9, 9)}),
+            "run-length .* export polygons, or save",
+        ),
+        (
+            coco({1: FLAT, 2: FLAT[:1]}, dict.fromkeys((1, 2), (100, 200))),
+            "different annotations for 2 images",
+        ),
+        (coco({1: FLAT, 2: FLAT}, {1: (100, 200), 2: (200, 200)}), "different annotations for 2 images"),
+        (coco({3: FLAT}, {1: (100, 200)}), "annotation of image 3, which it does not list"),
+        (coco({1: FLAT}, {1: (100, 100)}), "point x 180, y 0 outside of a picture of 100 x 100 pixels"),
+    ],
+)
+def test_polygons_that_are_no_region_are_one_line(content, message, tmp_path):
+    (tmp_path / "mask.json").write_text(json.dumps(content))
+    with pytest.raises(WrongUse, match=f"--mask .*mask.json .*{message}"):
+        read_mask(config_of(str(tmp_path / "mask.json")))
+
+
+def test_coordinates_without_a_size_need_photographs_of_one(tmp_path):
+    mask = read_mask(config_of(geojson_of(tmp_path / "mask.json", [SQUARE])))
+    with pytest.raises(WrongUse, match="100 x 200 pixels, but a photograph 200 x 400, and GeoJSON does not"):
+        mask_for(mask, [(100, 200), (200, 400)])
+    with pytest.raises(Failed, match="the first of them cannot be read"):
+        mask_for(mask, [])
 
 
 def test_jobs_print_it(masked):

@@ -75,8 +75,9 @@ class TrainConfig(ListingConfig):
     """Largest number of tiles of an image to learn from, drawn at random. Held-out images are scored with all
     their tiles."""
     mask: str | None = None
-    """Image of the shape of the photographs, white where the model is to look: at the part, and not at the
-    conveyor belt. What is elsewhere moves no score. Stored with the model. [default: everywhere]"""
+    """What the model is to look at: the part, and not the conveyor belt. An image of the shape of the
+    photographs, white there; or a GeoJSON or COCO file of polygons, in pixels of the photographs. What is
+    elsewhere moves no score. Stored with the model. [default: everywhere]"""
     scales: int | None = Field(None, ge=1, le=4)
     """Number of sizes in which the backbone sees an image; each is half the one before. [default: 2 if
     --cut_after names several stages, as for the default backbone; else 3]"""

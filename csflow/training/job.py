@@ -33,7 +33,7 @@ from csflow.training.closing import CALIBRATED
 from csflow.training.config import TrainConfig, check_calibration
 from csflow.training.features import extract
 from csflow.training.labelled import LabelledImages
-from csflow.training.mask import Mask, read_mask
+from csflow.training.mask import Mask, mask_for, read_mask
 from csflow.training.outliers import ClosedForm, outlier_files, trimmed_images
 from csflow.training.parts import by_uri, divided, pattern_of, with_own_calibration, with_tags
 from csflow.training.plant import train_by_routes
@@ -75,8 +75,8 @@ def _train(config: TrainConfig, listed: pa.Table | None = None) -> ExitStatus:
     check_shares(config.validation, config.holdout)
     pattern = pattern_of(config.tags, config.part, config.calibrate_by) if listed is None else None
     output.check_writable()
-    mask = _read_mask(config)
-    detector = build_detector(config, mask)
+    named_mask = read_mask(config)
+    detector = build_detector(config)
     images = _list_images(config) if listed is None else listed
     check_enough(images.num_rows)
     if pattern:
@@ -84,9 +84,8 @@ def _train(config: TrainConfig, listed: pa.Table | None = None) -> ExitStatus:
     config = config.with_calibration(count_units(images))
     is_cross = config.calibration == "cross"
     sizes = some_sizes(images, config.storage_options)
-    if mask:
-        for height, width in sizes:
-            mask.check_shape(height, width, "a photograph")
+    mask = mask_for(named_mask, sizes) if named_mask else None
+    detector = _looking_at(detector, mask)
     _say_what_is_to_come(config, images, sizes, detector)
     labelled = LabelledImages.read(config, images)
     work_dir = Location(config.work_dir, config.storage_options) if config.work_dir else output / "_work"
@@ -230,17 +229,10 @@ def _expected_duration(config: TrainConfig, detector: Detector, images: int) -> 
     return f"{described(resources)}, no GPU: {duration.in_words(seconds)}"
 
 
-def _read_mask(config: TrainConfig) -> Mask | None:
-    if config.mask is None:
-        return None
-    location = Location(config.mask, config.storage_options)
-    return read_mask(location, replace(config.architecture(), interpolation="bilinear").preprocessing)
-
-
-def build_detector(config: TrainConfig, mask: Mask | None = None) -> Detector:
+def build_detector(config: TrainConfig) -> Detector:
     """A detector with the backbone's weights and an untrained flow. Raises WrongUse if a setting is wrong."""
     try:
-        detector = Detector(replace(config.architecture(), mask=mask and mask.text))
+        detector = Detector(config.architecture())
         load_weights(detector.backbone, find_weights(config.weights, config.backbone, config.storage_options))
     except BackboneError as error:
         is_default = error.setting == "weights" and config.weights == KNOWN_PACKAGE
@@ -251,6 +243,15 @@ def build_detector(config: TrainConfig, mask: Mask | None = None) -> Detector:
     # Images are resized as for the backbone's own training, which is known when it is built.
     detector.architecture = replace(detector.architecture, interpolation=detector.backbone.interpolation)
     return detector
+
+
+def _looking_at(detector: Detector, mask: Mask | None) -> Detector:
+    """The detector, untrained as it is, with this region of interest."""
+    if mask is None:
+        return detector
+    masked = Detector(replace(detector.architecture, mask=mask.text), detector.feature_shapes)
+    masked.backbone.load_state_dict(detector.backbone.state_dict())
+    return masked
 
 
 def _extract_features(
