@@ -41,6 +41,8 @@ class Rule(BaseModel):
     """Tags that all images of the rule have."""
     model: Text
     """Model directory, or a pointer to one."""
+    mask: Text | None = None
+    """What the model is to look at, as `--mask` of training."""
 
     def patterns(self) -> list[UriPattern]:
         """The patterns with the values of `where` in them.
@@ -68,8 +70,14 @@ class Routes:
         for name, times in Counter(rule.name for rule in rules).items():
             if times > 1:
                 raise WrongUse(f"{times} rules have the name {name}; give each its own")
+        masks: dict[str, Rule] = {}
         for later, rule in enumerate(rules):
             self._check(later, rule)
+            first = masks.setdefault(rule.model, rule)
+            if first.mask != rule.mask:
+                raise WrongUse(
+                    f"rules {first.name} and {rule.name} have one model, but not one mask; a model has one"
+                )
 
     def of(self, image_uri: str) -> tuple[int, dict[str, str]] | None:
         """The number of an image's rule, and the image's tags; None if no rule matches."""
@@ -148,7 +156,7 @@ def _rule(number: int, values: object) -> Rule:
         rule = Rule.model_validate(values)
     except ValidationError as error:
         raise WrongUse(f"rule {name}: {'; '.join(map(_explained, error.errors()))}") from None
-    if any(holds_credentials(url) for url in (rule.model, *rule.images)):
+    if any(holds_credentials(url) for url in (rule.model, rule.mask or "", *rule.images)):
         raise WrongUse(f"rule {name} holds credentials in a URL; give them by the AWS_* variables")
     return rule
 

@@ -91,6 +91,10 @@ def test_the_first_rule_that_matches_gives_the_model_and_the_tags() -> None:
             [rule("left", "s3://plant/left_{x}.png"), rule("top", "s3://plant/{x}_top.png")],
             "rules left and top both match images such as s3://plant/left_.*top.png, and neither is an",
         ),
+        (
+            [rule(mask="m.png"), rule("late", "s3://late/*", model=rule()["model"])],
+            "rules gear and late have one model, but not one mask",
+        ),
         ([rule(model="s3://key:secret-of-the-plant@plant/models")], "rule gear holds credentials in a URL"),
     ],
 )
@@ -176,6 +180,13 @@ def table(folder: Path, images: Path, *addresses: Path) -> Path:
     file = folder / "plant.yaml"
     file.write_text(yaml.safe_dump({"routes": rules}))
     return file
+
+
+def geojson(file: Path, side: int) -> str:
+    """A file with the upper right triangle of a picture of this side."""
+    ring = [(0, 0), (side, 0), (side, side)]
+    file.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    return str(file)
 
 
 def all_of(models: Path) -> list[Path]:
@@ -307,13 +318,15 @@ def test_a_training_by_rules_is_one_training_for_each_model(images: Path, tmp_pa
     rules = [
         rule("gear-0", gear, where={"line": "line-0"}, model="m/gear"),
         rule("gear-1", gear, where={"line": "line-1"}, model="m/gear"),
-        rule("board", board, model="m/board"),
+        rule("board", board, model="m/board", mask=geojson(tmp_path / "mask.json", 300)),
     ]
     settings = {"input": [str(images)], "output": str(tmp_path / "models"), "routes": rules}
     trained: list[tuple[str, str | None, str | None, int]] = []
+    masks: list[str | None] = []
 
     def train(config: TrainConfig, listed: pa.Table) -> ExitStatus:
         trained.append((config.output, config.name, config.work_dir, listed.num_rows))
+        masks.append(config.mask)
         if config.name == "gear-0":
             raise Failed("the loss became NaN")
         return ExitStatus.DONE
@@ -328,7 +341,9 @@ def test_a_training_by_rules_is_one_training_for_each_model(images: Path, tmp_pa
         (f"{place}/gear-0", "gear-0", f"{place}/_work", 48),
         (f"{place}/board", "board", f"{place}/_work", 48),
     ]
+    assert masks == [None, str(tmp_path / "mask.json")]
     trained.clear()
+    beyond = geojson(tmp_path / "beyond.json", 400)
     only = TrainConfig.model_validate(settings | {"only": "board"})
     assert train_by_routes(only, listed, train) == ExitStatus.DONE
     assert [name for _, name, *_ in trained] == ["board"]
@@ -336,10 +351,18 @@ def test_a_training_by_rules_is_one_training_for_each_model(images: Path, tmp_pa
         ({"only": ["bord"]}, "--only bord is no rule"),
         ({"routes": [rule("a/b", gear)]}, "rule a/b: its model goes to a folder"),
         ({"routes": [*rules, rule("cover", "s3://other/*")]}, "rule cover: --input has 0 images"),
+        ({"routes": [*rules[:2], rules[2] | {"mask": "none.png"}]}, "rule board: mask .*none.png cannot be"),
+        (
+            {"routes": [*rules[:2], rules[2] | {"mask": beyond}]},
+            "board: mask .* has the point x 400, y 0 out",
+        ),
+        ({"tile": 64}, "rule board: mask and --tile exclude each other"),
     ):
+        trained.clear()
         with pytest.raises(WrongUse, match=said):
             train_by_routes(TrainConfig.model_validate(settings | wrong), listed, train)
-    for wrong in ({"name": "x"}, {"evaluate": "labels.csv"}):
+        assert not trained
+    for wrong in ({"name": "x"}, {"evaluate": "labels.csv"}, {"mask": "mask.png"}):
         with pytest.raises(WrongUse, match=f"--{next(iter(wrong))} is of one model"):
             TrainConfig.model_validate(settings | wrong)
 
@@ -350,6 +373,9 @@ def test_models_trained_by_a_table_score_by_it_and_are_not_trained_again(
 ) -> None:
     place = tmp_path / "models"
     routes = table(tmp_path, images, place / "gear", place / "board")
+    rules = yaml.safe_load(routes.read_text())["routes"]
+    rules[1]["mask"] = geojson(tmp_path / "mask.json", 300)
+    routes.write_text(yaml.safe_dump({"routes": rules}))
     good = [images / "line-0" / product for product in ("gear", "board")]
     arguments = ["--routes", routes, "--input", *good, "--output", place, *SMALL_MODEL, "--epochs", 1]
     job = run_job("train", *arguments)
@@ -360,7 +386,7 @@ def test_models_trained_by_a_table_score_by_it_and_are_not_trained_again(
     assert again.returncode == 0, again.stderr
     assert again.stdout.count(" is trained") == 2
     assert {file: file.stat().st_mtime_ns for file in place.glob("*/config.json")} == before
-    assert len(list(place.glob("_work/features/*"))) == 1
+    assert len(list(place.glob("_work/features/*"))) == 2, "one for all models of one mask"
     flags = ["--routes", routes, "--input", *good, "--output", tmp_path / "scores"]
     assert run_score(*flags) == ExitStatus.DONE
     assert Counter(read_scores(tmp_path / "scores").model_name) == {"gear": 24, "board": 24}

@@ -196,16 +196,7 @@ class TrainConfig(ListingConfig):
 
     @model_validator(mode="after")
     def _check_mask(self) -> "TrainConfig":
-        if self.mask is None:
-            return self
-        reasons = {
-            "--tile": ("tiles come from anywhere in an image", self.tile is not None),
-            "--augment": ("it turns and flips the images", self.augment),
-            f"--recipe {self.recipe}": ("it has no whitening", not RECIPES[self.recipe].whitening),
-        }
-        for setting, (reason, is_given) in reasons.items():
-            if is_given:
-                raise WrongUse(f"--mask and {setting} exclude each other, since {reason}; leave one out")
+        check_mask(self)
         return self
 
     @model_validator(mode="after")
@@ -217,7 +208,8 @@ class TrainConfig(ListingConfig):
         if self.routes is not None and (
             one := [s for s in ("name", "evaluate", "mask") if getattr(self, s) is not None]
         ):
-            raise WrongUse(f"--{one[0]} is of one model, and --routes trains several; leave it out")
+            instead = "give rules a key mask" if one[0] == "mask" else "leave it out"
+            raise WrongUse(f"--{one[0]} is of one model, and --routes trains several; {instead}")
         return self
 
     @property
@@ -273,6 +265,20 @@ class TrainConfig(ListingConfig):
             latent_window=recipe.latent_window,
             tiling=Tiling(self.overlap, self.scale) if self.tile else None,
         )
+
+
+def check_mask(config: TrainConfig) -> None:
+    """Raises WrongUse if there is a mask, and other settings leave it without a meaning."""
+    if config.mask is None:
+        return
+    reasons = {
+        "--tile": ("tiles come from anywhere in an image", config.tile is not None),
+        "--augment": ("it turns and flips the images", config.augment),
+        f"--recipe {config.recipe}": ("it has no whitening", not RECIPES[config.recipe].whitening),
+    }
+    for setting, (reason, is_given) in reasons.items():
+        if is_given:
+            raise WrongUse(f"--mask and {setting} exclude each other, since {reason}; leave one out")
 
 
 def check_calibration(config: TrainConfig) -> None:

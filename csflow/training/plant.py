@@ -1,17 +1,20 @@
 """Trains a model for each rule of a table of routes, one after the other, over one listing and one cache."""
 
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
 from csflow.console import say, warn
 from csflow.errors import ExitStatus, Failed, WrongUse
 from csflow.model_directory import check_free, holds_model, read_config
-from csflow.routes import Routes, read_routes
+from csflow.preflight import some_sizes
+from csflow.routes import Routes, Rule, read_routes
 from csflow.storage import Location
-from csflow.training.config import TrainConfig
+from csflow.training.config import TrainConfig, check_mask
+from csflow.training.mask import Mask, UnsizedMask, mask_for, read_mask
 from csflow.training.parts import check_tags, with_tags
 from csflow.training.resumption import repeats
 from csflow.training.shards import listing_fingerprint
@@ -25,6 +28,16 @@ class _Training:
     rules: list[str]
     config: TrainConfig
     """As for a training of this model alone."""
+    mask: Mask | UnsizedMask | None
+
+    @classmethod
+    def of(cls, rules: list[Rule], config: TrainConfig) -> "_Training":
+        """The training of these rules' model. Raises WrongUse, naming the rules, if their mask is wrong."""
+        names = [rule.name for rule in rules]
+        own = _alone(config, rules[0])
+        with _naming(names):
+            check_mask(own)
+            return cls(names, own, read_mask(own))
 
     @property
     def output(self) -> Location:
@@ -34,8 +47,19 @@ class _Training:
         """Whether its output holds what this training gives."""
         config = self.config.with_calibration(count_units(images))
         return holds_model(self.output) and repeats(
-            read_config(self.output), config, listing_fingerprint(images)
+            read_config(self.output),
+            config,
+            listing_fingerprint(images),
+            self.mask.text if isinstance(self.mask, Mask) else None,
         )
+
+    def with_mask_for(self, images: pa.Table) -> "_Training":
+        """The same with its mask for these images. Raises WrongUse if it has another shape than they."""
+        sizes = some_sizes(images, self.config.storage_options) if self.mask else []
+        if self.mask is None or not sizes:  # without sizes, the training itself says what is wrong
+            return self
+        with _naming(self.rules):
+            return replace(self, mask=mask_for(self.mask, sizes))
 
 
 def train_by_routes(
@@ -64,6 +88,7 @@ def train_by_routes(
     }
     for one in trainings:
         _check_enough(one, images[one.rules[0]].num_rows)
+    trainings = [one.with_mask_for(images[one.rules[0]]) for one in trainings]
     statuses, failed = [], []
     for one in trainings:
         own, names = images[one.rules[0]], ", ".join(one.rules)
@@ -88,20 +113,34 @@ def _trainings(config: TrainConfig, routes: Routes) -> list[_Training]:
     if unknown := set(config.only) - {rule.name for rule in routes.rules}:
         known = ", ".join(rule.name for rule in routes.rules)
         raise WrongUse(f"--only {min(unknown)} is no rule of --routes, whose rules are {known}")
-    by_model: dict[str, list[str]] = defaultdict(list)
+    by_model: dict[str, list[Rule]] = defaultdict(list)
     for rule in routes.rules:
-        by_model[rule.model].append(rule.name)
-    wanted = [names for names in by_model.values() if not config.only or set(names) & set(config.only)]
-    return [_Training(names, _alone(config, names[0])) for names in wanted]
+        by_model[rule.model].append(rule)
+    return [
+        _Training.of(rules, config)
+        for rules in by_model.values()
+        if not config.only or {rule.name for rule in rules} & set(config.only)
+    ]
 
 
-def _alone(config: TrainConfig, rule: str) -> TrainConfig:
+def _alone(config: TrainConfig, rule: Rule) -> TrainConfig:
     """The settings of a training of one rule's model. Features are in one cache for all."""
-    if "/" in rule or rule.startswith((".", "_")):
-        raise WrongUse(f"--routes: rule {rule}: its model goes to a folder of this name; choose a plain one")
+    name = rule.name
+    if "/" in name or name.startswith((".", "_")):
+        raise WrongUse(f"--routes: rule {name}: its model goes to a folder of this name; choose a plain one")
     folder = config.output.rstrip("/")
-    own = {"output": f"{folder}/{rule}", "name": rule, "work_dir": config.work_dir or f"{folder}/_work"}
-    return config.model_copy(update=own | {"routes": None, "only": []})
+    own = {"output": f"{folder}/{name}", "name": name, "work_dir": config.work_dir or f"{folder}/_work"}
+    return config.model_copy(update=own | {"mask": rule.mask, "routes": None, "only": []})
+
+
+@contextmanager
+def _naming(rules: list[str]) -> Iterator[None]:
+    """Names the rules in a WrongUse about their mask, which is a key there and no flag."""
+    try:
+        yield
+    except WrongUse as error:
+        reason = str(error).removeprefix("--")
+        raise WrongUse(f"--routes: rule {', '.join(rules)}: {reason}") from None
 
 
 def _apart(listed: pa.Table, routes: Routes) -> dict[str, pa.Table]:

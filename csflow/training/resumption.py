@@ -36,8 +36,7 @@ def check_replacement(
         WrongUse: the model is of another training, and this one has no checkpoint yet.
     """
     stored = read_config(output)
-    has_same_mask = stored["architecture"].get("mask") == detector.architecture.mask
-    if has_same_mask and repeats(stored, config, listing_fingerprint(images)):
+    if repeats(stored, config, listing_fingerprint(images), detector.architecture.mask):
         return
     if not has_checkpoint(config, detector, images, cache, work_dir):
         raise WrongUse(
@@ -46,16 +45,18 @@ def check_replacement(
         )
 
 
-def repeats(stored: Mapping[str, Any], config: TrainConfig, images: str) -> bool:
+def repeats(stored: Mapping[str, Any], config: TrainConfig, images: str, mask: str | None) -> bool:
     """Whether the model with this `config.json` is what these settings and images give.
 
     Args:
         images: the fingerprint of the listed images.
+        mask: the text of the model's mask.
     """
     try:
         earlier = TrainConfig.model_validate(stored["training"])
         data, decoding = stored["data"], stored["preprocessing"]["decoding_version"]
         training_images, stored_images = data["training_images"], data["fingerprint"]
+        stored_mask = stored["architecture"].get("mask")
     except (ValueError, KeyError):  # imported, or of a csflow with other settings
         return False
     one, other = (
@@ -66,9 +67,9 @@ def repeats(stored: Mapping[str, Any], config: TrainConfig, images: str) -> bool
         )
         for settings in (earlier, config)
     )
-    versions = (stored["format_version"], decoding)
-    expected = (format_version(config.tile is not None, config.mask is not None), DECODING_VERSION)
-    return one == other and images == stored_images and versions == expected
+    found = (stored_images, stored_mask, stored["format_version"], decoding)
+    expected = (images, mask, format_version(config.tile is not None, mask is not None), DECODING_VERSION)
+    return one == other and found == expected
 
 
 def has_checkpoint(
