@@ -164,13 +164,10 @@ def test_the_flow_of_cpus_gives_the_energies_of_the_trained_one():
 
 @pytest.fixture(scope="module")
 def masked(good_cells: Path, ray_cluster: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that looks at the middle of a cell, as a polygon around it says."""
+    """A model that looks at the middle of a cell."""
     folder = tmp_path_factory.mktemp("masked")
-    angles = np.linspace(0, 2 * np.pi, 73)
-    ring = np.stack([150 + 120 * np.cos(angles), 150 + 120 * np.sin(angles)], 1)
-    polygon = {"type": "Polygon", "coordinates": [ring.tolist()]}
-    (folder / "mask.geojson").write_text(json.dumps({"type": "Feature", "geometry": polygon}))
-    arguments = ["--input", good_cells, "--output", folder / "model", "--mask", folder / "mask.geojson"]
+    Image.fromarray(round_mask(300, 300).astype(np.uint8) * 255).save(folder / "mask.png")
+    arguments = ["--input", good_cells, "--output", folder / "model", "--mask", folder / "mask.png"]
     done = run_job("train", *arguments, *SMALL_MODEL)
     assert done.returncode == 0, done.stderr
     return folder / "model"

@@ -33,7 +33,7 @@ class Mask(NamedTuple):
     """Whether the file tells height and width; else they are those of a photograph."""
 
     def check_shapes(self, images: pa.Table) -> None:
-        """Raises WrongUse if the mask fits an image (a row of `INDEX`) not."""
+        """Raises WrongUse if there is an image (a row of `INDEX`) that the mask does not fit."""
         columns = ("image_uri", "image_height", "image_width")
         for uri, height, width in zip(*(images[name].to_pylist() for name in columns), strict=True):
             if height is not None:  # it could be read

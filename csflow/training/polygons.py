@@ -91,16 +91,18 @@ def filled(polygons: Polygons, height: int, width: int, preprocessing: Preproces
     box = preprocessing.place(height, width).box
     rows, columns = (side * FINENESS for side in preprocessing.image_size)
     x_factor, y_factor = columns / (box.right - box.left), rows / (box.bottom - box.top)
-    inside_HW = np.zeros((rows, columns), bool)
-    for rings in polygons.outlines:
-        canvas = Image.new("1", (columns, rows))
-        draw = ImageDraw.Draw(canvas)
-        for number, ring in enumerate(rings):
+    region = Image.new("1", (columns, rows))
+    for outer, *holes in polygons.outlines:
+        # Apart, so that a hole is none in other polygons.
+        canvas = Image.new("1", region.size) if holes else region
+        for ring, is_inside in [(outer, True), *((hole, False) for hole in holes)]:
             points = [((x - box.left) * x_factor - 0.5, (y - box.top) * y_factor - 0.5) for x, y in ring]
-            draw.polygon(points, fill=number == 0)
-        inside_HW |= np.asarray(canvas)
-    shares = inside_HW.reshape(rows // FINENESS, FINENESS, columns // FINENESS, FINENESS).mean((1, 3))
-    return shares >= 0.5
+            ImageDraw.Draw(canvas).polygon(points, fill=is_inside)
+        if holes:
+            region.paste(1, mask=canvas)
+    fine = np.asarray(region).reshape(rows // FINENESS, FINENESS, columns // FINENESS, FINENESS)
+    inside_HW: NDArray[np.bool_] = fine.mean((1, 3)) >= 0.5
+    return inside_HW
 
 
 def _of_geojson(content: Any) -> Iterator[list[Ring]]:
@@ -111,12 +113,12 @@ def _of_geojson(content: Any) -> Iterator[list[Ring]]:
     elif kind == "Feature":
         if content.get("geometry") is not None:  # which GeoJSON allows
             yield from _of_geojson(content["geometry"])
+    elif not isinstance(kind, str):
+        raise ValueError("is neither GeoJSON (which has a type) nor COCO (images and annotations)")
     elif kind in _PARTS:
         shapes = _PARTS[kind].validate_python(content.get("coordinates"))
-        for rings in [shapes] if kind == "Polygon" else shapes:
+        for rings in filter(None, [shapes] if kind == "Polygon" else shapes):
             yield [[(position[0], position[1]) for position in ring] for ring in rings]
-    elif kind is None:
-        raise ValueError("is neither GeoJSON (which has a type) nor COCO (images and annotations)")
     else:
         raise ValueError(f"has a {kind}, which is no area; a region is a Polygon or MultiPolygon")
 
@@ -148,7 +150,7 @@ def _of_coco(content: _Coco) -> Polygons:
 
 def _checked(outlines: list[list[Ring]]) -> list[list[Ring]]:
     """The same polygons. Raises ValueError if there is none, or if one is no area."""
-    if not any(outlines):
+    if not outlines:
         raise ValueError("has no polygon")
     for ring in (ring for rings in outlines for ring in rings):
         if len(set(ring)) < 3:
