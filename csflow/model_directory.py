@@ -36,7 +36,7 @@ ROUNDING = "rounding."
 """Prefix of the names of `rounding_shifts` among the detector's tensors."""
 BACKBONE = "backbone."
 """Prefix of the names of the backbone's own."""
-CARD_FILES = ("README.md", "curves.svg", "calibration.svg", "outliers.csv")
+CARD_FILES = ("README.md", "curves.svg", "calibration.svg", "mask.png", "outliers.csv")
 PICTURES = "outliers"
 """Folder of the card's pictures."""
 LIBRARIES = ("torch", "timm", "safetensors", "pillow", "tifffile", "pyarrow", "ray")

@@ -66,10 +66,10 @@ def some_sizes(images: pa.Table, storage_options: Mapping[str, Any]) -> list[tup
         child.close()
 
 
-def spread(images: pa.Table) -> pa.Table:
-    """A few rows from all over a listing, since one folder's images may be of one camera."""
+def spread(images: pa.Table, most: int = LOOKED_AT) -> pa.Table:
+    """Up to so many rows from all over a listing, since one folder's images may be of one camera."""
     last = images.num_rows - 1
-    rows = sorted({round(last * i / (LOOKED_AT - 1)) for i in range(LOOKED_AT)})
+    rows = sorted({round(last * i / (most - 1)) for i in range(most)})
     return images.take(pa.array([row for row in rows if 0 <= row <= last], pa.int64()))
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from conftest import SMALL_MODEL, copy_some, run_job
@@ -15,9 +16,11 @@ from torch import Tensor
 
 import csflow
 from csflow.config import parse
+from csflow.decode_limits import DEFAULT_LIMITS
 from csflow.edge.artefact import Artefact
 from csflow.errors import ExitStatus, Failed, WrongUse
 from csflow.images import decode
+from csflow.inputs.listing import list_table
 from csflow.interest import OUTSIDE, from_text, to_text
 from csflow.model import CrossScaleFlow, Detector
 from csflow.model.detector import energies
@@ -26,10 +29,12 @@ from csflow.model.interleaved_flow import InterleavedFlow
 from csflow.model.pyramid import inside_levels
 from csflow.model.whitening import Gaussians, Moments, fit_latents, gaussians_of
 from csflow.model_directory import load_model
+from csflow.preprocessing import Preprocessing
 from csflow.storage import Location
 from csflow.training.config import TrainConfig
 from csflow.training.job import train
 from csflow.training.mask import mask_for, read_mask
+from csflow.training.variation import find_varying
 
 SIDE = 96
 SIZES = [(8, 6), (4, 3)]
@@ -360,6 +365,54 @@ def test_coordinates_without_a_size_need_photographs_of_one(tmp_path):
         mask_for(mask, [(100, 200), (200, 400)])
     with pytest.raises(Failed, match="the first of them cannot be read"):
         mask_for(mask, [])
+
+
+@pytest.fixture(scope="module")
+def on_a_fixture(good_cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Round pieces of cells, which lie a little differently each time, on a background that stays."""
+    folder = tmp_path_factory.mktemp("fixture") / "good"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    still_HW = np.asarray(Image.open(min(good_cells.iterdir())).convert("L").rotate(90), np.float64)
+    for path in sorted(good_cells.iterdir())[:24]:
+        with Image.open(path) as image:
+            cell_HW = np.asarray(image.convert("L"), np.float64)
+        place = random.integers(-6, 7, 2)
+        pixels_HW = np.where(np.roll(round_mask(300, 300), place, (0, 1)), cell_HW, still_HW)
+        pixels_HW += random.normal(0, 2, (300, 300))  # of the sensor
+        image_of(folder / path.name, pixels_HW.clip(0, 255))
+    return folder
+
+
+def test_auto_is_where_photographs_vary_or_everywhere(on_a_fixture, good_cells):
+    preprocessing = Preprocessing((128, 128))
+    images = list_table([str(on_a_fixture)], {})
+    found = find_varying(images, preprocessing, {}, DEFAULT_LIMITS)
+    inside_HW, part_HW = from_text(found.text, 128, 128), round_mask(128, 128)
+    assert inside_HW[part_HW].all()
+    assert inside_HW[~part_HW].mean() < 0.35, "a margin, and where the part may lie"
+    assert not inside_HW[:4].any()
+    assert f"looks at {inside_HW.mean():.0%} of the pixels" in found.line
+    again = find_varying(images.take(pa.array(range(24)[::-1])), preprocessing, {}, DEFAULT_LIMITS)
+    assert again == found
+    whole = find_varying(list_table([str(good_cells)], {}), preprocessing, {}, DEFAULT_LIMITS)
+    assert whole.text is None
+    assert "48 photographs vary by about the same everywhere" in whole.line
+
+
+def test_a_training_with_auto_keeps_its_mask_when_it_is_continued(on_a_fixture, ray_cluster, tmp_path):
+    arguments = ["--input", on_a_fixture, "--output", tmp_path, "--mask", "auto", *SMALL_MODEL, "--epochs", 1]
+    masks = []
+    for flags in ([], ["--resume", "--workers", 2]):
+        assert train(parse(TrainConfig, None, [str(a) for a in (*arguments, *flags)])) == ExitStatus.DONE
+        masks.append(load_model(Location(str(tmp_path))).detector.architecture.mask)
+    assert masks[0] == masks[1]
+    mask_HW = from_text(masks[0], 128, 128)
+    assert mask_HW[round_mask(128, 128)].all()
+    assert mask_HW.mean() < 0.7
+    with Image.open(tmp_path / "mask.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), mask_HW)
+    assert "white in [mask.png](mask.png)" in (tmp_path / "README.md").read_text()
 
 
 def test_jobs_print_it(masked):

@@ -374,7 +374,7 @@ def test_models_trained_by_a_table_score_by_it_and_are_not_trained_again(
     place = tmp_path / "models"
     routes = table(tmp_path, images, place / "gear", place / "board")
     rules = yaml.safe_load(routes.read_text())["routes"]
-    rules[1]["mask"] = geojson(tmp_path / "mask.json", 300)
+    rules[0]["mask"], rules[1]["mask"] = "auto", geojson(tmp_path / "mask.json", 300)
     routes.write_text(yaml.safe_dump({"routes": rules}))
     good = [images / "line-0" / product for product in ("gear", "board")]
     arguments = ["--routes", routes, "--input", *good, "--output", place, *SMALL_MODEL, "--epochs", 1]

@@ -1,12 +1,14 @@
 """The model card: a README for a model directory, with plots of loss curves and calibration scores."""
 
 import html
+import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 import csflow
 from csflow.charts import Curve, chart, steps
@@ -37,7 +39,7 @@ it: `python jobs/score.py --model <this folder> --input <images> --output <folde
 | training loss of that epoch | {loss:.4f} |
 | validation loss of that epoch | {validation_loss} |
 | held-out loss | {heldout_loss:.4f} |
-{baseline}
+{baseline}{mask}
 The loss is (½‖z‖² − log|det J|) / dim(z) per image{last_layer}. The epoch
 with the lowest validation loss is kept; without validation images it is the last one. {no_label}
 
@@ -91,6 +93,8 @@ HELD_OUT_IN_TURN = """. All images
 were trained on. The score of each in that file is by that of {folds} further trainings which left out the
 image, and a part of the others (cross-calibration)"""
 
+MASK = "| pixels that the model looks at, white in [mask.png](mask.png) | {share:.0%} |\n"
+
 NO_LABEL_SEEN = "No label of a defect was ever seen."
 NO_LABEL_USED = "Labelled images were scored at the end and decided nothing."
 
@@ -101,6 +105,7 @@ def model_card(
     metrics: Mapping[str, Any],
     calibration: Calibration,
     outliers: Sequence[Mapping[str, Any]],
+    mask_HW: NDArray[np.bool_] | None = None,
 ) -> dict[str, bytes]:
     """The files of the card, by name.
 
@@ -109,6 +114,7 @@ def model_card(
         metrics: `history` (the loss curves), `best_epoch`, `heldout_loss`, `validation_loss`,
             `gaussian_loss`, `warnings` and `evaluation`.
         outliers: as from `outlier_files`.
+        mask_HW: the pixels that the model looks at; None if it looks at all.
     """
     is_whitened = metrics["gaussian_loss"] is not None
     history, best_epoch = metrics["history"], metrics["best_epoch"]
@@ -129,6 +135,7 @@ def model_card(
         validation_loss="none" if validation_loss is None else f"{validation_loss:.4f}",
         heldout_loss=metrics["heldout_loss"],
         baseline=_baseline(metrics),
+        mask="" if mask_HW is None else MASK.format(share=mask_HW.mean()),
         last_layer=LAST_LAYER if is_whitened else "",
         no_label=NO_LABEL_USED if metrics["evaluation"] else NO_LABEL_SEEN,
         in_turn=f", each in turn from one of {folds} further trainings" if folds else "",
@@ -140,11 +147,18 @@ def model_card(
         outliers=_outlier_table(outliers),
         settings=json.dumps(settings, indent=2),
     )
-    return {
+    files = {
         "README.md": text.encode(),
         "curves.svg": curves_svg(history, best_epoch),
         "calibration.svg": histogram_svg(calibration.anomaly_score),
     }
+    return files if mask_HW is None else files | {"mask.png": _png(mask_HW)}
+
+
+def _png(mask_HW: NDArray[np.bool_]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(mask_HW).save(file, "PNG")
+    return file.getvalue()
 
 
 def _baseline(metrics: Mapping[str, Any]) -> str:

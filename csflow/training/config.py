@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # with torch --help and errors in settings would take seconds
 
 
 CalibrationKind = Literal["auto", "holdout", "cross"]
+AUTO = "auto"
+"""The value of `--mask` that names no file: the region is where the images vary."""
 CROSS_BELOW = 500
 """With `--calibration auto`, fewer images than this are held out in turn. From here on, a fifth of them is
 enough for the usual false-positive rate."""
@@ -76,8 +78,10 @@ class TrainConfig(ListingConfig):
     their tiles."""
     mask: str | None = None
     """What the model is to look at: the part, and not the conveyor belt. An image of the shape of the
-    photographs, white there; or a GeoJSON or COCO file of polygons, in pixels of the photographs. What is
-    elsewhere moves no score. Stored with the model. [default: everywhere]"""
+    photographs, white there; or a GeoJSON or COCO file of polygons, in pixels of the photographs. `auto` is
+    where the images of --input vary and, if that is clear, leaves out where they hardly do, such as a fixture
+    or an empty border; defects there are not seen, and a background that changes stays. What is outside of
+    the mask moves no score. Stored with the model. [default: everywhere]"""
     scales: int | None = Field(None, ge=1, le=4)
     """Number of sizes in which the backbone sees an image; each is half the one before. [default: 2 if
     --cut_after names several stages, as for the default backbone; else 3]"""

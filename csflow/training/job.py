@@ -21,6 +21,7 @@ from csflow.inputs.listing import LISTING, list_table
 from csflow.inputs.range_use import RangeUse
 from csflow.inputs.selection import Selection
 from csflow.inputs.unlisted import Unlisted, in_words
+from csflow.interest import from_text
 from csflow.model import BackboneError, Detector, load_weights
 from csflow.model.whitening import one_thread
 from csflow.model_directory import Calibration, check_free, holds_model, save_model, worker_bytes
@@ -30,10 +31,10 @@ from csflow.training.advice import advice, calibration_warning, stretch_warning
 from csflow.training.cache import FeatureCache, find_images
 from csflow.training.card import model_card
 from csflow.training.closing import CALIBRATED
-from csflow.training.config import TrainConfig, check_calibration
+from csflow.training.config import AUTO, TrainConfig, check_calibration
 from csflow.training.features import extract
 from csflow.training.labelled import LabelledImages
-from csflow.training.mask import Mask, mask_for, read_mask
+from csflow.training.mask import mask_for, read_mask
 from csflow.training.outliers import ClosedForm, outlier_files, trimmed_images
 from csflow.training.parts import by_uri, divided, pattern_of, with_own_calibration, with_tags
 from csflow.training.plant import train_by_routes
@@ -51,6 +52,7 @@ from csflow.training.split import (
     split_sizes,
     unit_of,
 )
+from csflow.training.variation import Varying, find_varying
 from csflow.weights import KNOWN_PACKAGE, find_weights
 
 LINES_SHOWN = 10
@@ -85,9 +87,10 @@ def _train(config: TrainConfig, listed: pa.Table | None = None) -> ExitStatus:
     is_cross = config.calibration == "cross"
     sizes = some_sizes(images, config.storage_options)
     mask = mask_for(named_mask, sizes) if named_mask else None
-    detector = _looking_at(detector, mask)
     _say_what_is_to_come(config, images, sizes, detector)
     labelled = LabelledImages.read(config, images)
+    varying = _find_varying(config, images, detector)
+    detector = _looking_at(detector, varying.text if varying else mask and mask.text)
     work_dir = Location(config.work_dir, config.storage_options) if config.work_dir else output / "_work"
     cache = FeatureCache.of(work_dir / "features", detector, config.limits, config.tiles_per_image)
     if replaces_unasked:
@@ -125,6 +128,8 @@ def _train(config: TrainConfig, listed: pa.Table | None = None) -> ExitStatus:
         if detector.architecture.tiling
         else result.calibration
     )
+    if varying and varying.text is None:
+        lines.append(f"warning: {varying.line}")
     if np.ptp(calibration["anomaly_score"].to_numpy()) == 0 and calibration.num_rows > 1:
         lines.append(ALL_THE_SAME)
     if moves_p_values(detector, data.calibrating, calibration, config.storage_options, config.limits):
@@ -245,11 +250,21 @@ def build_detector(config: TrainConfig) -> Detector:
     return detector
 
 
-def _looking_at(detector: Detector, mask: Mask | None) -> Detector:
-    """The detector, untrained as it is, with this region of interest."""
+def _find_varying(config: TrainConfig, images: pa.Table, detector: Detector) -> Varying | None:
+    """The region of `--mask auto`, which it says; None with other settings."""
+    if config.mask != AUTO:
+        return None
+    say("--mask auto: looking where the photographs vary")
+    varying = find_varying(images, detector.architecture.preprocessing, config.storage_options, config.limits)
+    (warn if varying.text is None else say)(varying.line)
+    return varying
+
+
+def _looking_at(detector: Detector, mask: str | None) -> Detector:
+    """The detector, untrained as it is, with the region of interest in this text."""
     if mask is None:
         return detector
-    masked = Detector(replace(detector.architecture, mask=mask.text), detector.feature_shapes)
+    masked = Detector(replace(detector.architecture, mask=mask), detector.feature_shapes)
     masked.backbone.load_state_dict(detector.backbone.state_dict())
     return masked
 
@@ -380,7 +395,9 @@ def _save(
         "copies": data.copies,
     }
     outliers, files = outlier_files(ranking, data.subset(TRIMMED).num_rows, config.storage_options)
-    card = model_card(settings, fingerprints, metrics, Calibration.of(calibration), outliers)
+    mask = detector.architecture.mask
+    mask_HW = from_text(mask, *detector.architecture.image_size) if mask else None
+    card = model_card(settings, fingerprints, metrics, Calibration.of(calibration), outliers, mask_HW)
     return save_model(
         output,
         detector,

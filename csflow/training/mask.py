@@ -13,7 +13,7 @@ from csflow.images import decode
 from csflow.interest import to_text
 from csflow.preprocessing import Preprocessing
 from csflow.storage import Location
-from csflow.training.config import TrainConfig
+from csflow.training.config import AUTO, TrainConfig
 from csflow.training.polygons import Polygons, filled, is_json, read_polygons
 
 SAME_SHAPE = 1.01
@@ -67,12 +67,12 @@ class UnsizedMask(NamedTuple):
 
 
 def read_mask(config: TrainConfig) -> Mask | UnsizedMask | None:
-    """The mask in the file that `--mask` names; None without the setting.
+    """The mask in the file that `--mask` names; None if it names none.
 
     Raises:
         WrongUse: the file is no image and has no polygons, or nothing is in the region.
     """
-    if config.mask is None:
+    if config.mask is None or config.mask == AUTO:
         return None
     location = Location(config.mask, config.storage_options)
     # The backbone's own filter is not known yet, and would move a mask's edge by less than a pixel.

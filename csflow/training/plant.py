@@ -50,7 +50,7 @@ class _Training:
             read_config(self.output),
             config,
             listing_fingerprint(images),
-            self.mask.text if isinstance(self.mask, Mask) else None,
+            self.mask.text if isinstance(self.mask, Mask) else self.config.mask,
         )
 
     def with_mask_for(self, images: pa.Table) -> "_Training":

@@ -11,7 +11,7 @@ from csflow.model_directory import format_version, read_config
 from csflow.preprocessing import DECODING_VERSION
 from csflow.storage import Location
 from csflow.training.cache import FeatureCache, find_images
-from csflow.training.config import TrainConfig
+from csflow.training.config import AUTO, TrainConfig
 from csflow.training.loop import LoopSettings
 from csflow.training.outliers import ClosedForm, trimmed_images
 from csflow.training.parts import divided
@@ -50,13 +50,15 @@ def repeats(stored: Mapping[str, Any], config: TrainConfig, images: str, mask: s
 
     Args:
         images: the fingerprint of the listed images.
-        mask: the text of the model's mask.
+        mask: the text of the model's mask; `AUTO` if it follows from the images.
     """
     try:
         earlier = TrainConfig.model_validate(stored["training"])
         data, decoding = stored["data"], stored["preprocessing"]["decoding_version"]
         training_images, stored_images = data["training_images"], data["fingerprint"]
         stored_mask = stored["architecture"].get("mask")
+        if mask == AUTO and earlier.mask == AUTO:
+            mask = stored_mask
     except (ValueError, KeyError):  # imported, or of a csflow with other settings
         return False
     one, other = (
