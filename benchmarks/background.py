@@ -1,12 +1,14 @@
-"""A part on a changing background: detection with and without a mask.
+"""A part on a background: detection with and without a mask.
 
     python benchmarks/background.py --work /tmp/background
-    python benchmarks/background.py --work /tmp/background --seeds 0 1 2
+    python benchmarks/background.py --work /tmp/background --seeds 0 1 2 --image_size 128
+    python benchmarks/background.py --work /tmp/still --still
 
 Round pieces of photographs of solar cells lie on backgrounds that differ in every image: a strip of brick,
 grass or gravel (package scikit-image), turned and brightened at random. Defective pieces are of cells that
-are defective for certain. The mask is the circle in which a piece lies. Each seed draws other backgrounds and
-trains with other weights; the AUROC is that of the anomaly score on test images.
+are defective for certain. With --still all images of a seed have one background, as a fixture before a fixed
+camera has, and `--mask auto` is measured, too. The mask is the circle in which a piece lies. Each seed draws
+other backgrounds and trains with other weights; the AUROC is that of the anomaly score on test images.
 """
 
 import argparse
@@ -26,6 +28,8 @@ from csflow.demo import photographs
 SIDE, RADIUS = 300, 115
 TRAINING, TEST = 400, 200
 """Images; half of the test images are defective."""
+NOISE = 2.0
+"""Standard deviation of the camera's noise, in grey levels."""
 TEXTURES = ("brick.png", "grass.png", "gravel.png")
 
 
@@ -43,7 +47,7 @@ def background(textures: list[NDArray[np.uint8]], random: np.random.Generator) -
     return cut_HW * random.uniform(0.5, 1.2)
 
 
-def write_images(folder: Path, seed: int) -> None:
+def write_images(folder: Path, seed: int, is_still: bool) -> None:
     """Writes `train`, `good` and `bad` and the mask of one seed."""
     random = np.random.default_rng(seed)
     textures = [
@@ -59,19 +63,20 @@ def write_images(folder: Path, seed: int) -> None:
         "good": normal[TRAINING : TRAINING + TEST // 2],
         "bad": defective[: TEST // 2],
     }
-    inside_HW = piece()
+    inside_HW, still_HW = piece(), background(textures, random)
     for part, paths in parts.items():
         (folder / part).mkdir(parents=True)
         for number, path in enumerate(paths):
             cell_HW = np.asarray(Image.open(path).convert("L").resize((SIDE, SIDE)), np.float64)
-            image_HW = np.where(inside_HW, cell_HW, background(textures, random))
+            around_HW = still_HW if is_still else background(textures, random)
+            image_HW = np.where(inside_HW, cell_HW, around_HW) + random.normal(0, NOISE, cell_HW.shape)
             file = folder / part / f"{number:03}.png"
             Image.fromarray(image_HW.clip(0, 255).astype(np.uint8)).save(file)
     Image.fromarray(inside_HW.astype(np.uint8) * 255).save(folder / "mask.png")
 
 
 def measure(folder: Path, seed: int, settings: dict[str, Any]) -> dict[str, float]:
-    model = folder / ("masked" if "mask" in settings else "whole")
+    model = folder / "model" / Path(settings.get("mask", "none")).stem
     settings = {"calibration": "holdout", "seed": seed, "overwrite": True} | settings
     csflow.train(input=[str(folder / "train")], output=str(model), **settings)
     judge = csflow.load(model)
@@ -93,14 +98,18 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--image_size", type=int, default=256)
+    parser.add_argument("--still", action="store_true")
     arguments = parser.parse_args()
     print("| seed | mask | AUROC | found at 5 % FPR |\n|---|---|---|---|")
     for seed in arguments.seeds:
         folder = arguments.work / str(seed)
         if not folder.exists():
-            write_images(folder, seed)
-        for name, settings in (("no", {}), ("yes", {"mask": str(folder / "mask.png")})):
-            found = measure(folder, seed, settings)
+            write_images(folder, seed, arguments.still)
+        masks = {"no": {}, "yes": {"mask": str(folder / "mask.png")}}
+        masks |= {"auto": {"mask": "auto"}} if arguments.still else {}
+        for name, settings in masks.items():
+            found = measure(folder, seed, settings | {"image_size": [arguments.image_size]})
             (folder / f"{name}.json").write_text(json.dumps(found))
             print(f"| {seed} | {name} | {found['auroc']:.3f} | {found['found']:.3f} |", flush=True)
 
