@@ -518,18 +518,25 @@ def test_the_model_is_found_where_the_last_run_had_it(tmp_path: Path) -> None:
     assert "never with 3 held-out images; too few images to tell" in page.text
 
 
-def test_the_report_says_how_many_normal_images_would_be_flagged_and_what_has_drifted_in_words(
-    tmp_path: Path,
+def test_the_report_says_what_has_drifted_and_that_its_promises_do_not_hold_then(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_rows(tmp_path / "out", rows_of(30, 0.05, 9.0))
     model = write_model(tmp_path, [1 + n / 100 for n in range(19)])
     found = drift([9.0] * 30, 1.0, [1 + n / 100 for n in range(19)])
     write_record(tmp_path / "out", "20260928T0000Z-b", model=scored_with(model), drift=found)
     _, page = make_report(tmp_path)
-    assert "Of normal images, 5 % would be" in page.text
+    verdict = "100% of the images are unlike all of the 19 held-out images: another product"
+    assert page.text.count(verdict) == 3  # above all, in the summary, and in the table of runs
+    assert page.text.index(verdict) < page.text.index("Images scored 30")
+    assert "Of normal images like the held-out ones, 5 % would be" in page.text
     assert (
-        page.text.count("100% of the images are unlike all of the 19 held-out images: another product") == 2
+        "On the defect list 30 made for a false-discovery rate of 10 %, which it need not keep" in page.text
     )
+    printed = capsys.readouterr().out
+    assert f"warning: the drift verdict is unlike: {verdict}" in printed
+    assert "The promise of the defect list does not hold" in printed
+    assert "at most 10 %" not in printed + page.text
 
 
 def test_another_model_s_held_out_scores_are_not_taken(tmp_path: Path) -> None:

@@ -1,10 +1,14 @@
 """Reads what the report needs from an output: scores, errors, run records, held-out scores."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
+from csflow.calibration import Drift, drift
 from csflow.errors import WrongUse
 from csflow.model_directory import Calibration, find_calibration
 from csflow.output.reading import (
@@ -39,6 +43,21 @@ class Archive:
     """Records of the last runs, latest first."""
     calibration: Calibration | None
     """None if the model directory was not found."""
+
+    @cached_property
+    def share_below_5_percent(self) -> float | None:
+        """Share of images with a p-value below 0.05; None if there are no images."""
+        share: float | None = pc.mean(pc.less(self.images["p_value"], 0.05)).as_py()
+        return share
+
+    @cached_property
+    def drift(self) -> Drift | None:
+        """How the images differ from the held-out ones; None without either."""
+        if self.calibration is None or self.share_below_5_percent is None:
+            return None
+        scores = self.images["anomaly_score"].to_numpy()
+        scores, heldout = scores[np.isfinite(scores)], self.calibration
+        return drift(scores, self.share_below_5_percent, heldout.anomaly_score, weights=heldout.weights)
 
 
 def open_archive(config: ReportConfig) -> Archive:

@@ -36,6 +36,8 @@ class DefectList:
     """Number of held-out images, or parts; None if the model directory was not found."""
     unit: str = "images"
     """What `heldout` counts."""
+    doubt: str | None = None
+    """Why the list need not keep its promise, in one or two sentences; None if no drift was seen."""
 
     @property
     def images(self) -> int:
@@ -54,10 +56,11 @@ class DefectList:
         """One or two sentences that say what the list promises."""
         rate = f"{self.false_discovery_rate:.3g}"
         if self.images:
-            return (
-                f"{self.images:,} of {len(self.is_chosen):,} images are on the defect list; "
-                f"on average at most {100 * self.false_discovery_rate:.3g} % of such a list are normal images"
-            )
+            listed = f"{self.images:,} of {len(self.is_chosen):,} images are on the defect list"
+            if self.doubt:
+                return f"{listed}, which was made for a false-discovery rate of {rate}"
+            percent = f"{100 * self.false_discovery_rate:.3g} %"
+            return f"{listed}; on average at most {percent} of such a list are normal images"
         empty = f"no image is on the defect list at a false-discovery rate of {rate}"
         if self.heldout_needed is None:
             return empty
@@ -77,7 +80,21 @@ def make_list(archive: Archive, false_discovery_rate: float) -> DefectList:
     smallest = p.min(initial=1.0) if heldout is None else 1 / (heldout + 1)
     above_all = int((p <= smallest * (1 + 1e-9)).sum())
     chosen = choose_defects(p, false_discovery_rate)
-    return DefectList(false_discovery_rate, chosen, above_all, heldout, unit)
+    return DefectList(false_discovery_rate, chosen, above_all, heldout, unit, _doubt(archive))
+
+
+def _doubt(archive: Archive) -> str | None:
+    """Says that scores are above the held-out ones, in all these images or in those of the last run."""
+    last_run = archive.runs[0].drift if archive.runs else None
+    for drift, where in ((archive.drift, ""), (last_run, " of the last run")):
+        if drift and drift.verdict in ("unlike", "higher"):
+            # Many defects alone give the latter, and do no harm to the list.
+            condition = "" if drift.verdict == "unlike" else " if normal images have changed"
+            return (
+                f"the drift verdict{where} is {drift.verdict}: {drift.words} "
+                f"The promise of the defect list does not hold{condition}"
+            )
+    return None
 
 
 def check_target(location: Location | None) -> None:

@@ -1,5 +1,6 @@
 """The report job: reads the archive, decides what is on the defect list, draws, and writes one page."""
 
+from csflow import console
 from csflow.errors import ExitStatus
 from csflow.report import charts
 from csflow.report.archive import Archive, open_archive
@@ -27,6 +28,8 @@ def report(config: ReportConfig) -> ExitStatus:
         write_list(archive, defects, target)
         print(f"{config.defects}: {defects.images:,} images")
     print(defects.promise)
+    if defects.doubt:
+        console.warn(defects.doubt)
     return ExitStatus.DONE
 
 
