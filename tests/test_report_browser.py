@@ -322,7 +322,7 @@ def test_the_page_says_what_a_choice_has_beyond_it(browser: "Browser", tmp_path:
 
 
 @pytest.mark.parametrize("width", [390, 800])
-def test_wide_tables_and_charts_scroll_in_themselves(page: "Page", width: int) -> None:
+def test_wide_tables_scroll_in_themselves(page: "Page", width: int) -> None:
     page.set_viewport_size({"width": width, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") == width
     for name in ("Table of folders, can be scrolled", "Table of errors, can be scrolled"):
