@@ -75,8 +75,8 @@ def read_cells(scores: str, model: str, labels: str) -> tuple[dict[str, float], 
     score_of = dict(zip(table["image_uri"].to_pylist(), table["anomaly_score"].to_pylist(), strict=True))
     label_of = read_labels(Location(labels))
     held_out = pq.read_table(f"{model}/calibration.parquet")["image_uri"].to_pylist()
-    unseen = [*held_out, *(uri for uri, label in label_of.items() if label == 0)]
-    defective = [uri for uri, label in label_of.items() if label == 1]
+    unseen = [*held_out, *(uri for uri, label in label_of.items() if not label.is_defective)]
+    defective = [uri for uri, label in label_of.items() if label.is_defective]
     return {uri: score_of[uri] for uri in unseen}, {uri: score_of[uri] for uri in defective}
 
 
