@@ -148,7 +148,7 @@ def why_none_is_flagged(heldout: int, false_positive_rate: float, unit: str = "i
     if flaggable(heldout, false_positive_rate):
         return None
     return (
-        f"{heldout} {unit} are held out, so the smallest p-value is {_rounded_up(1 / (heldout + 1)):g}, and "
+        f"{heldout} {unit} are held out, so the smallest p-value is {lowest_rate(heldout):g}, and "
         f"--false_positive_rate {false_positive_rate:g} can flag no image, however bad"
     )
 
@@ -159,7 +159,7 @@ def flaggable(heldout: int, false_positive_rate: float) -> bool:
 
 
 def lowest_rate(heldout: int) -> float:
-    """The lowest false-positive rate at which an image can be flagged, rounded up to two digits."""
+    """The smallest p-value, so the lowest rate at which an image can be flagged, rounded up to two digits."""
     return _rounded_up(1 / (heldout + 1))
 
 
@@ -224,7 +224,7 @@ class Drift:
         held_out = f"the {self.heldout:,} held-out images"
         match self.verdict:
             case "like":
-                return f"scores are like those of {held_out}"
+                return f"scores differ from those of {held_out} no more than by chance"
             case "few":
                 return f"too few images to tell: {self.sample:,} scores, and {self.heldout:,} held-out images"
             case "unlike":

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pyarrow as pa
 
+from csflow.calibration import lowest_rate
 from csflow.config import JobConfig
 from csflow.errors import ExitStatus, WrongUse
 from csflow.interest import from_text
@@ -74,7 +75,7 @@ def _model(location: Location) -> Iterator[Line]:
     yield (
         "calibration",
         f"{_count(len(calibration.anomaly_score), 'held-out image')}{of_parts}{in_turn}, smallest p-value "
-        f"{1 / (calibration.size + 1):.2g}",
+        f"{lowest_rate(calibration.size):g}",
     )
     if "epochs" in training:
         yield "training", f"{_count(training['epochs'], 'epoch')} on {', '.join(training['input'])}"
@@ -84,7 +85,7 @@ def _model(location: Location) -> Iterator[Line]:
 def _output(location: Location) -> Iterator[Line]:
     scores, errors = output_files(location, "scores"), output_files(location, "errors")
     models = sorted({file.model_id for file in [*scores, *errors]})
-    if not models:
+    if not models and not run_ids(location):
         return
     yield "output", str(location)
     yield "models", str(len(models))

@@ -4,7 +4,7 @@ import numpy as np
 from pydantic import Field
 
 import csflow
-from csflow.calibration import p_values
+from csflow.calibration import lowest_rate, p_values
 from csflow.config import ListingConfig, Locations, Patterns
 from csflow.console import warn
 from csflow.decode_limits import MAX_PIXELS, DecodeLimits
@@ -109,7 +109,7 @@ def comparison(old: Calibration, new: Calibration) -> str:
     rows = [
         ("held-out images", f"{len(before):,}", f"{len(after):,}"),
         ("median anomaly score", f"{np.median(before):.4f}", f"{np.median(after):.4f}"),
-        ("smallest possible p-value", f"{1 / (old.size + 1):.3g}", f"{1 / (new.size + 1):.3g}"),
+        ("smallest possible p-value", f"{lowest_rate(old.size):g}", f"{lowest_rate(new.size):g}"),
     ]
     if "parts" in (old.unit, new.unit):
         rows.insert(1, ("parts, or images", f"{old.size:,}", f"{new.size:,}"))

@@ -225,6 +225,13 @@ def test_inspect_tells_of_the_last_run_and_whether_it_ended(csflow, tmp_path):
     assert "progress     score, 30 of 4,000 shards, last at 2026-11-03T03:00:00Z" in out
 
 
+def test_inspect_tells_of_a_run_that_was_cut_off_before_it_scored(csflow, tmp_path):
+    (tmp_path / "_runs" / "20261103T020000000000Z-bbbbbbbb" / "listing").mkdir(parents=True)
+    status, out, _ = csflow("inspect", tmp_path)
+    assert status == 0
+    assert "at work or was cut off; the same command continues" in out
+
+
 def test_inspect_reads_an_output_in_an_object_store(csflow, s3_bucket, tmp_path):
     local = write_output(tmp_path / "out", range(2))
     fsspec.filesystem("s3").put(f"{local}/", f"{s3_bucket}/out", recursive=True)

@@ -131,6 +131,10 @@ def test_score_names_what_is_wrong(wrong_use, good_cells, model, tmp_path):
     assert "/no/such.png" in wrong(model, "--input", "/no/such.png")
     assert "s3://no-such-bucket-anywhere" in wrong(model, "--input", "s3://no-such-bucket-anywhere/images")
     assert "invalid choice: 'full'" in wrong(model, "--input", good_cells, "--maps", "full")
+    # No run looks as if it were cut off.
+    assert not list((tmp_path / "out" / "_runs").glob("*"))
+    line = wrong_use("score", "--model", model, "--output", model, "--input", good_cells)
+    assert f"--output {model} is the model directory" in line
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "calibration.parquet"])

@@ -169,6 +169,13 @@ def test_a_result_shows_itself(library_model: csflow.Model, photographs: list[Pa
     assert "anomaly_map" not in repr(result)
 
 
+def test_a_model_that_can_flag_no_image_says_so(model: Path, recwarn: pytest.WarningsRecorder) -> None:
+    csflow.load(model, false_positive_rate=0.2)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="--false_positive_rate 0.001 can flag no image"):
+        csflow.load(model, false_positive_rate=0.001)
+
+
 def test_a_wrong_setting_of_a_model_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(csflow.WrongUse, match="does not exist"):
         csflow.load(tmp_path / "no-model")

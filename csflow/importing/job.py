@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 import csflow
+from csflow.calibration import lowest_rate
 from csflow.config import ListingConfig, Locations, ModelName, Side
 from csflow.console import say, warn
 from csflow.errors import ExitStatus, WrongUse
@@ -52,7 +53,7 @@ images with it: `python jobs/score.py --model <this folder> --input <images> --o
 | calibration images | {images} |
 | calibration score, median | {median:.4f} |
 | calibration score, 95 % | {high:.4f} |
-| smallest possible p-value | {smallest:.4g} |
+| smallest possible p-value | {smallest:g} |
 
 Images of the model's size have the scores of the original; `docs/import.md` tells how resized ones differ.
 P-values compare an image's anomaly score with those of the images in
@@ -240,5 +241,5 @@ def _card(detector: Detector, calibration: pa.Table, origin: Mapping[str, str]) 
         images=len(scores),
         median=np.median(scores),
         high=np.quantile(scores, 0.95),
-        smallest=1 / (len(scores) + 1),
+        smallest=lowest_rate(len(scores)),
     )

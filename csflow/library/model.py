@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from csflow.calibration import lowest_rate, why_none_is_flagged
 from csflow.config import FALSE_POSITIVE_RATE, FALSE_REGIONS
 from csflow.errors import ImageError, WrongUse
 from csflow.forms import Forms
@@ -82,6 +84,10 @@ class Model:
         self._calibration = directory.calibration
         self.map_threshold = directory.calibration.map_threshold(false_positive_rate)
         """Value that map cells of normal images exceed no more often than the false-positive rate."""
+        heldout, unit = directory.calibration.size, directory.calibration.unit
+        if why := why_none_is_flagged(heldout, false_positive_rate, unit):
+            remedy = f"{lowest_rate(heldout):g} can, or a model trained on more {unit}"
+            warnings.warn(f"{why}; {remedy}", stacklevel=3)  # of who calls csflow.load
         self._region_rule = RegionRule.of(directory.calibration, false_regions)
         self._store = open_store(location.storage_options)
         self._device = _device(device)

@@ -110,7 +110,8 @@ class InferenceDetector:
         if device.type == "cpu":
             if chosen != "float32" and not multiplies_bfloat16(device):
                 reason = "this processor does not multiply bfloat16; leave it out"
-                fallbacks.add(f"--precision {chosen}", reason)
+                # No surprise: training measures in `mixed` what rounding would do, wherever it runs.
+                fallbacks.add(f"--precision {chosen}", reason, is_logged=False)
             self._backbone = _cpu_backbone(detector, chosen, batch_size, saved, fallbacks)
             self.features, statistic = self._backbone, detector.statistic
             sizes = [(batch_size, height, width) for _, height, width in detector.feature_shapes]

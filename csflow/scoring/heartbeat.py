@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 from csflow.errors import StorageFailed
+from csflow.output.layout import run_folder
 from csflow.output.runs import Progress
 from csflow.storage import Location
 
@@ -42,6 +43,11 @@ class Heartbeat:
             if time.monotonic() - self._last >= BEAT_SECONDS:
                 self._write()
             yield item
+
+    def forget(self) -> None:
+        """Removes what the run has left so far: for it was called wrongly, and was not cut off."""
+        with contextlib.suppress(StorageFailed):
+            run_folder(self._output, self._progress.run_id).remove_folder()
 
     def _write(self, **changes: str | int) -> None:
         self._last = time.monotonic()

@@ -45,6 +45,8 @@ def run(config: ScoreConfig) -> RunRecord:
     models = Models.find(config)
     for broken in models.broken:
         warn(broken.line())
+    if any(one.directory.url == output.url for one in models.runs):
+        raise WrongUse(f"--output {output} is the model directory; choose another folder for the scores")
     output.check_writable(exclusively=True)
     if (output / COMPACTED).exists():
         raise WrongUse(f"--output {output} holds compacted scores; choose the output that they are from")
@@ -54,7 +56,11 @@ def run(config: ScoreConfig) -> RunRecord:
     selection = Selection.of(config, include=config.include, exclude=config.exclude, since=config.since)
     unlisted = Unlisted(selection.leaves_out)
     found = list_images(config.input, config.storage_options, selection, unlisted)
-    models.freeze(output, run_id, heartbeat.over(found), config.limit)
+    try:
+        models.freeze(output, run_id, heartbeat.over(found), config.limit)
+    except WrongUse:
+        heartbeat.forget()
+        raise
     for line in unlisted.lines():
         warn(line)
     clock.lap("list")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import csflow
+from csflow.calibration import lowest_rate
 from csflow.charts import Curve, chart, steps
 from csflow.config import FALSE_POSITIVE_RATE, FALSE_REGIONS
 from csflow.model_directory import Calibration
@@ -199,7 +200,7 @@ def calibration_rows(calibration: Calibration) -> str:
         rows.append(f"| parts that they show, which count as one each | {calibration.size} |")
     for group, own in calibration.groups.items():
         rows.append(f"| {group}, compared with its own held-out {own.unit} | {own.size} |")
-    rows.append(f"| smallest possible p-value | {1 / (calibration.size + 1):.4g} |")
+    rows.append(f"| smallest possible p-value | {lowest_rate(calibration.size):g} |")
     return "".join(f"{row}\n" for row in rows)
 
 
