@@ -135,6 +135,7 @@ def test_evaluation_holds_metrics_and_counts_and_prints_them(tmp_path: Path, cap
     assert evaluation["metrics"]["image_auroc"] == 1.0
     printed = capsys.readouterr().out
     assert "1 of 3 labelled images have no score" in printed
+    assert "warning             1 normal and 1 defective images are too few to tell a rate" in printed
     assert "image_auroc         1.0000   1.0000 - 1.0000" in printed
     assert (
         "best_f1             1.0000   1.0000 - 1.0000   threshold 2.0000, chosen on these labels" in printed
@@ -404,6 +405,10 @@ def test_a_folder_gets_the_metrics_and_plots_that_are_well_formed(tmp_path: Path
     for path in (tmp_path / "result").glob("*.svg"):
         drawing = xml.etree.ElementTree.parse(path).getroot()
         assert len(drawing.findall("{http://www.w3.org/2000/svg}polyline")) in (1, 2)
+        texts = [text.text for text in drawing.findall("{http://www.w3.org/2000/svg}text")]
+        of_rates = ["0", "0.25", "0.5", "0.75", "1"]
+        ticks = [text for text in texts if text and text.replace(".", "").isdecimal()]
+        assert path.name == "score_histogram.svg" or ticks == of_rates * 2
         assert path.stat().st_size < 30_000
 
 

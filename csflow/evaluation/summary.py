@@ -11,6 +11,8 @@ from csflow.evaluation.pixel_metrics import FPR_LIMIT, PixelHistograms
 from csflow.evaluation.ranking import Ranking
 
 HISTOGRAM_BINS = 60
+FEW_IMAGES = 20
+"""With fewer images of a class, a warning says that they cannot tell a rate."""
 RATE = (0.0, 1.0)
 
 
@@ -22,17 +24,18 @@ def plots(
 ) -> dict[str, bytes]:
     """The plots as SVG files, by name."""
     precision, recall = ranking.precision_recall()
+    metrics = ranking.metrics()
+    roc = Curve(f"ROC, area {metrics['image_auroc']:.4f}", *ranking.roc())
+    average = Curve(f"average precision {metrics['average_precision']:.4f}", recall, precision)
     files = {
-        "roc.svg": chart([Curve("ROC", *ranking.roc())], "false positive rate", "recall", RATE, RATE),
-        "precision_recall.svg": chart(
-            [Curve("precision", recall, precision)], "recall", "precision", RATE, RATE
-        ),
+        "roc.svg": chart([roc], "false positive rate", "recall", RATE, RATE),
+        "precision_recall.svg": chart([average], "recall", "precision", RATE, RATE),
         "score_histogram.svg": _score_histogram(normal, defective),
     }
     if histograms:
         fpr, pro = histograms.pro_curve()
         below = fpr <= FPR_LIMIT
-        curve = Curve("PRO", fpr[below], pro[below])
+        curve = Curve(f"PRO, area {histograms.aupro().value:.4f}", fpr[below], pro[below])
         files["pro.svg"] = chart(
             [curve], "false positive rate of pixels", "per-region overlap", (0, FPR_LIMIT), RATE
         )
@@ -59,6 +62,11 @@ def print_evaluation(evaluation: Mapping[str, Any]) -> None:
     print(f"{'images':<20}{images['normal']:,} normal, {images['defective']:,} defective")
     if images["missing"]:
         print(f"{'missing':<20}{images['missing']:,} of {images['labelled']:,} labelled images have no score")
+    if few := [f"{images[kind]:,} {kind}" for kind in ("normal", "defective") if images[kind] < FEW_IMAGES]:
+        print(
+            f"{'warning':<20}{' and '.join(few)} images are too few to tell a rate; the bootstrap's "
+            f"intervals, such as that of image_auroc, are then too narrow; label {FEW_IMAGES} of each"
+        )
     notes = {
         "best_f1": f"threshold {metrics['best_f1_threshold']:.4f}, chosen on these labels",
         "flag_fpr": "share of normal images that are flagged (is_anomalous)",
