@@ -398,7 +398,7 @@ def _read(location: Location) -> bytes:
         return location.read()
     except (FileNotFoundError, NotADirectoryError):
         raise WrongUse(
-            f"model file {location} does not exist; --model takes the --output of jobs/train.py"
+            f"model file {location} does not exist; a model is the --output of `csflow train`"
         ) from None
     except Exception as error:
         raise WrongUse(f"model file {location} cannot be read: {type(error).__name__}: {error}") from None

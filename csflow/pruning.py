@@ -39,7 +39,7 @@ def prune(config: PruneConfig) -> ExitStatus:
     location = Location(config.scores, config.storage_options)
     models = scored_models(location)
     if not models:
-        raise WrongUse(f"{location} holds no scores; --scores takes the --output of a scoring job")
+        raise WrongUse(f"{location} holds no scores; scores are in the --output of `csflow score`")
     if config.drop_model is not None and config.drop_model not in models:
         raise WrongUse(f"{location} has no scores of {config.drop_model}; it has {', '.join(models)}")
 

@@ -279,7 +279,7 @@ def test_a_label_table_that_cannot_be_used_is_named(tmp_path: Path, text: str, c
 def test_other_wrong_uses_name_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(WrongUse, match=r"--seed: .* less than or equal to 4294967295"):
         parse(EvaluateConfig, None, ["--scores", "s", "--labels", "l.csv", "--seed", str(2**32)])
-    with pytest.raises(WrongUse, match=r"out holds no scores .*--scores takes the --output"):
+    with pytest.raises(WrongUse, match=r"out holds no scores .*scores are in the --output"):
         run(tmp_path, labels="labels.csv")
     write_scores(tmp_path / "out", {"/d/a.png": 1.0})
     with pytest.raises(WrongUse, match=r"nowhere\.csv does not exist"):

@@ -379,7 +379,7 @@ def test_a_directory_is_no_model_until_all_its_files_are_there(detector, tmp_pat
 @pytest.mark.parametrize(
     ("file", "content", "complaint"),
     [
-        ("config.json", None, "config.json does not exist; --model takes the --output of jobs/train.py"),
+        ("config.json", None, "config.json does not exist; a model is the --output of `csflow train`"),
         ("model.safetensors", None, "model.safetensors does not exist"),
         ("calibration.parquet", None, "calibration.parquet does not exist"),
         (

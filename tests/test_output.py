@@ -249,7 +249,7 @@ def test_a_folder_without_scores_or_out_of_reach_is_named(
     def walk(folder: str, onerror: Callable[[OSError], None]) -> None:
         onerror(PermissionError("not yours"))
 
-    with pytest.raises(WrongUse, match=rf"{output.location} holds no scores .*--scores takes the --output"):
+    with pytest.raises(WrongUse, match=rf"{output.location} holds no scores .*scores are in the --output"):
         open_scores(output.location)
     monkeypatch.setattr("os.walk", walk)
     with pytest.raises(

@@ -43,7 +43,7 @@ CARD = """\
 # Imported: {source} CS-Flow, {blocks} coupling blocks, {height} × {width} px
 
 A CS-Flow defect detector that was trained by other code ({source}) and imported by csflow {version}. Score
-images with it: `python jobs/score.py --model <this folder> --input <images> --output <folder>`.
+images with it: `csflow score --model <this folder> --input <images> --output <folder>`.
 
 | | |
 |---|---|

@@ -83,7 +83,7 @@ def export(config: ConfigFile = None, /, **settings: Any) -> list[str]:
 
     Raises:
         WrongUse: a setting is wrong, or the self-test image cannot be read.
-        Failed: the artefact does not give the model's score.
+        RuntimeError: the artefact does not give the model's score.
     """
     from csflow.exporting.job import export as run_export
 

@@ -183,7 +183,7 @@ def _find_models(location: Location) -> tuple[Location, dict[str, list[OutputFil
         if models:
             return root, models
     raise WrongUse(
-        f"{location} holds no scores ({SCORES_FILES}); --scores takes the --output of a scoring job"
+        f"{location} holds no scores ({SCORES_FILES}); scores are in the --output of `csflow score`"
     )
 
 

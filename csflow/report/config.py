@@ -9,7 +9,7 @@ from csflow.report.links import check_template
 
 
 class ReportConfig(JobConfig):
-    """Settings of `jobs/report.py`."""
+    """Settings of `csflow report`."""
 
     scores: str
     """Location of the scores: the `--output` of scoring jobs."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # with pyarrow and fsspec --help would take a second
 
 
 class ScoreConfig(ListingConfig):
-    """Settings of `jobs/score.py`."""
+    """Settings of `csflow score`."""
 
     model: str | None = None
     """Model directory, the --output of training or import, or a pointer to one, made by `csflow promote`.

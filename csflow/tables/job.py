@@ -44,7 +44,7 @@ def register(config: RegisterConfig) -> ExitStatus:
         )
     files = final_files(output)
     if not files["scores"]:
-        raise WrongUse(f"{output} holds no scores; --scores takes the --output of a scoring job")
+        raise WrongUse(f"{output} holds no scores; scores are in the --output of `csflow score`")
     try:
         add = _adder(config, output)
     except ModuleNotFoundError as error:

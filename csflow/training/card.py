@@ -23,7 +23,7 @@ CARD = """\
 # {backbone}, {blocks} coupling block{plural}, {height} × {width} px
 
 A CS-Flow defect detector trained by csflow {csflow_version} on images of good parts. Score images with
-it: `python jobs/score.py --model <this folder> --input <images> --output <folder>`.
+it: `csflow score --model <this folder> --input <images> --output <folder>`.
 {warnings}
 ![Loss per epoch](curves.svg)
 

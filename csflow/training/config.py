@@ -24,7 +24,7 @@ enough for the usual false-positive rate."""
 
 
 class TrainConfig(ListingConfig):
-    """Settings of `jobs/train.py`."""
+    """Settings of `csflow train`."""
 
     input: Locations
     """Folders, files, globs, archives or manifests of normal images; one or more."""
