@@ -19,7 +19,7 @@ from csflow.inputs.loading import ImageLoader, batches
 from csflow.inputs.reading import ImageReader
 from csflow.inputs.selection import Selection
 from csflow.inputs.unlisted import Unlisted
-from csflow.model import Detector, InferenceDetector, Scores, TiledDetector
+from csflow.model import Architecture, Detector, InferenceDetector, Scores, TiledDetector
 from csflow.model_directory import CALIBRATION
 from csflow.training.closing import CALIBRATED, calibration_columns
 
@@ -97,16 +97,28 @@ def scored(
     report: Callable[[int], object] = lambda done: None,
     limits: DecodeLimits = DEFAULT_LIMITS,
 ) -> tuple[pa.Table, list[LoadedImage]]:
+    """`score_images` by a detector, on its device."""
+    score = _tiled(detector) if detector.architecture.tiling else _whole(detector)
+    return score_images(score, detector.architecture, images, storage_options, report, limits)
+
+
+def score_images(
+    score: Callable[[Sequence[DecodedImage]], Scores],
+    architecture: Architecture,
+    images: pa.Table,
+    storage_options: Mapping[str, Any],
+    report: Callable[[int], object] = lambda done: None,
+    limits: DecodeLimits = DEFAULT_LIMITS,
+) -> tuple[pa.Table, list[LoadedImage]]:
     """Scores of the listed images in the `CALIBRATION` schema, and the images that could not be read.
 
     Args:
-        detector: on the device to use.
+        score: scores a batch of images, with tiles a single one.
         report: called with the number of images that are done.
     """
-    columns = CALIBRATED if detector.architecture.whitening else CALIBRATED[:1]
-    preprocessing = detector.architecture.preprocessing
+    columns = CALIBRATED if architecture.whitening else CALIBRATED[:1]
+    preprocessing = architecture.preprocessing
     loader = ImageLoader(ImageReader(storage_options), preprocessing, READ_THREADS, limits=limits)
-    score = _tiled(detector) if preprocessing.tiling else _whole(detector)
     loaded = loader.load(images["image_uri"].to_pylist(), images["image_version"].to_pylist())
     rows: list[dict[str, Any]] = []
     failed: list[LoadedImage] = []

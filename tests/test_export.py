@@ -5,7 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow.dataset as ds
 import pytest
 import torch
 from conftest import ROOT, copy_some
+from numpy.typing import NDArray
 from pages import Block, run_python
 
 import csflow
@@ -25,12 +26,14 @@ from csflow.edge.artefact import Artefact, SelfTestFailed
 from csflow.edge.command import main
 from csflow.errors import ExitStatus, WrongUse
 from csflow.exporting.config import ExportConfig
-from csflow.exporting.graph import JudgingDetector, _rounded_down
+from csflow.exporting.graph import Judge, _rounded_down
+from csflow.exporting.int8 import Loss
 from csflow.exporting.job import _p_value_steps, export
 from csflow.images import decode
 from csflow.inputs.listing import IMAGE_SUFFIXES, list_images
 from csflow.model_directory import Calibration, Model, load_model
 from csflow.output.schemas import ERRORS, SCORES
+from csflow.scoring.rows import Judged
 from csflow.storage import Location
 
 NOTEBOOK = ROOT / "docs" / "notebook.ipynb"
@@ -257,6 +260,9 @@ def test_what_is_no_artefact_is_refused_in_one_line(
         (["--to", "onnx", "--output", "cells.xml"], "must end with .onnx"),
         (["--to", "openvino", "--output", "cells.onnx"], "must end with .xml"),
         (["--to", "onnx", "--output", "cells.onnx", "--self_test", "gone.png"], "gone.png: not_found"),
+        (["--to", "openvino", "--output", "cells", "--int8"], "needs --labels"),
+        (["--to", "onnx", "openvino", "--output", "cells", "--int8"], "give --to openvino alone"),
+        (["--to", "onnx", "--output", "cells", "--labels", "few.csv"], "--labels is for --int8"),
     ],
 )
 def test_a_wrong_export_is_refused_before_any_work(
@@ -268,10 +274,48 @@ def test_a_wrong_export_is_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("sizes", [(1,), (1, 2, 3)])
-def test_verdict_and_p_value_of_a_graph_are_those_of_the_fraction(
-    directory: Model, sizes: tuple[int, ...]
+def test_an_artefact_in_int8_has_scores_p_values_and_an_id_of_its_own(
+    cells: Path, model: Path, directory: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    chosen = [sorted((cells / folder).iterdir())[:10] for folder in ("functional/test", "defective")]
+    rows = [f"{path},{label}" for label, paths in enumerate(chosen) for path in paths]
+    (tmp_path / "labels.csv").write_text("\n".join(["image_uri,label", *rows]))
+    words = f"{model} --to openvino --output {tmp_path}/cells --false_positive_rate {RATE} --int8"
+    export(
+        parse(ExportConfig, None, [*words.split(), "--labels", f"{tmp_path}/labels.csv", "--max_loss", "0.9"])
+    )
+    artefact = Artefact(tmp_path / "cells.xml")
+    artefact.check()
+    loss = artefact.metadata["int8"]
+    assert artefact.metadata["precision"] == "int8"
+    assert loss["quantised_from"] == directory.model_id != artefact.model_id
+    assert loss["quantised"] == loss["convolutions"] > 100
+    assert f"AUROC {loss['image_auroc']:.4f} on 20 labelled images" in capsys.readouterr().out
+    preprocessing = directory.detector.architecture.preprocessing
+
+    def judged(paths: Sequence[Path]) -> list[Judged]:
+        return [artefact.judge(decode(path.read_bytes(), preprocessing)) for path in paths]
+
+    def scores(of_images: list[Judged]) -> NDArray[np.float64]:
+        return np.array([of_image.anomaly_score_B[0] for of_image in of_images])
+
+    heldout = scores(judged([Path(uri) for uri in directory.calibration.table["image_uri"].to_pylist()]))
+    assert np.abs(heldout / directory.calibration.anomaly_score - 1).max() > 1e-4
+    labelled = judged([*chosen[0], *chosen[1]])
+    p_value_N = p_values(scores(labelled), heldout)
+    assert [of_image.p_value_B[0] for of_image in labelled] == pytest.approx(p_value_N)
+    assert [of_image.is_anomalous_B[0] for of_image in labelled] == (p_value_N <= RATE).tolist()
+
+
+def test_int8_that_loses_too_much_or_gains_nothing_is_refused() -> None:
+    Loss(100, 0.95, 0.94, convolutions=10, quantised=9).check(0.02)
+    for loss in (Loss(100, 0.95, 0.90, 10, 10), Loss(100, 0.95, 0.95, 10, 0)):
+        with pytest.raises(WrongUse, match=r"more than --max_loss 0.02 \(AUROC .*; export in float32"):
+            loss.check(0.02)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (1, 2, 3)])
+def test_verdict_and_p_value_of_a_graph_are_those_of_the_fraction(sizes: tuple[int, ...]) -> None:
     """Whether each held-out image shows another part, or some show one: then fractions have more steps."""
     scores = np.linspace(0.5, 2, 240)
     parts = [str(number) for number in range(240) for _ in range(sizes[number % len(sizes)])][:240]
@@ -279,7 +323,7 @@ def test_verdict_and_p_value_of_a_graph_are_those_of_the_fraction(
     table = pa.table({"image_uri": parts, "image_version": parts, "anomaly_score": scores} | part)
     heldout = Calibration.of(table)
     for rate in (0.001, 0.01, 0.05, 0.1, 0.3):
-        graph = JudgingDetector(directory.detector, heldout, rate)
+        graph = Judge(heldout, rate)
         p_value_K = p_values(np.append(9, scores[::-1]), scores, heldout.weights)
         assert graph.most_at_least == (p_value_K <= rate).sum() - 1
         steps = _p_value_steps(heldout)

@@ -25,12 +25,11 @@ OPSET = 20
 INPUT = "image"
 
 
-class JudgingDetector(nn.Module):
-    """A float32 detector that compares its scores with the held-out ones."""
+class Judge(nn.Module):
+    """Compares scores of images with the held-out ones."""
 
-    def __init__(self, detector: Detector, calibration: Calibration, false_positive_rate: float) -> None:
+    def __init__(self, calibration: Calibration, false_positive_rate: float) -> None:
         super().__init__()
-        self.detector = detector
         heldout = {
             "anomaly": calibration.anomaly_score,
             "global": calibration.global_score,
@@ -45,57 +44,96 @@ class JudgingDetector(nn.Module):
             self.register_buffer(f"p_value_{name}_K", torch.from_numpy(p_value_K.astype(np.float32)))
             if name == "anomaly":
                 self.most_at_least = int((p_value_K <= false_positive_rate).sum()) - 1
-        self.has_local = calibration.local_score is not None
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the scores that `forward` takes, those of the columns of `scores`."""
+        return [f"{name}_score" for name in self.heldout]
 
     @property
     def outputs(self) -> list[str]:
         """Names of what `forward` returns, those of the columns of `scores`."""
-        names = ["anomaly_score", "p_value", "is_anomalous", "anomaly_map", "scale_scores", "global_score"]
-        names += ["local_score"] if self.has_local else []
-        return names + [f"{name}_p_value" for name in self.heldout if name != "anomaly"]
+        others = [f"{name}_p_value" for name in self.heldout if name != "anomaly"]
+        return ["p_value", *others, "is_anomalous"]
+
+    def forward(self, *scores_B: Tensor) -> tuple[Tensor, ...]:
+        at_least_B = [
+            (self.get_buffer(f"heldout_{name}_N") >= score_B[:, None]).long().sum(1)
+            for name, score_B in zip(self.heldout, scores_B, strict=True)
+        ]
+        p_values_B = [
+            self.get_buffer(f"p_value_{name}_K")[place_B]
+            for name, place_B in zip(self.heldout, at_least_B, strict=True)
+        ]
+        return *p_values_B, at_least_B[0] <= self.most_at_least
+
+
+class ScoringDetector(nn.Module):
+    """A float32 detector that returns the columns of `scores`."""
+
+    def __init__(self, detector: Detector, has_local: bool) -> None:
+        super().__init__()
+        self.detector = detector
+        self.outputs = ["anomaly_score", "anomaly_map", "scale_scores", "global_score"]
+        self.outputs += ["local_score"] if has_local else []
 
     def forward(self, image_BHWC: Tensor) -> tuple[Tensor, ...]:
         scores = self.detector(image_BHWC)
-        at_least_B = self._at_least("anomaly", scores.anomaly_score_B)
-        values = [
-            scores.anomaly_score_B,
-            self.get_buffer("p_value_anomaly_K")[at_least_B],
-            at_least_B <= self.most_at_least,
-            scores.anomaly_map_BHW,
-            scores.scale_scores_BS,
-            scores.global_score_B,
-        ]
-        values += [scores.local_score_B] if self.has_local else []
-        others = {"global": scores.global_score_B, "local": scores.local_score_B}
-        values += [
-            self.get_buffer(f"p_value_{name}_K")[self._at_least(name, others[name])]
-            for name in self.heldout
-            if name in others
-        ]
-        return tuple(values)
-
-    def _at_least(self, name: str, score_B: Tensor) -> Tensor:
-        """Number of held-out images that score at least this."""
-        return (self.get_buffer(f"heldout_{name}_N") >= score_B[:, None]).long().sum(1)
+        columns = {
+            "anomaly_score": scores.anomaly_score_B,
+            "anomaly_map": scores.anomaly_map_BHW,
+            "scale_scores": scores.scale_scores_BS,
+            "global_score": scores.global_score_B,
+            "local_score": scores.local_score_B,
+        }
+        return tuple(columns[name] for name in self.outputs)
 
 
-def onnx_program(
-    detector: Detector, calibration: Calibration, false_positive_rate: float
+class JudgingDetector(nn.Module):
+    """Both, one behind the other."""
+
+    def __init__(self, scoring: ScoringDetector, judge: Judge) -> None:
+        super().__init__()
+        self.scoring, self.judge = scoring, judge
+        self.outputs = scoring.outputs + judge.outputs
+
+    def forward(self, image_BHWC: Tensor) -> tuple[Tensor, ...]:
+        values = self.scoring(image_BHWC)
+        by_name = dict(zip(self.scoring.outputs, values, strict=True))
+        return *values, *self.judge(*(by_name[name] for name in self.judge.inputs))
+
+
+def image_program(
+    module: ScoringDetector | JudgingDetector, image_size: tuple[int, int]
 ) -> torch.onnx.ONNXProgram:
-    """The graph, for any number of images in a pass."""
-    judging = JudgingDetector(detector, calibration, false_positive_rate).eval()
+    """The graph of a module that takes images, for any number of them in a pass."""
     # Two images, since the exporter takes a batch of one for a batch of always one.
-    example_BHWC = torch.zeros(2, *detector.architecture.image_size, 3, dtype=torch.uint8)
+    example_BHWC = torch.zeros(2, *image_size, 3, dtype=torch.uint8)
+    return _program(module, (example_BHWC,), [INPUT], module.outputs)
+
+
+def judge_program(judge: Judge) -> torch.onnx.ONNXProgram:
+    """The graph of the judge alone."""
+    examples = tuple(torch.zeros(2) for _ in judge.inputs)
+    return _program(judge, examples, judge.inputs, judge.outputs)
+
+
+def _program(
+    module: nn.Module, examples: tuple[Tensor, ...], inputs: list[str], outputs: list[str]
+) -> torch.onnx.ONNXProgram:
+    batch = {0: torch.export.Dim("batch")}
+    # The judge takes its scores as *args, which is one argument to the exporter.
+    shapes = ((batch,) * len(examples),) if isinstance(module, Judge) else (batch,)
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # of operators that torchvision registers, and of the exporter's own
         program = torch.onnx.export(
-            judging,
-            (example_BHWC,),
+            module.eval(),
+            examples,
             dynamo=True,
             opset_version=OPSET,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            input_names=[INPUT],
-            output_names=judging.outputs,
+            dynamic_shapes=shapes,
+            input_names=inputs,
+            output_names=outputs,
             verbose=False,
         )
     assert program is not None

@@ -1,0 +1,230 @@
+"""INT8: NNCF quantises as many of a model's convolutions as the user's labelled images allow.
+
+Rounding moves features, and a flow takes moved features for anomalies. So what INT8 loses is measured on
+labelled images, and what loses too much is not written. The held-out images are scored anew, in INT8, so
+that p-values compare like with like.
+
+Dimension letters: N labelled images, B batch, H height, W width.
+"""
+
+import hashlib
+import io
+import logging
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import nncf
+import numpy as np
+import openvino
+import torch
+from numpy.typing import NDArray
+
+from csflow.errors import ImageError, WrongUse
+from csflow.evaluation.labels import Label
+from csflow.evaluation.ranking import Ranking
+from csflow.heldout import score_images
+from csflow.images import DecodedImage, decode
+from csflow.library.sources import Source, open_store
+from csflow.model import Architecture, Scores
+from csflow.model_directory import Calibration
+from csflow.preprocessing import Preprocessing
+
+MOST_LABELLED = 200
+"""Number of images of each class that are drawn, if there are more."""
+FEWEST_LABELLED = 10
+"""Of each class."""
+RANKED = 30
+"""Number of images by which NNCF tells which convolution harms the scores most."""
+CONVOLUTIONS = frozenset(["Convolution", "GroupConvolution"])
+SETTINGS = {"INFERENCE_PRECISION_HINT": "f32"}
+"""What is not quantised is computed in float32, as by the runtime."""
+TOLERANCE = 0.02
+"""Largest relative difference of a score from that of the exporting machine. Processors add in another order,
+and a sum at the border of two integers then becomes the other one."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled images of a model's size, the classes mixed."""
+
+    image_N1HWC: Sequence[NDArray[np.uint8]]
+    is_defective_N: Sequence[bool]
+
+    @classmethod
+    def read(
+        cls, labels: Mapping[str, Label], storage_options: Mapping[str, Any], preprocessing: Preprocessing
+    ) -> "Labelled":
+        """Draws images of both classes and reads them. Raises WrongUse if too few can be read."""
+        drawn, store = random.Random(0), open_store(storage_options)
+        chosen = []
+        for is_defective in (False, True):
+            uris = sorted(uri for uri, label in labels.items() if label.is_defective == is_defective)
+            chosen += drawn.sample(uris, min(len(uris), MOST_LABELLED))
+        drawn.shuffle(chosen)
+        images, is_defective_N = [], []
+        for uri in chosen:
+            try:
+                images.append(decode(Source(uri, store).read(), preprocessing).pixels_HWC[None])
+            except ImageError:
+                continue
+            is_defective_N.append(labels[uri].is_defective)
+        for is_defective, name in ((False, "normal"), (True, "defective")):
+            if (count := is_defective_N.count(is_defective)) < FEWEST_LABELLED:
+                raise WrongUse(
+                    f"--labels: {count} {name} images can be read, and it takes {FEWEST_LABELLED} to measure "
+                    "what INT8 loses; label more"
+                )
+        return cls(images, is_defective_N)
+
+    def auroc(self, network: openvino.Model) -> float:
+        """Of the network's scores."""
+        return _auroc(compiled(network), zip(self.image_N1HWC, self.is_defective_N, strict=True))[0]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What INT8 costs on labelled images."""
+
+    labelled_images: int
+    float32_image_auroc: float
+    image_auroc: float
+    convolutions: int
+    quantised: int
+
+    def __str__(self) -> str:
+        return (
+            f"AUROC {self.image_auroc:.4f} on {self.labelled_images} labelled images, "
+            f"{self.float32_image_auroc:.4f} in float32, with {self.quantised} of {self.convolutions} "
+            "convolutions in INT8"
+        )
+
+    def check(self, max_loss: float) -> None:
+        """Raises WrongUse if it is larger, or nothing is gained."""
+        if not self.quantised or self.float32_image_auroc - self.image_auroc > max_loss:
+            raise WrongUse(
+                f"INT8 loses more than --max_loss {max_loss:g} ({self}); export in float32, or allow more"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """What the artefact says of it."""
+        return asdict(self)
+
+
+def quantised(network: openvino.Model, labelled: Labelled, max_loss: float) -> tuple[openvino.Model, Loss]:
+    """A network in INT8 that loses at most `max_loss` of AUROC, and what it loses.
+
+    NNCF quantises all convolutions, by the ranges that they have on the normal images. It then returns one
+    after the other to float32, the most harmful first, until the loss is small enough.
+
+    Raises:
+        WrongUse: every such network loses more.
+    """
+    nncf.set_log_level(logging.ERROR)
+    others = {operator.get_type_name() for operator in network.get_ops()} - CONVOLUTIONS
+    items = list(zip(labelled.image_N1HWC, labelled.is_defective_N, strict=True))
+    normal = [image for image, is_defective in items if not is_defective]
+    with redirect_stdout(io.StringIO()):  # its progress bars
+        found = nncf.quantize_with_accuracy_control(
+            network,
+            nncf.Dataset(normal),
+            nncf.Dataset(items, lambda item: item[0]),
+            lambda model, items: _auroc(model.create_infer_request(), items),
+            max_drop=max_loss,
+            drop_type=nncf.DropType.ABSOLUTE,
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(normal),
+            ignored_scope=nncf.IgnoredScope(types=sorted(others), validate=False),
+            # Processors without VNNI add pairs of products in 16 bits, which weights of 8 bits overflow: then
+            # the same artefact scored an image at 0.9 on one processor and at 4.4 on another.
+            advanced_quantization_parameters=nncf.AdvancedQuantizationParameters(
+                overflow_fix=nncf.OverflowFix.ENABLE
+            ),
+            advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
+                ranking_subset_size=min(RANKED, len(items))
+            ),
+        )
+    convolutions = [operator for operator in found.get_ops() if operator.get_type_name() in CONVOLUTIONS]
+    loss = Loss(
+        len(items),
+        labelled.auroc(network),
+        labelled.auroc(found),
+        len(convolutions),
+        sum(_is_quantised(operator) for operator in convolutions),
+    )
+    loss.check(max_loss)
+    return found, loss
+
+
+def calibrated(
+    network: openvino.Model, old: Calibration, architecture: Architecture, storage_options: Mapping[str, Any]
+) -> Calibration:
+    """The held-out images with the network's scores. Raises WrongUse if some of them cannot be read."""
+    request = compiled(network)
+    names = [output.get_any_name() for output in network.outputs]
+    nothing = torch.empty(0)
+
+    def score(images: Sequence[DecodedImage]) -> Scores:
+        found = request.infer([np.stack([image.pixels_HWC for image in images])])
+        value = {name: torch.from_numpy(np.array(found[name])) for name in names}
+        return Scores(
+            value["anomaly_score"],
+            value["global_score"],
+            value.get("local_score", nothing),
+            value["scale_scores"],
+            value["anomaly_map"],
+            nothing,
+        )
+
+    table, failed = score_images(score, architecture, old.table, storage_options)
+    if failed:
+        raise WrongUse(
+            f"INT8 scores the held-out images anew, and {len(failed)} of {old.table.num_rows} cannot be read "
+            f"({failed[0].image_uri}: {failed[0].content}); restore them, or name others with csflow "
+            "recalibrate"
+        )
+    # Images come back in their order, so that their parts stay theirs.
+    return Calibration.of(table.set_column(table.schema.get_field_index("part"), "part", old.table["part"]))
+
+
+def joined(scoring: openvino.Model, judge: openvino.Model) -> openvino.Model:
+    """One network from two, the second of which takes outputs of the first."""
+    for parameter in judge.get_parameters():
+        score = scoring.output(parameter.output(0).get_any_name()).get_node().input_value(0)
+        for target in parameter.output(0).get_target_inputs():
+            target.replace_source_output(score)
+    return openvino.Model([*scoring.get_results(), *judge.get_results()], scoring.get_parameters())
+
+
+def compiled(network: openvino.Model) -> openvino.InferRequest:
+    """The network, ready to compute in this process, as the runtime does."""
+    return openvino.compile_model(network, "CPU", SETTINGS).create_infer_request()
+
+
+def model_id(of: str, network: openvino.Model) -> str:
+    """The id of the artefact, whose scores are not those of model `of`: a hash of both."""
+    digest = hashlib.sha256(of.encode())
+    for operator in network.get_ops():
+        if operator.get_type_name() == "Constant":
+            digest.update(operator.get_data().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _auroc(
+    request: openvino.InferRequest, items: Iterable[tuple[NDArray[np.uint8], bool]]
+) -> tuple[float, list[list[NDArray[np.float32]]]]:
+    """The AUROC of labelled images, and their scores, as NNCF wants them."""
+    labels, scores = [], []
+    for image_1HWC, is_defective in items:
+        scores.append(np.array(request.infer([image_1HWC])["anomaly_score"]))
+        labels.append(is_defective)
+    if len(set(labels)) == 1:  # NNCF tries a single image first
+        return 0.5, [[score_1] for score_1 in scores]
+    ranking = Ranking.of(labels, np.concatenate(scores))
+    return ranking.metrics()["image_auroc"], [[score_1] for score_1 in scores]
+
+
+def _is_quantised(convolution: openvino.Node) -> bool:
+    return bool(convolution.input_value(0).get_node().get_type_name() == "FakeQuantize")
