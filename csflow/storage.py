@@ -231,7 +231,9 @@ class FoundFile:
 def to_parquet(table: pa.Table) -> bytes:
     """A Parquet file in memory, so that its size is known and it is published whole."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    # Cells of a map hardly repeat a value: with a dictionary they took half as much again.
+    flat = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
+    pq.write_table(table, buffer, compression="zstd", use_dictionary=flat)
     return buffer.getvalue()
 
 

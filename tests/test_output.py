@@ -243,6 +243,12 @@ def test_columns_that_older_files_lack_are_null_and_others_are_missed_by_name(ou
         open_scores(output.location)
 
 
+def test_a_map_takes_no_more_room_than_its_numbers() -> None:
+    cells = np.random.default_rng(0).normal(size=(32, 1024)).astype(np.float32)
+    table = pa.table({"anomaly_map": pa.array(list(cells), SCORES.field("anomaly_map").type)})
+    assert len(to_parquet(table)) < cells.nbytes
+
+
 def test_a_folder_without_scores_or_out_of_reach_is_named(
     output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,7 +84,8 @@ def _write_whole(file: Path, table: pa.Table) -> None:
     """Writes a Parquet file that is never half visible."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
-    pq.write_table(table, temporary, compression="zstd")
+    flat = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
+    pq.write_table(table, temporary, compression="zstd", use_dictionary=flat)  # as the scoring job
     temporary.replace(file)
 
 
