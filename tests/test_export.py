@@ -274,6 +274,7 @@ def test_a_wrong_export_is_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.soak
 def test_an_artefact_in_int8_has_scores_p_values_and_an_id_of_its_own(
     cells: Path, model: Path, directory: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
