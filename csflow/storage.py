@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from csflow.errors import StorageFailed, WrongUse
 from csflow.literal_paths import remove_folder
+from csflow.parquet import write_parquet
 
 CONFLICT_RETRIES = 5
 NO_GCSFS = "install csflow[gcs]"
@@ -231,9 +232,7 @@ class FoundFile:
 def to_parquet(table: pa.Table) -> bytes:
     """A Parquet file in memory, so that its size is known and it is published whole."""
     buffer = io.BytesIO()
-    # Cells of a map hardly repeat a value: with a dictionary they took half as much again.
-    flat = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
-    pq.write_table(table, buffer, compression="zstd", use_dictionary=flat)
+    write_parquet(table, buffer)
     return buffer.getvalue()
 
 

@@ -169,12 +169,7 @@ TRANSFORMERS = [
 
 
 @pytest.mark.parametrize(("backbone", "image_size", "stages", "scales"), TRANSFORMERS)
-def test_transformers_are_those_of_the_trained_form(
-    backbone, image_size, stages, scales, caplog, monkeypatch
-):
-    monkeypatch.setattr(
-        inference, "multiplies_bfloat16", lambda device: True
-    )  # else `mixed` is named as slower
+def test_transformers_are_those_of_the_trained_form(backbone, image_size, stages, scales, caplog):
     detector = random_detector(backbone, image_size, scales, (3,), stages=stages)
     images = random_images(detector)
     detector.measure_rounding(images)

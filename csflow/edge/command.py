@@ -25,6 +25,7 @@ from csflow.errors import ErrorCode, ExitStatus, Failed, ImageError, WrongUse
 from csflow.images import decode
 from csflow.output.layout import errors_path, new_run_id, scores_path
 from csflow.output.schemas import ERRORS, KEY_COLUMNS, SCORES
+from csflow.parquet import write_parquet
 from csflow.scoring.rows import ScorableImage, error_row, score_rows
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -84,8 +85,8 @@ def _write_whole(file: Path, table: pa.Table) -> None:
     """Writes a Parquet file that is never half visible."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
-    flat = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
-    pq.write_table(table, temporary, compression="zstd", use_dictionary=flat)  # as the scoring job
+    with temporary.open("wb") as target:
+        write_parquet(table, target)
     temporary.replace(file)
 
 

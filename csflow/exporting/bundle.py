@@ -21,6 +21,7 @@ MODULES = (
     "output/__init__",
     "output/layout",
     "output/schemas",
+    "parquet",
     "preprocessing",
     "regions",
     "scoring/__init__",

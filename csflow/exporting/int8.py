@@ -13,7 +13,7 @@ import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import nncf
@@ -107,10 +107,6 @@ class Loss:
             raise WrongUse(
                 f"INT8 loses more than --max_loss {max_loss:g} ({self}); export in float32, or allow more"
             )
-
-    def to_json(self) -> dict[str, Any]:
-        """What the artefact says of it."""
-        return asdict(self)
 
 
 def quantised(network: openvino.Model, labelled: Labelled, max_loss: float) -> tuple[openvino.Model, Loss]:

@@ -7,6 +7,7 @@ import json
 import math
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +121,7 @@ def _export_int8(config: ExportConfig, model: Model, self_test: bytes, output: L
     metadata = _metadata(config, model_id, architecture.preprocessing, calibration)
     metadata |= {
         "precision": "int8",
-        "int8": loss.to_json() | {"quantised_from": model.model_id},
+        "int8": asdict(loss) | {"quantised_from": model.model_id},
     } | _self_test(self_test, found["anomaly_score"], found["anomaly_map"], int8.TOLERANCE)
     _write(network, metadata, output)
     print(
