@@ -8,6 +8,7 @@ from collections.abc import Callable
 import simplejpeg
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ImageFile import ImageFile
+from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import STRIPBYTECOUNTS, STRIPOFFSETS, TILEBYTECOUNTS, TILEOFFSETS, TiffImageFile
@@ -23,7 +24,7 @@ _ENDS_EARLY = re.compile("truncated|premature end|not enough image data", re.I)
 
 def diagnosis(error: Exception, image_file: type[ImageFile], data: bytes) -> ErrorCode:
     """Why Pillow failed. The structure decides first: Pillow's message varies with where a file ends."""
-    if _CUT_SHORT[image_file](data) or _ENDS_EARLY.search(str(error)):
+    if is_cut_short(image_file, data) or _ENDS_EARLY.search(str(error)):
         return ErrorCode.TRUNCATED
     if _UNSUPPORTED.search(str(error)):
         return ErrorCode.UNSUPPORTED_FORMAT
@@ -37,7 +38,7 @@ def check_undamaged(image_file: type[ImageFile], data: bytes) -> None:
     their parts, PNG its checksums, and libjpeg warns of codes that end early or make no sense. In a lossless
     WebP, a tail of zeros cannot be told from a picture: flat colour is coded as zeros, too.
     """
-    if _CUT_SHORT[image_file](data):
+    if is_cut_short(image_file, data):
         raise ImageError(ErrorCode.TRUNCATED, "the file is shorter than its parts say")
     if image_file is JpegImageFile:
         try:
@@ -50,6 +51,11 @@ def check_undamaged(image_file: type[ImageFile], data: bytes) -> None:
         raise ImageError(ErrorCode.CORRUPT, f"the checksum of the PNG's chunk {kind} is wrong")
     if image_file is WebPImageFile and _ends_in_zeros(data):
         raise ImageError(ErrorCode.CORRUPT, "the WebP ends in more zeros than flat colour is coded as")
+
+
+def is_cut_short(image_file: type[ImageFile], data: bytes) -> bool:
+    """Whether the file ends before its structure does, as far as its format tells."""
+    return _CUT_SHORT.get(image_file, _boxes_cut_short)(data)
 
 
 def _damaged_chunk(data: bytes) -> str | None:
@@ -178,10 +184,34 @@ _TIFF_VALUE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 1
 _TIFF_INTEGERS = {3: "H", 4: "I", 16: "Q"}
 _TIFF_BLOCK_TAGS = {STRIPOFFSETS: STRIPBYTECOUNTS, TILEOFFSETS: TILEBYTECOUNTS}
 
+
+def _jpeg2000_cut_short(data: bytes) -> bool:
+    """Whether the end marker is missing, which no coded picture can hold."""
+    return b"\xff\xd9" not in data
+
+
+def _boxes_cut_short(data: bytes) -> bool:
+    """Whether a box of an AVIF or HEIC, its index or its picture lies beyond the end (ISO/IEC 14496-12)."""
+    position, kinds = 0, set()
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        if length == 1 and position + 16 <= len(data):
+            (length,) = struct.unpack_from(">Q", data, position + 8)
+        kinds.add(kind)
+        if length == 0:
+            position = len(data)
+        elif length < 8:
+            return False  # damaged
+        position += length
+    has_picture = b"mdat" in kinds or b"idat" in data  # the latter is inside of the index
+    return position != len(data) or b"meta" not in kinds or not has_picture
+
+
 _CUT_SHORT: dict[type[ImageFile], Callable[[bytes], bool]] = {
     JpegImageFile: _jpeg_cut_short,
     PngImageFile: _png_cut_short,
     WebPImageFile: _webp_cut_short,
     BmpImageFile: _bmp_cut_short,
     TiffImageFile: tiff_cut_short,
+    Jpeg2KImageFile: _jpeg2000_cut_short,
 }

@@ -13,6 +13,8 @@
 - TIFFs with planes, or of other samples than unsigned ones of up to 8 bits, are read by tifffile
   (`csflow.wide_samples`).
 - CMYK becomes RGB by the plain formula. CMYK JPEGs are taken as inverted, as Adobe writes them.
+- AVIF and HEIC of 10 and 12 bits, and colour of JPEG 2000 of more than 8, become 8 bits as their decoders
+  do it.
 - Letterboxes are filled on each side with the mean colour of the adjoining row or column (`_padded`). An
   image that is cut into tiles is continued by its reflection.
 
@@ -26,13 +28,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageChops, PngImagePlugin
+from PIL import AvifImagePlugin, ExifTags, Image, ImageChops, PngImagePlugin
+from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ImageFile import ImageFile
+from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import (
@@ -44,7 +48,7 @@ from PIL.TiffImagePlugin import (
 )
 from PIL.WebPImagePlugin import WebPImageFile
 
-from csflow.damage import check_undamaged, diagnosis, jpeg_scans
+from csflow.damage import check_undamaged, diagnosis, is_cut_short, jpeg_scans
 from csflow.decode_limits import MAX_PIXELS, OF_PROCESS, PixelBudget
 from csflow.errors import ErrorCode, ImageError
 from csflow.exif import taken_at
@@ -69,6 +73,7 @@ from csflow.wide_samples import (
 
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26
 """Most bytes of an unpacked colour profile or text, which take no part. Pillow itself refuses a megabyte."""
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a job has a thread for each processor already
 MAX_SCANS = 100
 """Most scans of a JPEG. Encoders write ten or so; a file of thousands takes minutes."""
 _DRAFT_MARGIN = 1.5
@@ -138,7 +143,7 @@ def decode(
     is_strict: bool = False,
     budget: PixelBudget = OF_PROCESS,
 ) -> DecodedImage:
-    """The first frame of a JPEG, PNG, WebP, BMP or TIFF file as upright RGB.
+    """The first frame of a JPEG, PNG, WebP, BMP, TIFF, AVIF, HEIC or JPEG 2000 file as upright RGB.
 
     Many threads may call this at once. They run in parallel, since Pillow releases the GIL for most of the
     work (but not for WebP).
@@ -356,6 +361,8 @@ def _load(image: ImageFile, data: bytes, version: int) -> int:
         _check_run_lengths(image, data)
     if isinstance(image, PngImageFile):
         _drop_wide_colour_key(image)
+    if isinstance(image, Jpeg2KImageFile) and is_cut_short(Jpeg2KImageFile, data):
+        raise ImageError(ErrorCode.TRUNCATED, "the end marker is missing")  # Pillow may show a black image
     if not isinstance(image, JpegImageFile):
         image.load()  # Pillow turns a TIFF upright, and swaps its sides, while it loads
     if isinstance(image, TiffImageFile) and version > 1:
@@ -384,7 +391,7 @@ _PILLOW_FILTER: Any = ("ignore", None, Warning, re.compile(_PILLOW_MODULES), 0) 
 def _image_file(data: bytes) -> type[ImageFile]:
     """The Pillow class that reads these bytes, in place of `Image.open`.
 
-    With only these five classes, no other parser can be reached (EPS starts Ghostscript). A multi-picture
+    With only these classes, no other parser can be reached (EPS starts Ghostscript). A multi-picture
     JPEG (MPO) is read as its first JPEG even if its index is damaged. And the size limit is our own: Pillow's
     is that of the process, and warns or raises before the header can be read.
     """
@@ -400,15 +407,36 @@ def _image_file(data: bytes) -> type[ImageFile]:
         return BmpImageFile
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return WebPImageFile
+    if data.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")):
+        return Jpeg2KImageFile
+    if data[4:8] == b"ftyp":
+        brands = data[8 : int.from_bytes(data[:4], "big")]
+        if b"avif" in brands:
+            return AvifImageFile
+        if b"heic" in brands or b"heix" in brands:
+            return _heif_image_file()
     raise ImageError(
         ErrorCode.UNSUPPORTED_FORMAT,
-        f"no JPEG, PNG, WebP, BMP or TIFF: the content begins with {data[:12]!r}",
+        f"no JPEG, PNG, WebP, BMP, TIFF, AVIF, HEIC or JPEG 2000: the content begins with {data[:12]!r}",
     )
+
+
+def _heif_image_file() -> type[ImageFile]:
+    """The class that an extra brings, since its decoder is under patents in some countries."""
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        raise ImageError(
+            ErrorCode.UNSUPPORTED_FORMAT, "HEIC is read with an extra: pip install 'csflow[heif]'"
+        ) from None
+    return cast("type[ImageFile]", HeifImageFile)
 
 
 def _is_lossy(image: ImageFile, data: bytes) -> bool:
     if isinstance(image, WebPImageFile):
         return data[12:16] == b"VP8 "
+    if image.format in ("AVIF", "HEIF", "JPEG2000"):
+        return True  # they may be lossless, which their headers do not tell
     return isinstance(image, JpegImageFile) or image.info.get("compression") == "jpeg"
 
 

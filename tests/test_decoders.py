@@ -399,6 +399,35 @@ def test_webps_of_every_kind_are_read_as_by_another_libwebp() -> None:
     assert differences(webps()) == []
 
 
+# --- AVIF and JPEG 2000 ----------------------------------------------------------------------------------
+
+
+def avifs() -> Iterator[Variant]:
+    for picture, level, bits in itertools.product((SMOOTH, np.dstack([SMOOTH, ALPHA])), (50, 95), (8, 10)):
+        samples = picture if bits == 8 else picture.astype(np.uint16) * 4
+        data = imagecodecs.avif_encode(samples, level=level, bitspersample=bits)
+        expected = imagecodecs.avif_decode(data)
+        expected = expected if bits == 8 else np.rint(expected / 1023 * 255)
+        yield Variant(f"{picture.shape[2]} channels {level} {bits} bits", data, over_black(expected), 3)
+
+
+def test_avifs_are_read_as_by_another_libavif() -> None:
+    assert differences(avifs()) == []
+
+
+def jpeg_2000s() -> Iterator[Variant]:
+    for samples, bits, codec in itertools.product((GREY, SMOOTH), (8, 12, 16), ("jp2", "j2k")):
+        wide = (samples.astype(np.uint32) * ((1 << bits) - 1) // 255).astype(np.uint16)
+        stored = samples if bits == 8 else wide
+        data = imagecodecs.jpeg2k_encode(stored, level=0, codecformat=codec, bitspersample=bits)
+        expected = np.broadcast_to(np.atleast_3d(samples), SMOOTH.shape)
+        yield Variant(f"{samples.shape} {bits} bits {codec}", data, expected, 1)
+
+
+def test_jpeg_2000s_of_every_depth_give_the_picture() -> None:
+    assert differences(jpeg_2000s()) == []
+
+
 # --- What nobody can see ---------------------------------------------------------------------------------
 
 

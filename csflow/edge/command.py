@@ -28,7 +28,10 @@ from csflow.output.schemas import ERRORS, KEY_COLUMNS, SCORES
 from csflow.parquet import write_parquet
 from csflow.scoring.rows import ScorableImage, error_row, score_rows
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"),
+    *(".avif", ".heic", ".heif", ".jp2", ".j2k"),
+)
 POLL_S = 0.2
 """Seconds between two looks at a watched folder. A file is read once two looks find it the same."""
 

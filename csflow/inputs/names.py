@@ -10,7 +10,10 @@ from csflow.inputs.unlisted import Reason, Unlisted
 Takes = Callable[[str], bool]
 """Whether a file or folder (which ends in /) is wanted, by its name relative to the start of a walk."""
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"),
+    *(".avif", ".heic", ".heif", ".jp2", ".j2k"),
+)
 
 SKIPPED_FOLDERS = (
     # Synology and QNAP: thumbnails, recycle bins, snapshots
