@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 import torch
 from conftest import ROOT, copy_some
 from numpy.typing import NDArray
+from openvino import opset13
 from pages import Block, run_python
 
 import csflow
@@ -27,7 +29,7 @@ from csflow.edge.command import main
 from csflow.errors import ExitStatus, WrongUse
 from csflow.exporting.config import ExportConfig
 from csflow.exporting.graph import Judge, _rounded_down
-from csflow.exporting.int8 import Loss
+from csflow.exporting.int8 import Labelled, Loss, quantised
 from csflow.exporting.job import _p_value_steps, export
 from csflow.images import decode
 from csflow.inputs.listing import IMAGE_SUFFIXES, list_images
@@ -308,11 +310,45 @@ def test_an_artefact_in_int8_has_scores_p_values_and_an_id_of_its_own(
     assert [of_image.is_anomalous_B[0] for of_image in labelled] == (p_value_N <= RATE).tolist()
 
 
-def test_int8_that_loses_too_much_or_gains_nothing_is_refused() -> None:
-    Loss(100, 0.95, 0.94, convolutions=10, quantised=9).check(0.02)
-    for loss in (Loss(100, 0.95, 0.90, 10, 10), Loss(100, 0.95, 0.95, 10, 0)):
-        with pytest.raises(WrongUse, match=r"more than --max_loss 0.02 \(AUROC .*; export in float32"):
-            loss.check(0.02)
+def first_convolution_sees_more_than_8_bits() -> openvino.Model:
+    """Three convolutions. What tells images apart is lost in a first one of 8 bits, and in no other."""
+    image_BHWC = opset13.parameter([1, 8, 8, 3], np.uint8)
+    image_BCHW = opset13.transpose(opset13.convert(image_BHWC, np.float32), np.array([0, 3, 1, 2]))
+    value = opset13.power(image_BCHW, np.float32(2))  # up to 65,025, of which images differ in 0 to 100
+    one = np.full((3, 3, 1, 1), 1 / 3, np.float32)
+    for most in (150, 150, 150):
+        value = opset13.convolution(value, one, [1, 1], [0, 0], [0, 0], [1, 1])
+        value = opset13.clamp(value, 0, most)
+    score_B = opset13.reduce_mean(value, np.array([1, 2, 3]))
+    score_B.output(0).set_names({"anomaly_score"})
+    return openvino.Model([opset13.result(score_B)], [image_BHWC])
+
+
+def of_levels(levels: Sequence[int]) -> Labelled:
+    """Images of one level and a white row, the darker half normal."""
+    images = [np.full((1, 8, 8, 3), level, np.uint8) for level in levels]
+    for image_1HWC in images:
+        image_1HWC[:, 0] = 255
+    return Labelled(images, [place >= len(levels) / 2 for place in range(len(levels))])
+
+
+def test_as_many_of_the_last_convolutions_are_in_int8_as_the_loss_allows() -> None:
+    network, labelled = first_convolution_sees_more_than_8_bits(), of_levels(range(10))
+    tried: list[Loss] = []
+    found, loss = quantised(network, labelled, 0.01, tried.append)
+    assert [of_network.quantised for of_network in tried] == [3, 1, 2]
+    assert (loss.quantised, loss.convolutions) == (2, 3)
+    assert tried[0].image_auroc < 0.9 and loss.image_auroc == loss.float32_image_auroc == 1
+    assert labelled.auroc(found) == 1
+    convolutions = [op for op in found.get_ordered_ops() if op.get_type_name() == "Convolution"]
+    inputs = [op.input_value(0).get_node().get_type_name() for op in convolutions]
+    assert [name == "FakeQuantize" for name in inputs] == [False, True, True]
+    assert quantised(network, labelled, 0.9, tried.append)[1].quantised == 3
+
+
+def test_int8_that_loses_too_much_is_refused() -> None:
+    with pytest.raises(WrongUse, match=r"more than --max_loss -1 \(AUROC .*1 of 3 .*; export in float32"):
+        quantised(first_convolution_sees_more_than_8_bits(), of_levels(range(10)), -1, lambda tried: None)
 
 
 @pytest.mark.parametrize("sizes", [(1,), (1, 2, 3)])

@@ -1,8 +1,9 @@
 """INT8: NNCF quantises as many of a model's convolutions as the user's labelled images allow.
 
 Rounding moves features, and a flow takes moved features for anomalies. So what INT8 loses is measured on
-labelled images, and what loses too much is not written. The held-out images are scored anew, in INT8, so
-that p-values compare like with like.
+labelled images, and what loses too much is not written. A convolution's rounding passes through all that
+follow, so that the first ones harm most, and quantised are the last ones, as many as can be. The held-out
+images are scored anew, in INT8, so that p-values compare like with like.
 
 Dimension letters: N labelled images, B batch, H height, W width.
 """
@@ -11,7 +12,7 @@ import hashlib
 import io
 import logging
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +37,6 @@ MOST_LABELLED = 200
 """Number of images of each class that are drawn, if there are more."""
 FEWEST_LABELLED = 10
 """Of each class."""
-RANKED = 30
-"""Number of images by which NNCF tells which convolution harms the scores most."""
 CONVOLUTIONS = frozenset(["Convolution", "GroupConvolution"])
 SETTINGS = {"INFERENCE_PRECISION_HINT": "f32"}
 """What is not quantised is computed in float32, as by the runtime."""
@@ -79,9 +78,16 @@ class Labelled:
                 )
         return cls(images, is_defective_N)
 
+    @property
+    def normal(self) -> list[NDArray[np.uint8]]:
+        items = zip(self.image_N1HWC, self.is_defective_N, strict=True)
+        return [image_1HWC for image_1HWC, is_defective in items if not is_defective]
+
     def auroc(self, network: openvino.Model) -> float:
         """Of the network's scores."""
-        return _auroc(compiled(network), zip(self.image_N1HWC, self.is_defective_N, strict=True))[0]
+        request = compiled(network)
+        score_N = [float(request.infer([image])["anomaly_score"][0]) for image in self.image_N1HWC]
+        return Ranking.of(self.is_defective_N, np.array(score_N)).metrics()["image_auroc"]
 
 
 @dataclass(frozen=True)
@@ -101,57 +107,70 @@ class Loss:
             "convolutions in INT8"
         )
 
-    def check(self, max_loss: float) -> None:
-        """Raises WrongUse if it is larger, or nothing is gained."""
-        if not self.quantised or self.float32_image_auroc - self.image_auroc > max_loss:
-            raise WrongUse(
-                f"INT8 loses more than --max_loss {max_loss:g} ({self}); export in float32, or allow more"
-            )
+    def is_at_most(self, max_loss: float) -> bool:
+        """Whether INT8 costs no more AUROC than that."""
+        return self.float32_image_auroc - self.image_auroc <= max_loss
 
 
-def quantised(network: openvino.Model, labelled: Labelled, max_loss: float) -> tuple[openvino.Model, Loss]:
+def quantised(
+    network: openvino.Model, labelled: Labelled, max_loss: float, tell: Callable[[Loss], None]
+) -> tuple[openvino.Model, Loss]:
     """A network in INT8 that loses at most `max_loss` of AUROC, and what it loses.
 
-    NNCF quantises all convolutions, by the ranges that they have on the normal images. It then returns one
-    after the other to float32, the most harmful first, until the loss is small enough.
+    The number of convolutions that can be quantised is found by halving. NNCF's own search, which returns
+    convolutions to float32 one by one, compiles a network for each.
+
+    Args:
+        tell: is given what each network loses that is tried.
 
     Raises:
         WrongUse: every such network loses more.
     """
     nncf.set_log_level(logging.ERROR)
+    convolutions = [
+        operator.get_friendly_name()
+        for operator in network.get_ordered_ops()
+        if operator.get_type_name() in CONVOLUTIONS
+    ]
+    float32 = labelled.auroc(network)
+    # The most convolutions that are known to lose little enough, and the fewest that lose too much.
+    allowed, refused = 0, len(convolutions) + 1
+    best: tuple[openvino.Model, Loss] | None = None
+    last = len(convolutions)
+    while refused - allowed > 1:
+        found = _with_last(network, convolutions, last, labelled)
+        loss = Loss(len(labelled.image_N1HWC), float32, labelled.auroc(found), len(convolutions), last)
+        tell(loss)
+        if loss.is_at_most(max_loss):
+            allowed, best = last, (found, loss)
+        else:
+            refused = last
+        last = (allowed + refused) // 2
+    if best is None:
+        raise WrongUse(
+            f"INT8 loses more than --max_loss {max_loss:g} ({loss}); export in float32, or allow more"
+        )
+    return best
+
+
+def _with_last(
+    network: openvino.Model, convolutions: Sequence[str], last: int, labelled: Labelled
+) -> openvino.Model:
+    """The network with the `last` of these convolutions in INT8, by their ranges on the normal images."""
     others = {operator.get_type_name() for operator in network.get_ops()} - CONVOLUTIONS
-    items = list(zip(labelled.image_N1HWC, labelled.is_defective_N, strict=True))
-    normal = [image for image, is_defective in items if not is_defective]
     with redirect_stdout(io.StringIO()):  # its progress bars
-        found = nncf.quantize_with_accuracy_control(
+        return nncf.quantize(
             network,
-            nncf.Dataset(normal),
-            nncf.Dataset(items, lambda item: item[0]),
-            lambda model, items: _auroc(model.create_infer_request(), items),
-            max_drop=max_loss,
-            drop_type=nncf.DropType.ABSOLUTE,
+            nncf.Dataset(labelled.normal),
             preset=nncf.QuantizationPreset.MIXED,
-            subset_size=len(normal),
-            ignored_scope=nncf.IgnoredScope(types=sorted(others), validate=False),
+            subset_size=len(labelled.normal),
+            ignored_scope=nncf.IgnoredScope(
+                names=list(convolutions[: len(convolutions) - last]), types=sorted(others), validate=False
+            ),
             # Processors without VNNI add pairs of products in 16 bits, which weights of 8 bits overflow: then
             # the same artefact scored an image at 0.9 on one processor and at 4.4 on another.
-            advanced_quantization_parameters=nncf.AdvancedQuantizationParameters(
-                overflow_fix=nncf.OverflowFix.ENABLE
-            ),
-            advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
-                ranking_subset_size=min(RANKED, len(items))
-            ),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
         )
-    convolutions = [operator for operator in found.get_ops() if operator.get_type_name() in CONVOLUTIONS]
-    loss = Loss(
-        len(items),
-        labelled.auroc(network),
-        labelled.auroc(found),
-        len(convolutions),
-        sum(_is_quantised(operator) for operator in convolutions),
-    )
-    loss.check(max_loss)
-    return found, loss
 
 
 def calibrated(
@@ -206,21 +225,3 @@ def model_id(of: str, network: openvino.Model) -> str:
         if operator.get_type_name() == "Constant":
             digest.update(operator.get_data().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _auroc(
-    request: openvino.InferRequest, items: Iterable[tuple[NDArray[np.uint8], bool]]
-) -> tuple[float, list[list[NDArray[np.float32]]]]:
-    """The AUROC of labelled images, and their scores, as NNCF wants them."""
-    labels, scores = [], []
-    for image_1HWC, is_defective in items:
-        scores.append(np.array(request.infer([image_1HWC])["anomaly_score"]))
-        labels.append(is_defective)
-    if len(set(labels)) == 1:  # NNCF tries a single image first
-        return 0.5, [[score_1] for score_1 in scores]
-    ranking = Ranking.of(labels, np.concatenate(scores))
-    return ranking.metrics()["image_auroc"], [[score_1] for score_1 in scores]
-
-
-def _is_quantised(convolution: openvino.Node) -> bool:
-    return bool(convolution.input_value(0).get_node().get_type_name() == "FakeQuantize")

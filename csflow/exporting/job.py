@@ -110,7 +110,7 @@ def _export_int8(config: ExportConfig, model: Model, self_test: bytes, output: L
     labelled = int8.Labelled.read(labels, options, architecture.preprocessing)
     say(f"quantising by {len(labelled.image_N1HWC)} labelled images; this takes minutes")
     scoring = _network(image_program(_scoring(model), architecture.image_size))
-    scoring, loss = int8.quantised(scoring, labelled, config.max_loss)
+    scoring, loss = int8.quantised(scoring, labelled, config.max_loss, lambda tried: say(f"tried: {tried}"))
     print(loss)
     calibration = int8.calibrated(scoring, model.calibration, architecture, options)
     judge = Judge(calibration, config.false_positive_rate)
