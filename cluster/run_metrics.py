@@ -115,11 +115,14 @@ def _of_model(record: RunRecord) -> Iterator[Sample]:
     yield "csflow_run_images", {"state": "missing"}, counts.missing
     for code, images in counts.errors_in_this_run.items():
         yield "csflow_run_errors", {"code": code}, images
-    if record.drift:
+    if record.drift:  # shares of groups are of few images, and would alarm by chance
         yield "csflow_run_low_p_value_share", {}, record.drift.share_below_5_percent
-        yield "csflow_run_drift_distance", {}, record.drift.ks_statistic
-        if record.drift.verdict:
-            yield "csflow_run_drift_verdict", {"verdict": record.drift.verdict}, 1
+    # Of all scores the label `group` is empty.
+    for group, drift in {"": record.drift, **record.drift_by_group}.items():
+        if drift:
+            yield "csflow_run_drift_distance", {"group": group}, drift.ks_statistic
+            if drift.verdict:
+                yield "csflow_run_drift_verdict", {"group": group, "verdict": drift.verdict}, 1
 
 
 class RunCollector(Collector):

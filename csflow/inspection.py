@@ -129,8 +129,8 @@ def _last_run(location: Location) -> Iterator[Line]:
         f"{counts.permanent_errors:,} permanent errors, {counts.missing:,} missing",
     )
     for one in record.by_model():
-        if one.drift:
-            yield "drift", f"{f'{one.model.label}: ' if record.model is None else ''}{one.drift.words}"
+        for sentence in one.drift_in_words():
+            yield "drift", f"{f'{one.model.label}: ' if record.model is None else ''}{sentence}"
 
 
 def _count(number: int, unit: str) -> str:

@@ -103,10 +103,17 @@ class Calibration:
             table,
         )
 
+    def group_of(self, tags: Mapping[str, str]) -> str | None:
+        """The group that these tags tell, such as `camera=top`, which may have no calibration of its own.
+
+        None if they do not tell it, or if no group of the model has its own.
+        """
+        name = next(iter(self.groups), "").partition("=")[0]
+        return f"{name}={tags[name]}" if name in tags else None
+
     def of_tags(self, tags: Mapping[str, str]) -> "Calibration":
         """The calibration of the group that these tags tell, if it has its own, and else the whole."""
-        name = next(iter(self.groups), "").partition("=")[0]
-        return self.groups.get(f"{name}={tags[name]}", self) if name in tags else self
+        return self.groups.get(self.group_of(tags) or "", self)
 
     @property
     def size(self) -> int:

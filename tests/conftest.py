@@ -232,6 +232,7 @@ SHARD_ROW: dict[str, Any] = {
     "form": "{}",
     "anomaly_scores": [],
     "global_scores": [],
+    "groups": [],
 }
 """What a scoring actor gives back of a shard of ten good images, apart from its name."""
 

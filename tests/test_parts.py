@@ -23,7 +23,11 @@ from csflow.calibration import (
 from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
 from csflow.model_directory import CALIBRATION, Calibration, load_model, read_model
+from csflow.output.layout import run_ids
+from csflow.output.runs import read_record
 from csflow.recalibration import RecalibrateConfig, recalibrate
+from csflow.scoring.record import summary
+from csflow.storage import Location
 from csflow.training.advice import calibration_warning
 from csflow.training.cache import INDEX
 from csflow.training.config import TrainConfig
@@ -326,16 +330,39 @@ def test_groups_decide_the_model_id_and_an_image_is_compared_with_its_own_group(
     model = save_small(tmp_path / "model", heldout=heldout, groups=groups)
     other = save_small(tmp_path / "other", heldout=heldout)
     assert read_model(model).model_id != read_model(other).model_id
-    images = copy_some(cells / "functional" / "test", tmp_path / "images", 6)
+    images = copy_some(cells / "functional" / "test", tmp_path / "images", 18)
     for number, photograph in enumerate(sorted(images.iterdir())):
-        photograph.rename(images / f"{number}_{('left', 'right', 'back')[number % 3]}.png")
+        photograph.rename(images / f"{number:02}_{('left', 'right', 'back')[number % 3]}.png")
     flags = ["--model", model.path, "--input", images, "--output", tmp_path / "scores"]
     tags = ["--tags", f"{images}/{{part}}_{{side}}.png"]
     assert run_score(*flags, *tags, "--false_positive_rate", "0.1") == ExitStatus.DONE
     rows = read_scores(tmp_path / "scores").set_index("image_uri").sort_index()
     # Nine images of the left are below, nine of the right above; of the back, ten of all nineteen are above.
-    assert rows.p_value.tolist() == [0.1, 1.0, 11 / 20] * 2
-    assert rows.is_anomalous.tolist() == [True, False, False] * 2
+    assert rows.p_value.tolist() == [0.1, 1.0, 11 / 20] * 6
+    assert rows.is_anomalous.tolist() == [True, False, False] * 6
+
+    # Neither all images nor those of the back, which are compared with all, differ by more than chance.
+    output = Location(str(tmp_path / "scores"))
+    record = read_record(output, run_ids(output)[-1])
+    assert record is not None and record.drift is not None
+    verdicts = {group: drift.verdict for group, drift in record.drift_by_group.items()}
+    assert (record.drift.verdict, verdicts) == (
+        "like",
+        {"side=back": "like", "side=left": "unlike", "side=right": "lower"},
+    )
+    assert record.drift_by_group["side=left"].share_below_5_percent == 0
+    assert record.models[0].drift_by_group == record.drift_by_group
+    said = [line.split(None, 1)[1] for line in summary(record, output).splitlines() if line[:5] == "drift"]
+    assert said == [
+        "scores differ from those of the 19 held-out images no more than by chance",
+        "side=left: 100% of the images are unlike all of the 9 held-out images: another product or camera, "
+        "or no part in the picture?",
+        "side=right: scores are below those of the 9 held-out images: smoother pictures, or images of the "
+        "training?",
+        "no drift is seen in 1 of 3 groups",
+    ]
+    flags[-1] = tmp_path / "again"
+    assert run_score(*flags, *tags, "--exit_on_drift") == ExitStatus.DRIFT
 
 
 # --- Jobs ------------------------------------------------------------------------------------------------

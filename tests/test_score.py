@@ -57,7 +57,7 @@ from csflow.scoring.plan import Account, account, make_plan
 from csflow.scoring.plan_log import PlanLog
 from csflow.scoring.rows import peak
 from csflow.scoring.scorer import ShardScorer
-from csflow.scoring.tally import Tally
+from csflow.scoring.tally import Sample, Tally
 from csflow.storage import Location, to_parquet
 
 
@@ -754,16 +754,16 @@ def test_a_large_run_keeps_a_fair_sample_of_its_scores():
     runs, scores = 4000, 60
     kept = np.zeros(scores)
     for seed in range(runs):
-        tally = Tally(sample_size=10, generator=random.Random(seed))
+        tally = Tally(sample=Sample(10, generator=random.Random(seed)))
         for first in range(0, scores, 5):
             scores_of_shard = list(map(float, range(first, first + 5)))
             both = {"anomaly_scores": scores_of_shard, "global_scores": scores_of_shard}
             some = {"shard": str(first)} | both
             tally.add(row | some)
             tally.add(row | some | {"is_published": False})  # another attempt counts them
-            assert len(tally.sample) == min(10, first + 5)
-        assert len(set(tally.sample)) == 10
-        kept[np.array([score for score, _ in tally.sample], int)] += 1
+            assert len(tally.sample.values) == min(10, first + 5)
+        assert len(set(tally.sample.values)) == 10
+        kept[np.array([score for score, _ in tally.sample.values], int)] += 1
     # Each score is kept in a sixth of the runs, the first ones as often as the last ones.
     assert abs(kept - runs / 6).max() < 4 * (runs * 1 / 6 * 5 / 6) ** 0.5
     for tenth in kept.reshape(6, 10).sum(1):

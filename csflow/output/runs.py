@@ -62,11 +62,18 @@ class OfModel(Record):
     """Names of the rules of `--routes` that name the model."""
     counts: Counts
     drift: Drift | None
+    drift_by_group: dict[str, Drift] = {}
+
+    @property
+    def has_drifted(self) -> bool:
+        """Whether the model's scores have, all of them or those of a group."""
+        return any(one.has_drifted for one in (self.drift, *self.drift_by_group.values()) if one)
 
     def as_alone(self) -> dict[str, Any]:
         """The fields of a `RunRecord` that this model had if it were the only one of the run."""
         model = ScoredWith(location=self.location, model_id=self.model_id, model_name=self.model_name)
-        return {"model": model, "counts": self.counts, "drift": self.drift}
+        shared = type(self).model_fields.keys() & RunRecord.model_fields.keys()
+        return {"model": model, **{name: getattr(self, name) for name in shared}}
 
 
 class RunRecord(Record):
@@ -96,6 +103,9 @@ class RunRecord(Record):
     `fallbacks`, which say what ran more slowly than it could and why."""
     drift: Drift | None
     """Null if the run had several models, or could have; then each has its own."""
+    drift_by_group: dict[str, Drift] = {}
+    """The drift of each group, such as `camera=top`, if the model was trained with `--calibrate_by`. A camera
+    with few of the images may drift without the whole doing so."""
     peak_memory_bytes: dict[str, int]
     """Peak memory of the `driver` and of the largest `worker`."""
     images_per_second: float
@@ -129,6 +139,15 @@ class RunRecord(Record):
         if self.model is not None:
             return [RecordOfModel(**shared)]
         return [RecordOfModel(**shared | some.as_alone()) for some in self.models]
+
+    def drift_in_words(self) -> list[str]:
+        """A sentence on all scores, one on each group whose scores have drifted, and one on the others."""
+        if self.drift is None:
+            return []
+        drifted = [f"{group}: {one.words}" for group, one in self.drift_by_group.items() if one.has_drifted]
+        groups = len(self.drift_by_group)
+        others = [f"no drift is seen in {groups - len(drifted)} of {groups} groups"] if groups else []
+        return [self.drift.words, *drifted, *others]
 
     def write(self, output: Location) -> None:
         text = json.dumps(self.model_dump(), indent=2, default=datetime.isoformat)

@@ -24,7 +24,7 @@ from csflow.scoring.plan import account, make_plan
 from csflow.scoring.plan_log import MAX_SHARD_SIZE, SHARD_SIZE_WITH_TILES, SHARD_STEP
 from csflow.scoring.pool import ScoringPool
 from csflow.scoring.record import Clock, run_record, summary
-from csflow.scoring.tally import Tally
+from csflow.scoring.tally import Sample, Tally
 from csflow.storage import Location
 
 
@@ -71,7 +71,7 @@ def run(config: ScoreConfig) -> RunRecord:
     clock.lap("plan")
     shards = [shard for one in models.runs for shard in one.shards]
     _say_what_is_planned(run_id, models)
-    tally = Tally(sample_size=0)
+    tally = Tally(sample=Sample(0))
     heartbeat.begin("score", len(shards))
     if shards:
         _say_what_is_to_come(config, models)

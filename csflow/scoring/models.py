@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
-from csflow.calibration import Drift, drift
+from csflow.calibration import Drift, drift, p_values
 from csflow.errors import WrongUse
-from csflow.model_directory import ModelFiles, holds_model, read_model
+from csflow.model_directory import Calibration, ModelFiles, holds_model, read_model
 from csflow.output.layout import Output, listing_folder
 from csflow.promotion import is_pointer, resolve
 from csflow.routes import Routes, read_routes
@@ -16,7 +16,7 @@ from csflow.scoring.frozen_listing import Assigned, Listing, freeze_apart
 from csflow.scoring.outcomes import OutcomeReader
 from csflow.scoring.plan import Account
 from csflow.scoring.plan_log import PlannedShard
-from csflow.scoring.tally import Tally
+from csflow.scoring.tally import Sample, Tally
 from csflow.storage import Location
 from csflow.uri_patterns import UriPattern
 
@@ -64,13 +64,19 @@ class ModelRun:
 
     def drift(self) -> Drift | None:
         """How the scores of this run differ from those of the held-out images."""
-        tally, calibration = self.tally, self.model.calibration
-        anomaly_scores, global_scores = zip(*tally.sample, strict=True) if tally.sample else ((), ())
-        low_share = tally.p_values_below_5_percent / max(1, tally.scored)
-        # Without whitening there is but one score.
-        heldout = None if calibration.local_score is None else calibration.global_score
-        both = None if heldout is None else (global_scores, heldout)
-        return drift(anomaly_scores, low_share, calibration.anomaly_score, both, calibration.weights)
+        low_share = self.tally.p_values_below_5_percent / max(1, self.tally.scored)
+        return _drift(self.tally.sample, self.model.calibration, low_share)
+
+    def drift_by_group(self) -> dict[str, Drift]:
+        """The same for each group, compared with its own held-out images, or with all if it has none."""
+        whole, drifts = self.model.calibration, {}
+        for group, sample in sorted(self.tally.groups.items()):
+            calibration = whole.groups.get(group, whole)
+            anomaly_scores = [score for score, _ in sample.values]
+            p = p_values(anomaly_scores, calibration.anomaly_score, calibration.weights)
+            if found := _drift(sample, calibration, float((p < 0.05).mean())):
+                drifts[group] = found
+        return drifts
 
 
 @dataclass
@@ -158,6 +164,14 @@ class Models:
             return len(self.runs) + len(self.broken), None
         rule, tags = routed
         return self._places[rule], tags
+
+
+def _drift(sample: Sample, calibration: Calibration, low_share: float) -> Drift | None:
+    anomaly_scores, global_scores = zip(*sample.values, strict=True) if sample.values else ((), ())
+    # Without whitening there is but one score.
+    heldout = None if calibration.local_score is None else calibration.global_score
+    both = None if heldout is None else (global_scores, heldout)
+    return drift(anomaly_scores, low_share, calibration.anomaly_score, both, calibration.weights)
 
 
 def _model(address: Location, output: Location, rule: str) -> ModelRun | BrokenModel:

@@ -41,14 +41,14 @@ class Clock:
         self.last = now
 
 
-def exit_status(counts: Counts, is_drifted: bool, config: ScoreConfig) -> ExitStatus:
+def exit_status(counts: Counts, has_drifted: bool, config: ScoreConfig) -> ExitStatus:
     """The exit status of a run, given the content of its output and what of its input is not listed."""
     # Judged on the whole listing: one bad image may be all that is new tonight.
     failed = counts.permanent_errors + counts.missing
     is_left = counts.missing or counts.not_listed or (counts.unrouted and config.unrouted == "error")
     if is_left or failed > config.max_error_rate * counts.listed:
         return ExitStatus.INCOMPLETE
-    if config.exit_on_drift and is_drifted:
+    if config.exit_on_drift and has_drifted:
         return ExitStatus.DRIFT
     return ExitStatus.DONE
 
@@ -60,8 +60,7 @@ def run_record(
     alone = of_models[0] if models.routes is None else None
     unrouted = models.unrouted.images if models.unrouted else 0
     counts = _counts(_account(models), tally, unrouted=unrouted, not_listed=unlisted.failed)
-    is_drifted = any(one.drift.has_drifted for one in of_models if one.drift)
-    status = exit_status(counts, is_drifted, config)
+    status = exit_status(counts, any(one.has_drifted for one in of_models), config)
     forms = [json.loads(form) for form in sorted(tally.forms)]
     return RunRecord(
         run_id=run_id,
@@ -81,6 +80,7 @@ def run_record(
         precisions=sorted({form["precision"] for form in forms}),
         forms=forms,
         drift=alone.drift if alone else None,
+        drift_by_group=alone.drift_by_group if alone else {},
         peak_memory_bytes={"driver": peak_memory_bytes(), "worker": tally.peak_worker_bytes},
         images_per_second=round(tally.images / clock.seconds["score"], 3),
         seconds=_rounded(clock.seconds),
@@ -102,6 +102,7 @@ def _of_model(one: ModelRun) -> OfModel:
         rules=one.rules,
         counts=_counts(one.account, one.tally),
         drift=one.drift(),
+        drift_by_group=one.drift_by_group(),
     )
 
 
@@ -152,8 +153,9 @@ def summary(record: RunRecord, output: Location) -> str:
         of = "" if record.model else f"{one.model.label}: "
         if of:
             lines.append(f"model     {of}{_scored(one.counts)}")
-        if drift := one.drift:
-            lines += [f"drift     {of}{drift.words}", f"distance  {of}{_distance(drift)}"]
+        lines += [f"drift     {of}{sentence}" for sentence in one.drift_in_words()]
+        if one.drift:
+            lines.append(f"distance  {of}{_distance(one.drift)}")
     for form in record.forms:
         lines += [f"slower    on {form['device']}: {fallback}" for fallback in form["fallbacks"]]
     if record.skipped:

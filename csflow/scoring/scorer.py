@@ -60,6 +60,7 @@ RESULT = pa.schema(
         pa.field("first_scored_at", pa.timestamp("us", tz="UTC")),
         pa.field("anomaly_scores", pa.list_(pa.float64())),
         pa.field("global_scores", pa.list_(pa.float64())),
+        pa.field("groups", pa.list_(pa.string())),  # of the scores; empty if the model has no groups
         pa.field("p_values_below_5_percent", pa.int64()),
         pa.field("form", pa.string()),  # of the worker's model, as JSON
         pa.field("peak_memory_bytes", pa.int64()),  # of the worker process so far
@@ -187,10 +188,17 @@ class ShardScorer:
             "first_scored_at": scores["scored_at"][0] if scores else None,
             "anomaly_scores": scores["anomaly_score"].to_pylist(),
             "global_scores": scores["global_score"].to_pylist(),
+            "groups": self._groups(scores["tags"]),
             "p_values_below_5_percent": pc.sum(pc.less(scores["p_value"], 0.05)).as_py() or 0,
             "form": json.dumps(asdict(self._detector.form)),
             "peak_memory_bytes": peak_memory_bytes(),
         }
+
+    def _groups(self, tags: pa.ChunkedArray) -> list[str | None]:
+        calibration = self._calibration
+        if not calibration.groups:
+            return []
+        return [calibration.group_of(dict(of_image or {})) for of_image in tags.to_pylist()]
 
     def _without_errors(self, images: Iterator[LoadedImage], notes: "_Notes") -> Iterator[ScorableImage]:
         """The images that can be scored; the errors of the others are noted."""

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -12,8 +12,30 @@ from ray.util import metrics
 from csflow.inputs.range_use import RangeUse
 
 SAMPLE_SIZE = 100_000
+GROUP_SAMPLE_SIZE = 10_000
+MOST_GROUPS = 1_000
+"""More have no sample of their own: a tag of so many values tells no cameras or lines."""
 ERROR_RATE_MINIMUM_IMAGES = 100
 """A run is not stopped for its error rate before this many images are done."""
+
+
+@dataclass
+class Sample:
+    """A random sample: every value so far is in it with the same probability (reservoir sampling)."""
+
+    size: int = SAMPLE_SIZE
+    values: list[tuple[float, float]] = field(default_factory=list)
+    """Anomaly and global score of each image."""
+    seen: int = 0
+    generator: random.Random = field(default_factory=lambda: random.Random(0), repr=False)
+
+    def add(self, values: Iterable[tuple[float, float]]) -> None:
+        for value in values:
+            self.seen += 1
+            if len(self.values) < self.size:
+                self.values.append(value)
+            elif (position := self.generator.randrange(self.seen)) < self.size:
+                self.values[position] = value
 
 
 @dataclass
@@ -49,10 +71,9 @@ class Tally:
     spilled_bytes: int = 0
     """Bytes that Ray's object stores moved to disk meanwhile."""
     range_use: RangeUse = field(default_factory=RangeUse)
-    sample_size: int = SAMPLE_SIZE
-    sample: list[tuple[float, float]] = field(default_factory=list)
-    """Anomaly and global score of each image; a random sample if there are more than `sample_size`."""
-    generator: random.Random = field(default_factory=lambda: random.Random(0), repr=False)
+    sample: Sample = field(default_factory=Sample)
+    groups: dict[str, Sample] = field(default_factory=dict)
+    """The scores of each group, such as a camera, if the model knows groups."""
 
     def add(self, row: Mapping[str, Any]) -> None:
         self.shards.add((row["model_id"], row["shard"]))
@@ -63,7 +84,7 @@ class Tally:
         self.models_loaded += row["loads"]
         if not row["is_published"]:
             return
-        self._add_to_sample(list(zip(row["anomaly_scores"], row["global_scores"], strict=True)))
+        self._sample(list(zip(row["anomaly_scores"], row["global_scores"], strict=True)), row["groups"])
         self.images += row["images"]
         self.range_use.add(row["deep"], row["range_used"])
         self.scored += row["scored"]
@@ -88,13 +109,11 @@ class Tally:
         """Whether more than this share of the images failed, once enough images are done."""
         return self.images >= ERROR_RATE_MINIMUM_IMAGES and self.errors > max_error_rate * self.images
 
-    def _add_to_sample(self, scores: Sequence[tuple[float, float]]) -> None:
-        """Reservoir sampling: every image so far is in the sample with the same probability."""
-        for seen, value in enumerate(scores, start=self.scored + 1):
-            if len(self.sample) < self.sample_size:
-                self.sample.append(value)
-            elif (position := self.generator.randrange(seen)) < self.sample_size:
-                self.sample[position] = value
+    def _sample(self, scores: Sequence[tuple[float, float]], groups: Sequence[str | None]) -> None:
+        self.sample.add(scores)
+        for value, group in zip(scores, groups, strict=False):  # no groups, or one for each score
+            if group in self.groups or (group is not None and len(self.groups) < MOST_GROUPS):
+                self.groups.setdefault(group, Sample(min(self.sample.size, GROUP_SAMPLE_SIZE))).add([value])
 
 
 class LiveMetrics:
