@@ -22,7 +22,6 @@ import numpy as np
 import onnx
 import openvino
 from scipy.stats import spearmanr
-from torch import nn
 
 from csflow.evaluation.labels import read_labels
 from csflow.evaluation.ranking import Ranking, bootstrap_intervals
@@ -63,8 +62,7 @@ def main() -> None:
     parser.add_argument("--last", type=int, help="so many of the last convolutions, as csflow export finds")
     arguments = parser.parse_args()
     nncf.set_log_level(logging.ERROR)
-    detector = load_model(Location(arguments.model)).detector
-    preprocessing = detector.architecture.preprocessing
+    preprocessing = load_model(Location(arguments.model)).detector.architecture.preprocessing
 
     def pixels(file: Path) -> np.ndarray:
         return decode(file.read_bytes(), preprocessing).pixels_HWC[None]
@@ -81,12 +79,13 @@ def main() -> None:
             arguments.images,
         )
     ]
-    convolutions = [node.name for node in onnx.load(arguments.artefact).graph.node if node.op_type == "Conv"]
-    of_backbone = sum(isinstance(layer, nn.Conv2d) for layer in detector.backbone.modules())
+    nodes = [node for node in onnx.load(arguments.artefact).graph.node if node.op_type == "Conv"]
+    convolutions = [node.name for node in nodes]
+    of_backbone = {node.name for node in nodes if ".backbone." in node.input[1]}  # the name of its weight
     parts = {
         "float32": set(),
-        "backbone in INT8": set(convolutions[:of_backbone]),
-        "flow in INT8": set(convolutions[of_backbone:]),
+        "backbone in INT8": of_backbone,
+        "flow in INT8": set(convolutions) - of_backbone,
         "both in INT8": set(convolutions),
     }
     if arguments.last:

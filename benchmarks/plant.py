@@ -42,10 +42,10 @@ SETTINGS = {
 """Training's defaults, and the paper's settings at 256 px."""
 
 
-def write_model(folder: Path, architecture: Architecture) -> Path:
+def write_model(folder: Path, architecture: Architecture, seed: int = 0) -> Path:
     """A model directory with random weights; γ is not 0, at which a flow would have nothing to compute."""
     detector = Detector(architecture)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in detector.flow.named_parameters():
             if "gamma" in name:
@@ -72,7 +72,7 @@ class S3Server:
     def put_photographs(self, prefix: str, count: int) -> str:
         """Puts so many photographs, some of them more than once, below a prefix; returns its URL."""
         folder = self.bucket / prefix
-        folder.mkdir()
+        folder.mkdir(parents=True)
         sources = [path for path, _, _ in sorted(photographs())]
         for i in range(count):
             first = folder / f"{i % len(sources):06d}.png"

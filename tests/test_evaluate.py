@@ -33,7 +33,7 @@ from csflow.evaluation import EvaluateConfig, evaluate, image_metrics
 from csflow.evaluation.labels import Label, check_mask_schemes, mvtec_labels, read_labels
 from csflow.evaluation.masks import decode_mask
 from csflow.evaluation.pixel_metrics import FPR_LIMIT, PixelHistograms, upsample
-from csflow.evaluation.ranking import Ranking, bootstrap_intervals, share
+from csflow.evaluation.ranking import Ranking, auroc_loss, bootstrap_intervals, share
 from csflow.output.runs import ScoredWith
 from csflow.output.schemas import SCORES
 from csflow.preprocessing import whole
@@ -334,6 +334,29 @@ def test_image_metrics_equal_those_of_scikit_learn() -> None:
     ]
     assert metrics["best_f1"] == pytest.approx(max(f1), abs=1e-12)
     assert metrics["best_f1_threshold"] == np.unique(scores)[np.argmax(f1)]
+
+
+def test_the_interval_of_a_loss_of_auroc_holds_the_true_loss_and_minds_that_images_are_the_same() -> None:
+    random = np.random.default_rng(0)
+
+    def drawn(images: int) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+        labels = np.arange(images) % 2
+        before = random.normal(size=images) + 1.5 * labels
+        return labels, before, before + 0.7 * random.normal(size=images)
+
+    labels, before, after = drawn(200_000)
+    true = auroc_loss(labels, before, after, resamples=1)[0]
+    assert 0.02 < true < 0.06
+    held, widths, apart = 0, [], []
+    for _ in range(100):
+        labels, before, after = drawn(200)
+        loss, (low, high) = auroc_loss(labels, before, after, resamples=200)
+        held += low <= true <= high
+        widths.append(high - low)
+        assert low <= loss <= high
+        apart.append(np.ptp(bootstrap_intervals(Ranking.of(labels, after), 200)["image_auroc"]))
+    assert 88 <= held <= 100
+    assert np.mean(widths) < 0.8 * np.mean(apart)
 
 
 def test_bootstrap_intervals_hold_what_resampling_the_images_gives() -> None:

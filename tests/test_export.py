@@ -339,7 +339,9 @@ def test_as_many_of_the_last_convolutions_are_in_int8_as_the_loss_allows() -> No
     assert [of_network.quantised for of_network in tried] == [3, 1, 2]
     assert (loss.quantised, loss.convolutions) == (2, 3)
     assert tried[0].image_auroc < 0.9 and loss.image_auroc == loss.float32_image_auroc == 1
-    assert labelled.auroc(found) == 1
+    assert labelled.auroc(labelled.scores(found)) == 1
+    assert loss.interval == (0, 0)
+    assert (tried[0].of_auroc, tried[0].interval) == (0.5, (0.5, 0.5))  # all images have one score
     convolutions = [op for op in found.get_ordered_ops() if op.get_type_name() == "Convolution"]
     inputs = [op.input_value(0).get_node().get_type_name() for op in convolutions]
     assert [name == "FakeQuantize" for name in inputs] == [False, True, True]

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from scored_output import write_record
 
-from csflow.calibration import drift
+from csflow.calibration import drift, p_values
 from csflow.config import parse
 from csflow.errors import ExitStatus, WrongUse
 from csflow.inputs.listing import list_images
@@ -537,6 +537,40 @@ def test_the_report_says_what_has_drifted_and_that_its_promises_do_not_hold_then
     assert f"warning: the drift verdict is unlike: {verdict}" in printed
     assert "The promise of the defect list does not hold" in printed
     assert "at most 10 %" not in printed + page.text
+
+
+def test_a_list_that_cannot_be_promised_is_estimated_if_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random = np.random.default_rng(0)
+    normal, bad = 1 + random.exponential(size=20_000), random.uniform(16, 30, 12)
+    heldout = 1 + random.exponential(size=199)
+    every = np.concatenate([normal, bad])
+    rows = [
+        scored(f"{number}.png", "v1", float(score), p_value=float(p))
+        for number, (score, p) in enumerate(zip(every, p_values(every, heldout), strict=True))
+    ]
+    write_rows(tmp_path / "out", rows)
+    model = write_model(tmp_path, heldout.tolist())
+    write_record(tmp_path / "out", "20260928T0000Z-b", model=scored_with(model))
+    make_report(tmp_path)
+    said = capsys.readouterr().out
+    assert "no image is on the defect list" in said
+    assert "held-out images to list so few; --estimate chooses some without a promise" in said
+
+    _, page = make_report(tmp_path, estimate=True, defects=str(tmp_path / "list.csv"))
+    said = capsys.readouterr().out
+    listed = pyarrow.csv.read_csv(tmp_path / "list.csv")["image_uri"].to_pylist()
+    assert {f"{number}.png" for number in range(20_000, 20_012)} <= set(listed)
+    assert len(listed) <= 14
+    found = re.search(
+        rf"{len(listed)} of 20,012 images are on the defect list, by an estimate: [\d.]+ % of it are normal "
+        r"images \(95 % interval 0 to \d+ %\), if their scores fall off as they do below",
+        said,
+    )
+    assert found
+    assert f"On the defect list {len(listed)} an estimate, no promise: " in page.text
+    assert "on average" not in said
 
 
 def test_another_model_s_held_out_scores_are_not_taken(tmp_path: Path) -> None:

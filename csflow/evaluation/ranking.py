@@ -82,6 +82,31 @@ def bootstrap_intervals(ranking: Ranking, resamples: int, seed: int = 0) -> dict
     return {name: (float(low), float(high)) for name, (low, high) in intervals.items()}
 
 
+def auroc_loss(
+    labels: ArrayLike, before: ArrayLike, after: ArrayLike, resamples: int, seed: int = 0
+) -> tuple[float, Interval]:
+    """By how much the AUROC of images falls from one score of each to another, and its 95 % interval.
+
+    The interval is that of `bootstrap_intervals`. Both scores are those of the same resampled images, since
+    what makes an image hard is hard for both.
+    """
+    is_defective_N, random = np.asarray(labels, dtype=bool), np.random.default_rng(seed)
+    scores = [np.asarray(score_N, dtype=np.float64) for score_N in (before, after)]
+    places = [np.flatnonzero(chosen_N) for chosen_N in _classes(is_defective_N)]
+
+    def loss(place_N: NDArray[np.int64]) -> float:
+        rankings = [Ranking.of(is_defective_N[place_N], score_N[place_N]) for score_N in scores]
+        higher, lower = (ranking.metrics()["image_auroc"] for ranking in rankings)
+        return higher - lower
+
+    drawn = [
+        loss(np.concatenate([random.choice(of_class, len(of_class)) for of_class in places]))
+        for _ in range(resamples)
+    ]
+    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return loss(np.arange(len(is_defective_N))), (float(low), float(high))
+
+
 def mean_interval(values: ArrayLike, resamples: int, seed: int = 0) -> tuple[float, Interval]:
     """The mean of numbers of images, and its 95 % percentile interval over bootstrap resamples."""
     values_N = np.asarray(values, dtype=np.float64)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from csflow.errors import ImageError, WrongUse
 from csflow.evaluation.labels import Label
-from csflow.evaluation.ranking import Ranking
+from csflow.evaluation.ranking import Ranking, auroc_loss
 from csflow.heldout import score_images
 from csflow.images import DecodedImage, decode
 from csflow.library.sources import Source, open_store
@@ -37,6 +37,8 @@ MOST_LABELLED = 200
 """Number of images of each class that are drawn, if there are more."""
 FEWEST_LABELLED = 10
 """Of each class."""
+RESAMPLES = 1000
+"""Number of bootstrap resamples for the interval of the loss."""
 CONVOLUTIONS = frozenset(["Convolution", "GroupConvolution"])
 SETTINGS = {"INFERENCE_PRECISION_HINT": "f32"}
 """What is not quantised is computed in float32, as by the runtime."""
@@ -83,11 +85,13 @@ class Labelled:
         items = zip(self.image_N1HWC, self.is_defective_N, strict=True)
         return [image_1HWC for image_1HWC, is_defective in items if not is_defective]
 
-    def auroc(self, network: openvino.Model) -> float:
-        """Of the network's scores."""
+    def scores(self, network: openvino.Model) -> list[float]:
+        """Anomaly scores (N,) by the network."""
         request = compiled(network)
-        score_N = [float(request.infer([image])["anomaly_score"][0]) for image in self.image_N1HWC]
-        return Ranking.of(self.is_defective_N, np.array(score_N)).metrics()["image_auroc"]
+        return [float(request.infer([image])["anomaly_score"][0]) for image in self.image_N1HWC]
+
+    def auroc(self, scores: Sequence[float]) -> float:
+        return Ranking.of(self.is_defective_N, scores).metrics()["image_auroc"]
 
 
 @dataclass(frozen=True)
@@ -97,19 +101,22 @@ class Loss:
     labelled_images: int
     float32_image_auroc: float
     image_auroc: float
+    interval: tuple[float, float]
+    """95 % interval of the loss of AUROC, over resamples of the images."""
     convolutions: int
     quantised: int
 
+    @property
+    def of_auroc(self) -> float:
+        return self.float32_image_auroc - self.image_auroc
+
     def __str__(self) -> str:
+        low, high = self.interval
         return (
             f"AUROC {self.image_auroc:.4f} on {self.labelled_images} labelled images, "
-            f"{self.float32_image_auroc:.4f} in float32, with {self.quantised} of {self.convolutions} "
-            "convolutions in INT8"
+            f"{self.float32_image_auroc:.4f} in float32 (loss {self.of_auroc:.4f}, 95 % interval {low:.4f} "
+            f"to {high:.4f}), with {self.quantised} of {self.convolutions} convolutions in INT8"
         )
-
-    def is_at_most(self, max_loss: float) -> bool:
-        """Whether INT8 costs no more AUROC than that."""
-        return self.float32_image_auroc - self.image_auroc <= max_loss
 
 
 def quantised(
@@ -132,16 +139,24 @@ def quantised(
         for operator in network.get_ordered_ops()
         if operator.get_type_name() in CONVOLUTIONS
     ]
-    float32 = labelled.auroc(network)
+    float32_N = labelled.scores(network)
     # The most convolutions that are known to lose little enough, and the fewest that lose too much.
     allowed, refused = 0, len(convolutions) + 1
     best: tuple[openvino.Model, Loss] | None = None
     last = len(convolutions)
     while refused - allowed > 1:
         found = _with_last(network, convolutions, last, labelled)
-        loss = Loss(len(labelled.image_N1HWC), float32, labelled.auroc(found), len(convolutions), last)
+        score_N = labelled.scores(found)
+        loss = Loss(
+            len(score_N),
+            labelled.auroc(float32_N),
+            labelled.auroc(score_N),
+            auroc_loss(labelled.is_defective_N, float32_N, score_N, RESAMPLES)[1],
+            len(convolutions),
+            last,
+        )
         tell(loss)
-        if loss.is_at_most(max_loss):
+        if loss.of_auroc <= max_loss:
             allowed, best = last, (found, loss)
         else:
             refused = last

@@ -112,6 +112,11 @@ def _export_int8(config: ExportConfig, model: Model, self_test: bytes, output: L
     scoring = _network(image_program(_scoring(model), architecture.image_size))
     scoring, loss = int8.quantised(scoring, labelled, config.max_loss, lambda tried: say(f"tried: {tried}"))
     print(loss)
+    if loss.interval[1] > config.max_loss:
+        warn(
+            f"on {loss.labelled_images} labelled images, a loss of up to {loss.interval[1]:.3f} may look "
+            "like this one; label more to know it better"
+        )
     calibration = int8.calibrated(scoring, model.calibration, architecture, options)
     judge = Judge(calibration, config.false_positive_rate)
     network = int8.joined(scoring, _network(judge_program(judge)))

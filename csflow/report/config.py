@@ -19,6 +19,9 @@ class ReportConfig(JobConfig):
     """Number of images to show: those with the highest anomaly scores."""
     false_discovery_rate: float = Field(0.1, gt=0, lt=1)
     """Share of the defect list that may be normal, on average."""
+    estimate: bool = False
+    """If too few images are held out to promise that, choose the list by an estimate, from how the scores of
+    these images fall off. It takes 10,000 images."""
     defects: str | None = None
     """CSV or Parquet file to write the defect list to, highest anomaly score first."""
     run_id: str | None = None

@@ -2,7 +2,7 @@
 
 import io
 import posixpath
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,7 @@ from csflow.calibration import choose_defects, heldout_needed
 from csflow.errors import WrongUse
 from csflow.output.reading import latest_per_image
 from csflow.report.archive import Archive
+from csflow.report.tail import FEWEST_IMAGES, EstimatedList, estimated_list
 from csflow.storage import Location, to_parquet
 
 COLUMNS = [
@@ -38,6 +39,10 @@ class DefectList:
     """What `heldout` counts."""
     doubt: str | None = None
     """Why the list need not keep its promise, in one or two sentences; None if no drift was seen."""
+    estimate: EstimatedList | None = None
+    """Set if the list was chosen by it."""
+    no_estimate: str | None = None
+    """Why it could not be."""
 
     @property
     def images(self) -> int:
@@ -57,6 +62,8 @@ class DefectList:
         rate = f"{self.false_discovery_rate:.3g}"
         if self.images:
             listed = f"{self.images:,} of {len(self.is_chosen):,} images are on the defect list"
+            if self.estimate:
+                return f"{listed}, by an estimate: {self.estimate.in_words()}"
             if self.doubt:
                 return f"{listed}, which was made for a false-discovery rate of {rate}"
             percent = f"{100 * self.false_discovery_rate:.3g} %"
@@ -64,15 +71,23 @@ class DefectList:
         empty = f"no image is on the defect list at a false-discovery rate of {rate}"
         if self.heldout_needed is None:
             return empty
-        return (
+        why = (
             f"{empty}: {self.above_all:,} of {len(self.is_chosen):,} images score above all of "
             f"{self.heldout:,} held-out {self.unit}, and it takes {self.heldout_needed:,} held-out "
             f"{self.unit} to list so few"
         )
+        if self.no_estimate:
+            return f"{why}; there is no estimate either, since {self.no_estimate}"
+        can_be_estimated = len(self.is_chosen) >= FEWEST_IMAGES and self.estimate is None
+        return f"{why}; --estimate chooses some without a promise" if can_be_estimated else why
 
 
-def make_list(archive: Archive, false_discovery_rate: float) -> DefectList:
-    """Chooses among all images of the archive together."""
+def make_list(archive: Archive, false_discovery_rate: float, may_estimate: bool = False) -> DefectList:
+    """Chooses among all images of the archive together.
+
+    Args:
+        may_estimate: whether an estimate is to choose, if too few images are held out for a promise.
+    """
     p = archive.images["p_value"].to_numpy()
     calibration = archive.calibration
     heldout, unit = (calibration.size, calibration.unit) if calibration else (None, "images")
@@ -80,7 +95,15 @@ def make_list(archive: Archive, false_discovery_rate: float) -> DefectList:
     smallest = p.min(initial=1.0) if heldout is None else 1 / (heldout + 1)
     above_all = int((p <= smallest * (1 + 1e-9)).sum())
     chosen = choose_defects(p, false_discovery_rate)
-    return DefectList(false_discovery_rate, chosen, above_all, heldout, unit, _doubt(archive))
+    promised = DefectList(false_discovery_rate, chosen, above_all, heldout, unit, _doubt(archive))
+    if not may_estimate or promised.heldout_needed is None:
+        return promised
+    # A score that is no number is the most anomalous there is.
+    scores = np.nan_to_num(archive.images["anomaly_score"].to_numpy(), nan=np.inf, posinf=np.inf)
+    estimate = estimated_list(scores, false_discovery_rate)
+    if isinstance(estimate, str):
+        return replace(promised, no_estimate=estimate)
+    return replace(promised, is_chosen=estimate.is_chosen_M, estimate=estimate)
 
 
 def _doubt(archive: Archive) -> str | None:

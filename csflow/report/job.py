@@ -18,7 +18,7 @@ def report(config: ReportConfig) -> ExitStatus:
     target = Location(config.defects, config.storage_options) if config.defects else None
     check_target(target)
     archive = open_archive(config)
-    defects = make_list(archive, config.false_discovery_rate)
+    defects = make_list(archive, config.false_discovery_rate, config.estimate)
     page = _draw(config, archive, defects)
     output.write(render(page).encode())
     print(
