@@ -1,6 +1,7 @@
 """Small defects in large images: images squeezed into 256 pixels, and images cut into tiles of 512.
 
     python benchmarks/tiles.py --work /tmp/tiles            # data, models, scores, table
+    python benchmarks/tiles.py --work /tmp/tiles --cells    # then: how hot defects are among normal cells
     python benchmarks/tiles.py --work /tmp/tiles --strips   # time and memory of strips, with the tiled model
 
 An image is 4,000 x 3,000 pixels of photographs of functional solar cells, side by side. Half of the test
@@ -46,6 +47,26 @@ class Defect(NamedTuple):
     @property
     def size(self) -> int:
         return max(self.width, self.height)
+
+
+class Map(NamedTuple):
+    """An anomaly map, and the part of its image that it covers: top, left, bottom and right edge."""
+
+    map_HW: NDArray[np.float64]
+    box: tuple[float, float, float, float]
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> "Map":
+        shape = row["map_height"], row["map_width"]
+        return cls(np.reshape(row["anomaly_map"], shape), row["map_box"] or (0, 0, HEIGHT, WIDTH))
+
+    def hottest(self, y: int, x: int, height: int, width: int) -> float:
+        """The hottest cell of the map that has some of this part of the image."""
+        top, left, bottom, right = self.box
+        step_y, step_x = (bottom - top) / self.map_HW.shape[0], (right - left) / self.map_HW.shape[1]
+        rows = slice(int((y - top) // step_y), int((y + height - 1 - top) // step_y) + 1)
+        columns = slice(int((x - left) // step_x), int((x + width - 1 - left) // step_x) + 1)
+        return float(self.map_HW[rows, columns].max())
 
 
 def cells() -> list[NDArray[np.uint8]]:
@@ -138,6 +159,30 @@ def measure(name: str, work: Path, truth: dict[str, list[Defect]]) -> None:
     )
 
 
+def compare_with_cells(name: str, work: Path) -> None:
+    """Prints how hot the map is at defects, and in the cells of normal images."""
+    truth = {
+        image: [Defect(*values) for values in of_image]
+        for image, of_image in json.loads((work / "truth.json").read_text()).items()
+    }
+    at_defects: list[list[float]] = [[] for _ in SIZES[1:]]
+    in_cells: list[float] = []
+    for row in csflow.read_scores(str(work / name / "out")).to_arrow().to_pylist():
+        map_of_image = Map.of(row)
+        defects = truth[Path(row["image_uri"]).name]
+        for defect in defects:
+            group = int(np.searchsorted(SIZES, defect.size, "right")) - 1
+            at_defects[group].append(map_of_image.hottest(defect.y, defect.x, defect.height, defect.width))
+        if not defects:
+            places = np.ndindex(HEIGHT // CELL, WIDTH // CELL)
+            in_cells += [map_of_image.hottest(CELL * i, CELL * j, CELL, CELL) for i, j in places]
+    limit = np.quantile(in_cells, 0.99)
+    shares = " | ".join(f"{np.mean(np.array(some) > limit):.2f}" for some in at_defects)
+    every = np.concatenate(at_defects)
+    above = np.searchsorted(np.sort(in_cells), every).mean() / len(in_cells)
+    print(f"| {name} | {shares} | {above:.2f} |")
+
+
 def measure_strips(work: Path) -> None:
     """Prints time and memory for strips of growing length."""
     some = cells()
@@ -173,12 +218,18 @@ def main() -> None:
     )
     parser.add_argument("--test", type=int, default=5, help="normal, and as many defective images to test on")
     parser.add_argument("--strips", action="store_true", help="measure strips")
+    parser.add_argument("--cells", action="store_true", help="compare defects with normal cells")
     arguments = parser.parse_args()
     if arguments.strips:
         measure_strips(arguments.work)
         return
-    truth = make_data(arguments.work, arguments.train, arguments.test)
     classes = " | ".join(f"found, {low} to {high - 1} px" for low, high in pairwise(SIZES))
+    if arguments.cells:
+        print(f"| model | {classes} | hotter than a normal cell |\n|---|---|---|---|---|")
+        for name in MODELS:
+            compare_with_cells(name, arguments.work)
+        return
+    truth = make_data(arguments.work, arguments.train, arguments.test)
     print(f"| model | {classes} | regions on normal images | s per megapixel | peak memory, GB |")
     print("|---|---|---|---|---|---|---|")
     for name in MODELS:

@@ -34,7 +34,7 @@ class LiveView:
         say(
             f"epoch {line['epoch']}/{self._epochs}  loss {line['loss']:.4f}  "
             + (f"validation {validation:.4f}  " if validation is not None else "")
-            + f"{line['images_per_second']:.0f} images/s  at most {left:.0f} s left"
+            + f"{line['images_per_second']:.0f} images/s  at most {left:.0f} s of training left"
         )
         self._progress.update(line["epoch"], f"{line['images_per_second']:.0f} images/s", left)
         curves = {name: line[name] for name in CURVES if line[name] is not None}
