@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import queue
+import socket
 import sys
 import tempfile
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -19,7 +21,7 @@ import ray.data
 
 from csflow import process
 from csflow.config import Decode
-from csflow.console import is_verbose
+from csflow.console import is_verbose, warn
 from csflow.inputs.helpers import Helpers, Load
 from csflow.inputs.loading import HelpingLoader, LoaderSettings
 from csflow.precision import Device
@@ -36,20 +38,31 @@ SHARD_RETRIES = 2
 DECODING_CPUS = 4
 """Most CPUs beside a GPU that a worker keeps, if helpers may decode. More threads in one process would wait
 for the interpreter's lock; helpers on the remaining CPUs do not."""
+CONNECT_TIMEOUT_S = 5.0
 START_RETRIES = 10
 """How many actors of a pool may fail to start, one after the other. Ray's own default is none."""
 
 
 def connect() -> None:
     """Joins the cluster that RAY_ADDRESS names (`ray job submit` sets it), else the cluster that runs on this
-    machine, else starts Ray for this process."""
+    machine, else starts Ray for this process.
+
+    A cluster that was killed leaves its address behind, at which Ray would wait for many minutes. It counts
+    as none.
+    """
     level = logging.INFO if is_verbose() else logging.ERROR
     # Else Ray Data starts one more worker process, only to count how it is used.
     os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
     let_waiting_threads_sleep()  # workers on this machine inherit it
     if not ray.is_initialized():
+        address = None
+        if (old := _started_here()) and not _answers(old):
+            warn(
+                f"the Ray cluster {old}, started on this machine, does not answer; starting Ray for this run"
+            )
+            address = "local"
         with _quiet_backend():
-            ray.init(logging_level=level, log_to_driver=is_verbose(), include_dashboard=False)
+            ray.init(address, logging_level=level, log_to_driver=is_verbose(), include_dashboard=False)
     # Ray Data has no other way yet to bound an actor's retries.
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     context = ray.data.DataContext.get_current()
@@ -62,6 +75,24 @@ def connect() -> None:
     # One node on which no actor can start must not end a run that others carry on.
     context.max_consecutive_actor_init_deaths = START_RETRIES
     logging.getLogger("ray.data").setLevel(level)
+
+
+def _started_here() -> str | None:
+    """The address of the cluster that `ray start` began here last; None if RAY_ADDRESS is set."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    file = Path(folder) / "ray" / "ray_current_cluster"
+    if os.environ.get("RAY_ADDRESS") or not file.exists():
+        return None
+    return file.read_text().strip()
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 @contextmanager

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections import Counter
@@ -18,6 +20,7 @@ import pytest
 import s3fs
 from conftest import ROOT, SMALL_MODEL
 
+CONNECTED = "from csflow.cluster import connect; connect(); import ray; print(len(ray.nodes()), 'node')"
 UNDER_WAY = ("PENDING", "RUNNING")
 LISTENING = "0A"
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
@@ -314,3 +317,21 @@ def test_a_folder_that_others_may_enter_is_refused(tmp_path: Path, kind: str, ve
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {folder} must be a folder of yours that nobody else may enter")
     assert [path.read_text() for path in folder.iterdir()] == ([] if kind == "a link" else ["theirs"])
+
+
+def test_the_address_of_a_killed_cluster_does_not_keep_a_job_waiting() -> None:
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # short: sockets lie below it
+        done = connected_where_a_cluster_was(Path(folder))
+    assert done.stdout.endswith("\n1 node\n"), done.stderr
+    assert "does not answer; starting Ray for this run" in done.stdout
+
+
+def connected_where_a_cluster_was(folder: Path) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+    (folder / "ray").mkdir()
+    (folder / "ray" / "ray_current_cluster").write_text(address)
+    environment = foreign_environment() | {"RAY_TMPDIR": str(folder)}
+    command = [sys.executable, "-c", CONNECTED]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
