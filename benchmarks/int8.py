@@ -3,11 +3,10 @@
     pip install 'csflow[int8]'
     csflow export demo/model --to onnx --output edge/cells.onnx
     taskset -c 0 python benchmarks/int8.py --artefact edge/cells.onnx --model demo/model \\
-        --good demo/cells/functional/train --labels demo/cells/labels.csv --images 500 --last 112
+        --good demo/cells/functional/train --labels demo/cells/labels.csv --images 500
 
-The convolutions of the backbone, of the flow, of both, or the last ones are quantised by good images;
-everything else stays in float32. Processor time of passes of one image in one thread, one form after
-the other for every image.
+The convolutions of the backbone, of the flow, or of both are quantised by good images; everything else stays
+in float32. Processor time of passes of one image in one thread, one form after the other for every image.
 """
 
 import argparse
@@ -59,7 +58,6 @@ def main() -> None:
     parser.add_argument("--good", type=Path, required=True, help="a folder of images to quantise by")
     parser.add_argument("--labels", required=True)
     parser.add_argument("--images", type=int, default=500, help="number of labelled images of each class")
-    parser.add_argument("--last", type=int, help="so many of the last convolutions, as csflow export finds")
     arguments = parser.parse_args()
     nncf.set_log_level(logging.ERROR)
     preprocessing = load_model(Location(arguments.model)).detector.architecture.preprocessing
@@ -88,8 +86,6 @@ def main() -> None:
         "flow in INT8": set(convolutions) - of_backbone,
         "both in INT8": set(convolutions),
     }
-    if arguments.last:
-        parts[f"the last {arguments.last} in INT8"] = set(convolutions[-arguments.last :])
     requests, scores, seconds = {}, {}, {}
     core = openvino.Core()
     for name, products in parts.items():

@@ -178,7 +178,7 @@ def _rounded_up(value: float) -> float:
 Verdict = Literal["like", "few", "unlike", "higher", "lower"]
 """What became of the images since the calibration, in one word; `Drift.words` says it in a sentence."""
 DRIFT_P_VALUE = 0.001
-"""Scores have drifted if a two-sample test's p-value is below this."""
+"""Scores have drifted if a two-sample test's p-value is below this; of groups, below a share of it each."""
 UNLIKE_SHARE = 0.9
 """Images as a whole are unlike the calibration if at least this share of them is above all held-out ones."""
 
@@ -244,6 +244,7 @@ def drift(
     calibration_scores: ArrayLike,
     global_scores: tuple[ArrayLike, ArrayLike] | None = None,
     weights: NDArray[np.float64] | None = None,
+    groups: int = 1,
 ) -> Drift | None:
     """The drift of a run's scores from those of the held-out images; None if there are no scores.
 
@@ -255,6 +256,7 @@ def drift(
             it is the anomaly score.
         weights: as those of `p_values`. Photographs of a part say little more than one does, so the test then
             counts parts: the held-out ones, and as many in the run as it has if they have as many images.
+        groups: how many groups of images are tested. Each then has its share of the false alarms.
     """
     both = [(scores, calibration_scores), *([global_scores] if global_scores else [])]
     pairs = [(np.asarray(run, np.float64), np.asarray(heldout, np.float64)) for run, heldout in both]
@@ -275,7 +277,12 @@ def drift(
         global_ks_statistic=tests[1].statistic if len(tests) > 1 else None,
         global_ks_p_value=tests[1].p_value if len(tests) > 1 else None,
         share_above_all=share_above_all,
-        verdict=_verdict(least, share_above_all, _least_p_value(*_independent(sample, heldout, parts))),
+        verdict=_verdict(
+            least,
+            share_above_all,
+            _least_p_value(*_independent(sample, heldout, parts)),
+            DRIFT_P_VALUE / groups,
+        ),
         heldout_parts=parts,
     )
 
@@ -314,16 +321,17 @@ def _two_sample_test(
     return _Test(statistic, float(kstwo.sf(statistic, max(1, round(one * other / (one + other))))), is_higher)
 
 
-def _verdict(test: _Test, share_above_all: float, least_p_value: float) -> Verdict:
+def _verdict(test: _Test, share_above_all: float, least_p_value: float, small: float) -> Verdict:
     """The verdict.
 
     Args:
         test: the one with the smallest p-value.
         least_p_value: the smallest p-value that this number of images allows.
+        small: the p-value from which on scores have not drifted.
     """
-    if least_p_value >= DRIFT_P_VALUE:
+    if least_p_value >= small:
         return "few"
-    if test.p_value >= DRIFT_P_VALUE:
+    if test.p_value >= small:
         return "like"
     if share_above_all >= UNLIKE_SHARE:
         return "unlike"

@@ -191,20 +191,30 @@ def _jpeg2000_cut_short(data: bytes) -> bool:
 
 
 def _boxes_cut_short(data: bytes) -> bool:
-    """Whether a box of an AVIF or HEIC, its index or its picture lies beyond the end (ISO/IEC 14496-12)."""
-    position, kinds = 0, set()
+    """Whether a box of an AVIF or HEIC, its index or its picture lies beyond the end (ISO/IEC 14496-12).
+
+    What trails behind the picture and is no box does no harm.
+    """
+    position, kind = 0, b""
+    kinds = set()
     while position + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
-        if length == 1 and position + 16 <= len(data):
+        if length == 1:
+            if position + 16 > len(data):
+                return True
             (length,) = struct.unpack_from(">Q", data, position + 8)
         kinds.add(kind)
-        if length == 0:
-            position = len(data)
+        if length == 0:  # up to the end
+            length = len(data) - position
         elif length < 8:
             return False  # damaged
         position += length
+    has_index = b"meta" in kinds or b"moov" in kinds
     has_picture = b"mdat" in kinds or b"idat" in data  # the latter is inside of the index
-    return position != len(data) or b"meta" not in kinds or not has_picture
+    return not has_index or not has_picture or (position > len(data) and kind in _BOXES)
+
+
+_BOXES = {b"ftyp", b"meta", b"moov", b"mdat", b"free", b"skip", b"uuid"}
 
 
 _CUT_SHORT: dict[type[ImageFile], Callable[[bytes], bool]] = {

@@ -13,8 +13,8 @@
 - TIFFs with planes, or of other samples than unsigned ones of up to 8 bits, are read by tifffile
   (`csflow.wide_samples`).
 - CMYK becomes RGB by the plain formula. CMYK JPEGs are taken as inverted, as Adobe writes them.
-- AVIF and HEIC of 10 and 12 bits, and colour of JPEG 2000 of more than 8, become 8 bits as their decoders
-  do it.
+- AVIF and colour in HEIC of 10 and 12 bits, and colour in JPEG 2000 of more than 8, become 8 bits as their
+  decoders do it.
 - Letterboxes are filled on each side with the mean colour of the adjoining row or column (`_padded`). An
   image that is cut into tiles is continued by its reflection.
 
@@ -74,6 +74,10 @@ from csflow.wide_samples import (
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26
 """Most bytes of an unpacked colour profile or text, which take no part. Pillow itself refuses a megabyte."""
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a job has a thread for each processor already
+HEIC_BRANDS = frozenset([b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1"])
+_RASTERS: dict[str | None, int] = {"AVIF": 2, "HEIF": 2, "JPEG2000": 5}
+"""How many times the memory of its raster a decoder takes, by the format; of others once."""
+MAX_BRANDS_BYTES = 1024
 MAX_SCANS = 100
 """Most scans of a JPEG. Encoders write ten or so; a file of thousands takes minutes."""
 _DRAFT_MARGIN = 1.5
@@ -259,7 +263,7 @@ def _read(
     image = _opened(image_file, data, max_pixels)
     if isinstance(image, JpegImageFile):
         return _read_jpeg(image, data, preprocessing, holding)._replace(taken_at=taken_at(image))
-    with holding(image.width * image.height):
+    with holding(image.width * image.height * _RASTERS.get(image.format, 1)):
         orientation = _load(image, data, version)
         plain, range_used = _eight_bit(image, data, version)
         read = _placed(plain, image.size, orientation, preprocessing, None, range_used)
@@ -410,10 +414,11 @@ def _image_file(data: bytes) -> type[ImageFile]:
     if data.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")):
         return Jpeg2KImageFile
     if data[4:8] == b"ftyp":
-        brands = data[8 : int.from_bytes(data[:4], "big")]
+        head = data[8 : min(int.from_bytes(data[:4], "big"), MAX_BRANDS_BYTES)]
+        brands = {head[place : place + 4] for place in range(0, len(head), 4)}
         if b"avif" in brands:
             return AvifImageFile
-        if b"heic" in brands or b"heix" in brands:
+        if brands & HEIC_BRANDS:
             return _heif_image_file()
     raise ImageError(
         ErrorCode.UNSUPPORTED_FORMAT,
@@ -424,11 +429,12 @@ def _image_file(data: bytes) -> type[ImageFile]:
 def _heif_image_file() -> type[ImageFile]:
     """The class that an extra brings, since its decoder is under patents in some countries."""
     try:
-        from pillow_heif import HeifImageFile
+        from pillow_heif import HeifImageFile, options
     except ImportError:
         raise ImageError(
             ErrorCode.UNSUPPORTED_FORMAT, "HEIC is read with an extra: pip install 'csflow[heif]'"
         ) from None
+    options.DECODE_THREADS = 1  # as above
     return cast("type[ImageFile]", HeifImageFile)
 
 

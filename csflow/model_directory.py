@@ -104,16 +104,15 @@ class Calibration:
         )
 
     def group_of(self, tags: Mapping[str, str]) -> str | None:
-        """The group that these tags tell, such as `camera=top`, which may have no calibration of its own.
-
-        None if they do not tell it, or if no group of the model has its own.
-        """
+        """The group that these tags tell, such as `camera=top`, if it has a calibration of its own."""
         name = next(iter(self.groups), "").partition("=")[0]
-        return f"{name}={tags[name]}" if name in tags else None
+        group = f"{name}={tags.get(name)}"
+        return group if group in self.groups else None
 
     def of_tags(self, tags: Mapping[str, str]) -> "Calibration":
         """The calibration of the group that these tags tell, if it has its own, and else the whole."""
-        return self.groups.get(self.group_of(tags) or "", self)
+        group = self.group_of(tags)
+        return self if group is None else self.groups[group]
 
     @property
     def size(self) -> int:

@@ -761,6 +761,28 @@ def test_an_image_kind_that_pillow_cannot_read_is_an_unsupported_format() -> Non
         assert code_of(data) == ErrorCode.UNSUPPORTED_FORMAT
 
 
+def test_heic_is_known_by_any_of_its_brands() -> None:
+    data, length = SMALL["HEIC"], int.from_bytes(SMALL["HEIC"][:4], "big")
+    assert b"heix" in data[:length]
+    for brand in (b"heix", b"mif1"):
+        only = struct.pack(">I4s4sI4s", 20, b"ftyp", brand, 0, brand) + free_box(length - 20)
+        np.testing.assert_array_equal(
+            decode(only + data[length:]).pixels_HWC, decode(data).pixels_HWC, err_msg=str(brand)
+        )
+
+
+def free_box(length: int) -> bytes:
+    """So many bytes that decoders skip."""
+    return struct.pack(">I4s", length, b"free").ljust(length, b"\0")
+
+
+@pytest.mark.parametrize("name", ["AVIF", "HEIC", "JPEG 2000"])
+def test_what_trails_behind_a_picture_is_no_damage(name: str) -> None:
+    for trailer in (b"\n", b"\0" * 20, b"hello world, trailer"):
+        data = SMALL[name] + trailer
+        np.testing.assert_array_equal(decode(data, is_strict=True).pixels_HWC, decode(data).pixels_HWC)
+
+
 def test_heic_without_its_extra_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(ImageError, match=r"pip install 'csflow\[heif\]'") as caught:

@@ -341,14 +341,14 @@ def test_groups_decide_the_model_id_and_an_image_is_compared_with_its_own_group(
     assert rows.p_value.tolist() == [0.1, 1.0, 11 / 20] * 6
     assert rows.is_anomalous.tolist() == [True, False, False] * 6
 
-    # Neither all images nor those of the back, which are compared with all, differ by more than chance.
+    # All images together differ no more than by chance. The back has no calibration of its own.
     output = Location(str(tmp_path / "scores"))
     record = read_record(output, run_ids(output)[-1])
     assert record is not None and record.drift is not None
     verdicts = {group: drift.verdict for group, drift in record.drift_by_group.items()}
     assert (record.drift.verdict, verdicts) == (
         "like",
-        {"side=back": "like", "side=left": "unlike", "side=right": "lower"},
+        {"side=left": "unlike", "side=right": "lower"},
     )
     assert record.drift_by_group["side=left"].share_below_5_percent == 0
     assert record.models[0].drift_by_group == record.drift_by_group
@@ -359,7 +359,6 @@ def test_groups_decide_the_model_id_and_an_image_is_compared_with_its_own_group(
         "or no part in the picture?",
         "side=right: scores are below those of the 9 held-out images: smoother pictures, or images of the "
         "training?",
-        "no drift is seen in 1 of 3 groups",
     ]
     flags[-1] = tmp_path / "again"
     assert run_score(*flags, *tags, "--exit_on_drift") == ExitStatus.DRIFT

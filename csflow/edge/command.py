@@ -30,7 +30,7 @@ from csflow.scoring.rows import ScorableImage, error_row, score_rows
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"),
-    *(".avif", ".heic", ".heif", ".jp2", ".j2k"),
+    *(".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".j2c", ".jpc"),
 )
 POLL_S = 0.2
 """Seconds between two looks at a watched folder. A file is read once two looks find it the same."""

@@ -2,8 +2,8 @@
 
 Rounding moves features, and a flow takes moved features for anomalies. So what INT8 loses is measured on
 labelled images, and what loses too much is not written. A convolution's rounding passes through all that
-follow, so that the first ones harm most, and quantised are the last ones, as many as can be. The held-out
-images are scored anew, in INT8, so that p-values compare like with like.
+follow, so that those of the backbone harm most, and quantised are the deepest ones, as many as can be: first
+those of the flow. The held-out images are scored anew, in INT8, so that p-values compare like with like.
 
 Dimension letters: N labelled images, B batch, H height, W width.
 """
@@ -39,6 +39,8 @@ FEWEST_LABELLED = 10
 """Of each class."""
 RESAMPLES = 1000
 """Number of bootstrap resamples for the interval of the loss."""
+ROUNDING = 1e-9
+"""Of a difference of two AUROCs, so that a loss of exactly what is allowed is allowed."""
 CONVOLUTIONS = frozenset(["Convolution", "GroupConvolution"])
 SETTINGS = {"INFERENCE_PRECISION_HINT": "f32"}
 """What is not quantised is computed in float32, as by the runtime."""
@@ -134,11 +136,9 @@ def quantised(
         WrongUse: every such network loses more.
     """
     nncf.set_log_level(logging.ERROR)
-    convolutions = [
-        operator.get_friendly_name()
-        for operator in network.get_ordered_ops()
-        if operator.get_type_name() in CONVOLUTIONS
-    ]
+    convolutions = by_depth(network)
+    if not convolutions:
+        raise WrongUse("INT8 is for convolutions, and this model has none; export in float32")
     float32_N = labelled.scores(network)
     # The most convolutions that are known to lose little enough, and the fewest that lose too much.
     allowed, refused = 0, len(convolutions) + 1
@@ -156,7 +156,7 @@ def quantised(
             last,
         )
         tell(loss)
-        if loss.of_auroc <= max_loss:
+        if loss.of_auroc <= max_loss + ROUNDING:
             allowed, best = last, (found, loss)
         else:
             refused = last
@@ -166,6 +166,16 @@ def quantised(
             f"INT8 loses more than --max_loss {max_loss:g} ({loss}); export in float32, or allow more"
         )
     return best
+
+
+def by_depth(network: openvino.Model) -> list[str]:
+    """The names of the convolutions, by the number of operators before them on the longest way."""
+    depth: dict[str, int] = {}
+    for operator in network.get_ordered_ops():
+        before = [value.get_node().get_friendly_name() for value in operator.input_values()]
+        depth[operator.get_friendly_name()] = 1 + max((depth[name] for name in before), default=0)
+    names = [op.get_friendly_name() for op in network.get_ordered_ops() if op.get_type_name() in CONVOLUTIONS]
+    return sorted(names, key=depth.__getitem__)
 
 
 def _with_last(

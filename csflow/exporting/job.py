@@ -114,8 +114,8 @@ def _export_int8(config: ExportConfig, model: Model, self_test: bytes, output: L
     print(loss)
     if loss.interval[1] > config.max_loss:
         warn(
-            f"on {loss.labelled_images} labelled images, a loss of up to {loss.interval[1]:.3f} may look "
-            "like this one; label more to know it better"
+            f"with {loss.labelled_images} labelled images, the true loss may be as large as "
+            f"{loss.interval[1]:.3f}; label more to know it better"
         )
     calibration = int8.calibrated(scoring, model.calibration, architecture, options)
     judge = Judge(calibration, config.false_positive_rate)

@@ -104,8 +104,8 @@ class RunRecord(Record):
     drift: Drift | None
     """Null if the run had several models, or could have; then each has its own."""
     drift_by_group: dict[str, Drift] = {}
-    """The drift of each group, such as `camera=top`, if the model was trained with `--calibrate_by`. A camera
-    with few of the images may drift without the whole doing so."""
+    """The drift of each group, such as `camera=top`, that the model calibrates apart (`--calibrate_by`). A
+    camera with few of the images may drift without the whole doing so."""
     peak_memory_bytes: dict[str, int]
     """Peak memory of the `driver` and of the largest `worker`."""
     images_per_second: float
@@ -145,8 +145,8 @@ class RunRecord(Record):
         if self.drift is None:
             return []
         drifted = [f"{group}: {one.words}" for group, one in self.drift_by_group.items() if one.has_drifted]
-        groups = len(self.drift_by_group)
-        others = [f"no drift is seen in {groups - len(drifted)} of {groups} groups"] if groups else []
+        like = sum(one.verdict == "like" for one in self.drift_by_group.values())
+        others = [f"no drift in {like} of {len(self.drift_by_group)} groups"] if like else []
         return [self.drift.words, *drifted, *others]
 
     def write(self, output: Location) -> None:

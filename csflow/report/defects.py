@@ -63,23 +63,31 @@ class DefectList:
         if self.images:
             listed = f"{self.images:,} of {len(self.is_chosen):,} images are on the defect list"
             if self.estimate:
-                return f"{listed}, by an estimate: {self.estimate.in_words()}"
+                return f"{listed}, by an estimate: {self.estimate_in_words}"
             if self.doubt:
                 return f"{listed}, which was made for a false-discovery rate of {rate}"
             percent = f"{100 * self.false_discovery_rate:.3g} %"
             return f"{listed}; on average at most {percent} of such a list are normal images"
         empty = f"no image is on the defect list at a false-discovery rate of {rate}"
-        if self.heldout_needed is None:
-            return empty
-        why = (
-            f"{empty}: {self.above_all:,} of {len(self.is_chosen):,} images score above all of "
-            f"{self.heldout:,} held-out {self.unit}, and it takes {self.heldout_needed:,} held-out "
-            f"{self.unit} to list so few"
-        )
+        if self.heldout_needed is not None:
+            empty += (
+                f": {self.above_all:,} of {len(self.is_chosen):,} images score above all of "
+                f"{self.heldout:,} held-out {self.unit}, and it takes {self.heldout_needed:,} held-out "
+                f"{self.unit} to list so few"
+            )
+        if self.estimate_in_words:
+            return f"{empty}; {self.estimate_in_words}"
+        can_be_estimated = self.heldout_needed is not None and len(self.is_chosen) >= FEWEST_IMAGES
+        return f"{empty}; --estimate chooses some without a promise" if can_be_estimated else empty
+
+    @property
+    def estimate_in_words(self) -> str | None:
+        """What became of the estimate; None if there was none."""
         if self.no_estimate:
-            return f"{why}; there is no estimate either, since {self.no_estimate}"
-        can_be_estimated = len(self.is_chosen) >= FEWEST_IMAGES and self.estimate is None
-        return f"{why}; --estimate chooses some without a promise" if can_be_estimated else why
+            return f"there is no estimate either, since {self.no_estimate}"
+        if self.estimate is None:
+            return None
+        return self.estimate.in_words() if self.images else "the estimate lists none, either"
 
 
 def make_list(archive: Archive, false_discovery_rate: float, may_estimate: bool = False) -> DefectList:
@@ -96,7 +104,8 @@ def make_list(archive: Archive, false_discovery_rate: float, may_estimate: bool 
     above_all = int((p <= smallest * (1 + 1e-9)).sum())
     chosen = choose_defects(p, false_discovery_rate)
     promised = DefectList(false_discovery_rate, chosen, above_all, heldout, unit, _doubt(archive))
-    if not may_estimate or promised.heldout_needed is None:
+    # Without a model directory, nobody knows whether held-out images are what is missing.
+    if not may_estimate or promised.images or (heldout and promised.heldout_needed is None):
         return promised
     # A score that is no number is the most anomalous there is.
     scores = np.nan_to_num(archive.images["anomaly_score"].to_numpy(), nan=np.inf, posinf=np.inf)

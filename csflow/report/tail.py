@@ -8,7 +8,8 @@ enough of them, and above its end may be defects, which the fit does not look at
 
 What is assumed: the scores of normal images fall off beyond the window as they do inside, and no faster than
 exponentially. The latter makes lists shorter where scores fall off faster, as normally distributed ones do.
-Defects inside the window make them shorter, too.
+And the window has few defects: with more of them than there are images above it, the fit is bad, and there is
+no list.
 
 Dimension letters: M images, B bins of the window.
 """
@@ -24,7 +25,7 @@ FEWEST_IMAGES = 10_000
 START_SHARE, FEWEST_IN_WINDOW = 0.005, 1000
 """The window starts where this share of the images is above, or so many if that is more."""
 END_SHARE = 1 / 25
-"""The share of those above its start that are above its end."""
+"""The share of those above its start that are above its end: the most defects that there may be."""
 BINS = 50
 RESAMPLES = 200
 LEAST_FIT = 0.001
@@ -71,10 +72,13 @@ def estimated_list(score_M: NDArray[np.float64], rate: float, seed: int = 0) -> 
         return f"an estimate takes {FEWEST_IMAGES:,} images, and these are {images:,}"
     window = _Window.of(score_M)
     if window is None:
-        return "too many of the highest scores are equal to tell how scores fall off"
+        return "too many of the highest scores are equal, or no numbers, to tell how scores fall off"
     tail = window.tail(window.count_B)
-    if window.chance_of_fit(tail) < LEAST_FIT:
-        return "the highest scores do not fall off as an estimate assumes (several kinds of images?)"
+    if not window.chance_of_fit(tail) >= LEAST_FIT:
+        return (
+            f"the highest scores do not fall off smoothly (more than {window.above:,} defects, or several "
+            "kinds of images?)"
+        )
     is_chosen_M = choose_defects(tail.beyond(score_M), rate)
     listed = int(is_chosen_M.sum())
     if not listed:
@@ -102,9 +106,14 @@ class _Window(NamedTuple):
         above_start = max(START_SHARE * len(score_M), FEWEST_IN_WINDOW)
         ranks = np.linspace(above_start, END_SHARE * above_start, BINS + 1).astype(int)
         edge_B1 = -np.partition(-score_M, ranks)[ranks]
-        if not (np.diff(edge_B1) > 0).all():
+        if not (np.isfinite(edge_B1).all() and (np.diff(edge_B1) > 0).all()):
             return None
         return cls(len(score_M), edge_B1, np.histogram(score_M, edge_B1)[0])
+
+    @property
+    def above(self) -> int:
+        """The number of images above the window."""
+        return round(END_SHARE * max(START_SHARE * self.images, FEWEST_IN_WINDOW))
 
     def tail(self, count_B: NDArray[np.int64], near: Tail | None = None) -> Tail:
         """The most likely tail, if so many images were in the bins; `near` is where to begin the search."""
@@ -117,7 +126,9 @@ class _Window(NamedTuple):
             share_B = self._shares(*self._scale_and_shape(parameters))
             return -float((count_B * np.log(np.maximum(share_B, 1e-300))).sum())
 
-        start = [np.log(length / 3), 0.2] if near is None else [np.log(near.scale), near.shape**0.5]
+        # From a shape of 0 the search would not get away: its steps are a share of where it begins.
+        scale, shape = (length / 3, 0.04) if near is None else (near.scale, max(near.shape, 0.01))
+        start = [np.log(scale), shape**0.5]
         found = minimize(loss, start, method="Nelder-Mead", options={"xatol": 1e-3, "fatol": 1e-3}).x
         scale, shape = self._scale_and_shape(found)
         inside = 1 - float(_survival(np.array(length), scale, shape))

@@ -68,13 +68,13 @@ class ModelRun:
         return _drift(self.tally.sample, self.model.calibration, low_share)
 
     def drift_by_group(self) -> dict[str, Drift]:
-        """The same for each group, compared with its own held-out images, or with all if it has none."""
-        whole, drifts = self.model.calibration, {}
+        """The same for each group that has held-out images of its own."""
+        drifts = {}
         for group, sample in sorted(self.tally.groups.items()):
-            calibration = whole.groups.get(group, whole)
+            calibration = self.model.calibration.groups[group]
             anomaly_scores = [score for score, _ in sample.values]
             p = p_values(anomaly_scores, calibration.anomaly_score, calibration.weights)
-            if found := _drift(sample, calibration, float((p < 0.05).mean())):
+            if found := _drift(sample, calibration, float((p < 0.05).mean()), len(self.tally.groups)):
                 drifts[group] = found
         return drifts
 
@@ -166,12 +166,12 @@ class Models:
         return self._places[rule], tags
 
 
-def _drift(sample: Sample, calibration: Calibration, low_share: float) -> Drift | None:
+def _drift(sample: Sample, calibration: Calibration, low_share: float, of: int = 1) -> Drift | None:
     anomaly_scores, global_scores = zip(*sample.values, strict=True) if sample.values else ((), ())
     # Without whitening there is but one score.
     heldout = None if calibration.local_score is None else calibration.global_score
     both = None if heldout is None else (global_scores, heldout)
-    return drift(anomaly_scores, low_share, calibration.anomaly_score, both, calibration.weights)
+    return drift(anomaly_scores, low_share, calibration.anomaly_score, both, calibration.weights, of)
 
 
 def _model(address: Location, output: Location, rule: str) -> ModelRun | BrokenModel:

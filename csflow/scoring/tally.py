@@ -13,8 +13,6 @@ from csflow.inputs.range_use import RangeUse
 
 SAMPLE_SIZE = 100_000
 GROUP_SAMPLE_SIZE = 10_000
-MOST_GROUPS = 1_000
-"""More have no sample of their own: a tag of so many values tells no cameras or lines."""
 ERROR_RATE_MINIMUM_IMAGES = 100
 """A run is not stopped for its error rate before this many images are done."""
 
@@ -73,7 +71,7 @@ class Tally:
     range_use: RangeUse = field(default_factory=RangeUse)
     sample: Sample = field(default_factory=Sample)
     groups: dict[str, Sample] = field(default_factory=dict)
-    """The scores of each group, such as a camera, if the model knows groups."""
+    """The scores of each group, such as a camera, that has a calibration of its own."""
 
     def add(self, row: Mapping[str, Any]) -> None:
         self.shards.add((row["model_id"], row["shard"]))
@@ -112,7 +110,7 @@ class Tally:
     def _sample(self, scores: Sequence[tuple[float, float]], groups: Sequence[str | None]) -> None:
         self.sample.add(scores)
         for value, group in zip(scores, groups, strict=False):  # no groups, or one for each score
-            if group in self.groups or (group is not None and len(self.groups) < MOST_GROUPS):
+            if group is not None:
                 self.groups.setdefault(group, Sample(min(self.sample.size, GROUP_SAMPLE_SIZE))).add([value])
 
 
