@@ -5,8 +5,9 @@
     taskset -c 0 python benchmarks/int8.py --artefact edge/cells.onnx --model demo/model \\
         --good demo/cells/functional/train --labels demo/cells/labels.csv --images 500
 
-The convolutions of the backbone, of the flow, or of both are quantised by good images; everything else stays
-in float32. Processor time of passes of one image in one thread, one form after the other for every image.
+The convolutions of the backbone, of the flow, of both, or all but the first two by depth are quantised by
+good images; everything else stays in float32. Processor time of passes of one image in one thread, one form
+after the other for every image.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from scipy.stats import spearmanr
 
 from csflow.evaluation.labels import read_labels
 from csflow.evaluation.ranking import Ranking, bootstrap_intervals
+from csflow.exporting.int8 import by_depth
 from csflow.images import decode
 from csflow.model_directory import load_model
 from csflow.storage import Location
@@ -79,12 +81,15 @@ def main() -> None:
     ]
     nodes = [node for node in onnx.load(arguments.artefact).graph.node if node.op_type == "Conv"]
     convolutions = [node.name for node in nodes]
+    # As csflow export takes them. The first two are the stems, of the two sizes in which an image is seen.
+    deeper = by_depth(openvino.Core().read_model(arguments.artefact))[2:]
     of_backbone = {node.name for node in nodes if ".backbone." in node.input[1]}  # the name of its weight
     parts = {
         "float32": set(),
         "backbone in INT8": of_backbone,
         "flow in INT8": set(convolutions) - of_backbone,
         "both in INT8": set(convolutions),
+        "all but the first two in INT8": {name.split("/")[0] for name in deeper},
     }
     requests, scores, seconds = {}, {}, {}
     core = openvino.Core()

@@ -43,7 +43,11 @@ SETTINGS = {
 
 
 def write_model(folder: Path, architecture: Architecture, seed: int = 0) -> Path:
-    """A model directory with random weights; γ is not 0, at which a flow would have nothing to compute."""
+    """A model directory with random weights; γ is not 0, at which a flow would have nothing to compute.
+
+    All seeds have the same backbone, as trained models of a plant have.
+    """
+    torch.manual_seed(0)
     detector = Detector(architecture)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

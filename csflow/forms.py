@@ -1,7 +1,8 @@
 """The inference forms of a model; compiled backbones for CPUs are kept in the user's cache folder.
 
 With one of these a worker needs neither timm nor OpenVINO's conversion, which take longer than the rest of
-its start. Forms from the cache give the scores of new ones, bit for bit.
+its start. Forms from the cache give the scores of new ones, bit for bit. Models with a common backbone have
+one file in common, and in a worker of several models one compiled backbone.
 """
 
 import hashlib
@@ -12,17 +13,18 @@ import platform
 import secrets
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import csflow
-from csflow.model import Detector, InferenceDetector, SavedBackbone
-from csflow.model_directory import ModelFiles
+from csflow.model import CpuBackbone, Detector, InferenceDetector, SavedBackbone
+from csflow.model_directory import BACKBONE, ROUNDING, ModelFiles
 from csflow.precision import PrecisionSetting, resolved
 
 MOST_BYTES = 1 << 30
@@ -33,15 +35,23 @@ DESCRIPTION = "form.json"
 class Forms:
     """Makes inference forms of a model."""
 
-    def __init__(self, model: ModelFiles, precision: PrecisionSetting, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: ModelFiles,
+        precision: PrecisionSetting,
+        device: torch.device,
+        backbones: MutableMapping[str, CpuBackbone] | None = None,
+    ) -> None:
         """
         Args:
             precision: as for `InferenceDetector`.
+            backbones: those of models whose forms compute only in turn with these; this model's is added.
 
         Raises:
             ValueError: the device does not compute in this precision.
         """
         self._model, self._device = model, device
+        self._backbones = {} if backbones is None else backbones
         asked = model.architecture.get("precision", "auto") if precision == "auto" else precision
         self._precision = resolved(asked, device)
 
@@ -53,9 +63,14 @@ class Forms:
         """The form for batches of this size."""
         if self._device.type != "cpu":
             return InferenceDetector(self._detector, self._precision, batch_size)
+        name = f"{self._backbone_id()}-{self._key(batch_size)}.zip"
+        if compiled := self._backbones.get(name):
+            return InferenceDetector(self._model.head(), self._precision, batch_size, compiled)
         with _private_folder() as folder:
-            name = f"{self._model.model_id}-{self._key(batch_size)}.zip"
-            return self._kept(folder, name, batch_size) or self._new(folder, name, batch_size)
+            form = self._kept(folder, name, batch_size) or self._new(folder, name, batch_size)
+        if form.backbone:
+            self._backbones[name] = form.backbone
+        return form
 
     def _kept(self, folder: int | None, name: str, batch_size: int) -> InferenceDetector | None:
         try:
@@ -74,6 +89,19 @@ class Forms:
         except Exception as error:  # a full disk, or a network that OpenVINO cannot export
             _say(f"{name} is not kept", error)
         return form
+
+    def _backbone_id(self) -> str:
+        """Hash of what a compiled backbone is made of."""
+        # Only rounded weights shift results. The region of interest has been applied to the pixels.
+        parts = (BACKBONE,) if self._precision == "float32" else (BACKBONE, ROUNDING)
+        architecture = {name: value for name, value in self._model.architecture.items() if name != "mask"}
+        described = json.dumps([architecture, self._model.feature_shapes], sort_keys=True)
+        digest = hashlib.sha256(described.encode())
+        for name, value in sorted(self._model.state.items()):
+            if name in ("mean", "std") or name.startswith(parts):
+                digest.update(f"{name} {value.dtype} {value.shape}".encode())
+                digest.update(np.ascontiguousarray(value).tobytes())
+        return digest.hexdigest()[:16]
 
     def _key(self, batch_size: int) -> str:
         """Hash of all but the model that decides what is compiled."""

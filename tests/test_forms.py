@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,8 +13,8 @@ import torch
 
 from csflow import forms
 from csflow.forms import Forms
-from csflow.model import Architecture, Detector, Scores
-from csflow.model_directory import CALIBRATION, ModelFiles, read_model, save_model
+from csflow.model import Architecture, CpuBackbone, Detector, Scores
+from csflow.model_directory import CALIBRATION, ROUNDING, ModelFiles, read_model, save_model
 from csflow.precision import PrecisionSetting
 from csflow.storage import Location
 
@@ -107,6 +108,41 @@ def test_other_models_precisions_batches_and_threads_have_other_forms(model, fol
     finally:
         torch.set_num_threads(threads)
     assert len(list(folder.iterdir())) == 5
+
+
+def retrained(model: ModelFiles) -> ModelFiles:
+    """A model with the same backbone and another flow, whose rounding was measured on other images."""
+    return replace(
+        model,
+        model_id="f" * 16,
+        state={
+            name: value + 0.1 if name.startswith(("flow.", ROUNDING)) and value.dtype.kind == "f" else value
+            for name, value in model.state.items()
+        },
+    )
+
+
+def test_models_with_a_common_backbone_share_it_compiled(efficientnet, folder, monkeypatch):
+    other = retrained(efficientnet)
+    expected = scores(other)
+    for file in folder.iterdir():
+        file.unlink()
+    backbones: dict[str, CpuBackbone] = {}
+    first, second = (Forms(one, "float32", CPU, backbones).form(4) for one in (efficientnet, other))
+    assert first.backbone is second.backbone
+    assert len(list(folder.iterdir())) == len(backbones) == 1
+    assert_equal(second(images()), expected)
+    assert not torch.equal(first(images()).anomaly_score_B, expected.anomaly_score_B)
+    monkeypatch.setattr(ModelFiles, "detector", None)  # another process compiles nothing for either
+    assert_equal(scores(other), expected)
+
+
+def test_a_backbone_whose_rounding_is_corrected_is_that_of_one_model(efficientnet, folder):
+    backbones: dict[str, CpuBackbone] = {}
+    models = efficientnet, retrained(efficientnet)
+    first, second = (Forms(one, "bfloat16", CPU, backbones).form(4) for one in models)
+    assert first.backbone is not second.backbone
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_a_form_of_other_code_is_not_used(model, folder, monkeypatch):

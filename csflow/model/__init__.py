@@ -1,7 +1,7 @@
 """The CS-Flow model: torch, timm, OpenVINO and Triton only; no Ray, no files, no object store."""
 
 from csflow.model.backbone import PAPER_STAGE, Backbone, BackboneError, download_weights, load_weights
-from csflow.model.cpu_backbone import SavedBackbone
+from csflow.model.cpu_backbone import CpuBackbone, SavedBackbone
 from csflow.model.detector import Architecture, Detector, Head, energies, new_flow
 from csflow.model.flow import CrossScaleFlow, FlowOutput, negative_log_likelihood
 from csflow.model.inference import Form, InferenceBackbone, InferenceDetector, default_batch_size
@@ -14,6 +14,7 @@ __all__ = [
     "Architecture",
     "Backbone",
     "BackboneError",
+    "CpuBackbone",
     "CrossScaleFlow",
     "Detector",
     "FlowOutput",

@@ -84,7 +84,7 @@ class InferenceDetector:
         detector: Head,
         precision: PrecisionSetting,
         batch_size: int,
-        saved: SavedBackbone | None = None,
+        saved: SavedBackbone | CpuBackbone | None = None,
     ) -> None:
         """Compiles the detector for batches of one size; a smaller batch takes as long.
 
@@ -93,7 +93,9 @@ class InferenceDetector:
             precision: `auto` is what the model asks for; else float16 on GPUs, and on CPUs `mixed` if they
                 multiply matrices in bfloat16, else `float32`.
             batch_size: as for `InferenceBackbone`.
-            saved: what `saved` gave for this detector and these settings on a CPU of this kind.
+            saved: what `saved` gave for this detector and these settings on a CPU of this kind; or the
+                `backbone` of a form with the same settings, of a model with the same backbone. Forms with one
+                backbone must not compute at the same time.
 
         Raises:
             ValueError: the device does not compute in this precision.
@@ -103,7 +105,8 @@ class InferenceDetector:
         self.architecture, self.statistic = detector.architecture, detector.statistic
         self.device = device = self._batches.device
         chosen = resolved(detector.architecture.precision if precision == "auto" else precision, device)
-        self._backbone: CpuBackbone | None = None
+        self.backbone: CpuBackbone | None = None
+        """The compiled backbone, on CPUs."""
         self.features: Callable[[Tensor], Sequence[Tensor]]
         self._score: Callable[[Sequence[Tensor]], Scores]
         self._pass: Callable[[Tensor], Sequence[Tensor]]
@@ -112,8 +115,8 @@ class InferenceDetector:
                 reason = "this processor does not multiply bfloat16; leave it out"
                 # No surprise: training measures in `mixed` what rounding would do, wherever it runs.
                 fallbacks.add(f"--precision {chosen}", reason, is_logged=False)
-            self._backbone = _cpu_backbone(detector, chosen, batch_size, saved, fallbacks)
-            self.features, statistic = self._backbone, detector.statistic
+            self.backbone = _cpu_backbone(detector, chosen, batch_size, saved, fallbacks)
+            self.features, statistic = self.backbone, detector.statistic
             sizes = [(batch_size, height, width) for _, height, width in detector.feature_shapes]
             dtype = torch.float32 if chosen == "float32" else torch.bfloat16
             window = detector.architecture.latent_window
@@ -160,7 +163,7 @@ class InferenceDetector:
 
     def saved(self) -> SavedBackbone | None:
         """What spares another process the compilation of the backbone; None if nothing can."""
-        return self._backbone.saved() if self._backbone else None
+        return self.backbone.saved() if self.backbone else None
 
     @torch.inference_mode()
     def score_features(self, y: Sequence[Tensor]) -> Scores:
@@ -169,8 +172,14 @@ class InferenceDetector:
 
 
 def _cpu_backbone(
-    detector: Head, precision: Precision, batch_size: int, saved: SavedBackbone | None, fallbacks: Fallbacks
+    detector: Head,
+    precision: Precision,
+    batch_size: int,
+    saved: SavedBackbone | CpuBackbone | None,
+    fallbacks: Fallbacks,
 ) -> CpuBackbone:
+    if isinstance(saved, CpuBackbone):
+        return saved
     if saved:
         return CpuBackbone.restored(detector, saved)
     assert isinstance(detector, Detector)

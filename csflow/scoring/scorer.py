@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ from csflow.forms import Forms
 from csflow.inputs.isolation import IsolatedLoader
 from csflow.inputs.loaded import HELPED, LoadedImage
 from csflow.inputs.loading import ImageLoader, LoaderSettings, batches
-from csflow.model import Scores, TiledDetector, default_batch_size
+from csflow.model import CpuBackbone, Scores, TiledDetector, default_batch_size
 from csflow.model_directory import read_model
 from csflow.output.schemas import ERRORS, SCORES
 from csflow.process import ProcessCpu, Stages, peak_memory_bytes
@@ -87,11 +88,13 @@ class _Notes:
 
 
 class WorkerProcess:
-    """What the models of an actor share: its device, the turn to compute, and the account of its CPU time."""
+    """What the models of an actor share: its device, the turn to compute, compiled backbones, and the account
+    of its CPU time."""
 
     def __init__(self, resources: WorkerResources) -> None:
         self.device = process.set_up(resources.cpus, resources.gpus)
         self.turn = threading.Lock()
+        self.backbones: WeakValueDictionary[str, CpuBackbone] = WeakValueDictionary()
         self.cpu = ProcessCpu()
 
 
@@ -127,7 +130,7 @@ class ShardScorer:
         storage_options = settings.output.location.storage_options
         preprocessing = model.preprocessing
         batch_size = settings.batch_size or default_batch_size(preprocessing.image_size, self._device)
-        self._detector = Forms(model, settings.precision, self._device).form(batch_size)
+        self._detector = Forms(model, settings.precision, self._device, worker.backbones).form(batch_size)
         self._tiled = TiledDetector(self._detector) if preprocessing.tiling else None
         self._loader: ImageLoader | IsolatedLoader
         if settings.is_isolated:
