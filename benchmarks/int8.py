@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--good", type=Path, required=True, help="a folder of images to quantise by")
     parser.add_argument("--labels", required=True)
     parser.add_argument("--images", type=int, default=500, help="number of labelled images of each class")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows of the table, beside float32")
     arguments = parser.parse_args()
     nncf.set_log_level(logging.ERROR)
     preprocessing = load_model(Location(arguments.model)).detector.architecture.preprocessing
@@ -91,6 +92,8 @@ def main() -> None:
         "both in INT8": set(convolutions),
         "all but the first two in INT8": {name.split("/")[0] for name in deeper},
     }
+    if arguments.only:
+        parts = {name: parts[name] for name in ("float32", *arguments.only)}
     requests, scores, seconds = {}, {}, {}
     core = openvino.Core()
     for name, products in parts.items():
