@@ -55,7 +55,7 @@ def test_run_json_has_the_keys_that_its_readers_know(tmp_path: Path) -> None:
     assert list(content) == [
         *("format_version", "run_id", "status", "exit_status", "started_at", "ended_at", "model"),
         *("configuration", "counts", "not_listed", "skipped", "precisions", "forms", "drift"),
-        *("peak_memory_bytes", "images_per_second", "seconds", "seconds_to_first_image"),
+        *("drift_by_group", "peak_memory_bytes", "images_per_second", "seconds", "seconds_to_first_image"),
         *("seconds_in_workers", "images_helped", "spilled_bytes", "cpu_seconds_in_workers"),
         "libraries",
         *("models", "not_loaded", "unrouted", "models_loaded"),
