@@ -83,7 +83,8 @@ def main() -> None:
     nodes = [node for node in onnx.load(arguments.artefact).graph.node if node.op_type == "Conv"]
     convolutions = [node.name for node in nodes]
     # As csflow export takes them. The first two are the stems, of the two sizes in which an image is seen.
-    deeper = by_depth(openvino.Core().read_model(arguments.artefact))[2:]
+    core = openvino.Core()
+    deeper = by_depth(core.read_model(arguments.artefact))[2:]
     of_backbone = {node.name for node in nodes if ".backbone." in node.input[1]}  # the name of its weight
     parts = {
         "float32": set(),
@@ -95,7 +96,6 @@ def main() -> None:
     if arguments.only:
         parts = {name: parts[name] for name in ("float32", *arguments.only)}
     requests, scores, seconds = {}, {}, {}
-    core = openvino.Core()
     for name, products in parts.items():
         network = core.read_model(arguments.artefact)
         if products:

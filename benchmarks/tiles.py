@@ -48,6 +48,11 @@ class Defect(NamedTuple):
     def size(self) -> int:
         return max(self.width, self.height)
 
+    @property
+    def size_class(self) -> int:
+        """Its place among the classes of the table."""
+        return int(np.searchsorted(SIZES, self.size, "right")) - 1
+
 
 class Map(NamedTuple):
     """An anomaly map, and the part of its image that it covers: top, left, bottom and right edge."""
@@ -146,8 +151,7 @@ def measure(name: str, work: Path, truth: dict[str, list[Defect]]) -> None:
     found: list[list[bool]] = [[] for _ in SIZES[1:]]
     for image, defects in truth.items():
         for defect in defects:
-            group = int(np.searchsorted(SIZES, defect.size, "right")) - 1
-            found[group].append(is_found(defect, regions[image]))
+            found[defect.size_class].append(is_found(defect, regions[image]))
     normal = [len(regions[image]) for image, defects in truth.items() if not defects]
     recalls = " | ".join(f"{sum(some)} of {len(some)}" for some in found)
     work_s = sum(record.seconds_in_workers.get(stage, 0.0) for stage in ("read", "decode", "score"))
@@ -171,8 +175,8 @@ def compare_with_cells(name: str, work: Path) -> None:
         map_of_image = Map.of(row)
         defects = truth[Path(row["image_uri"]).name]
         for defect in defects:
-            group = int(np.searchsorted(SIZES, defect.size, "right")) - 1
-            at_defects[group].append(map_of_image.hottest(defect.y, defect.x, defect.height, defect.width))
+            hottest = map_of_image.hottest(defect.y, defect.x, defect.height, defect.width)
+            at_defects[defect.size_class].append(hottest)
         if not defects:
             places = np.ndindex(HEIGHT // CELL, WIDTH // CELL)
             in_cells += [map_of_image.hottest(CELL * i, CELL * j, CELL, CELL) for i, j in places]

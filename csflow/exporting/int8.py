@@ -140,6 +140,7 @@ def quantised(
     if not convolutions:
         raise WrongUse("INT8 is for convolutions, and this model has none; export in float32")
     float32_N = labelled.scores(network)
+    float32_auroc = labelled.auroc(float32_N)
     # The most convolutions that are known to lose little enough, and the fewest that lose too much.
     allowed, refused = 0, len(convolutions) + 1
     best: tuple[openvino.Model, Loss] | None = None
@@ -149,7 +150,7 @@ def quantised(
         score_N = labelled.scores(found)
         loss = Loss(
             len(score_N),
-            labelled.auroc(float32_N),
+            float32_auroc,
             labelled.auroc(score_N),
             auroc_loss(labelled.is_defective_N, float32_N, score_N, RESAMPLES)[1],
             len(convolutions),
@@ -171,10 +172,11 @@ def quantised(
 def by_depth(network: openvino.Model) -> list[str]:
     """The names of the convolutions, by the number of operators before them on the longest way."""
     depth: dict[str, int] = {}
-    for operator in network.get_ordered_ops():
+    operators = network.get_ordered_ops()
+    for operator in operators:
         before = [value.get_node().get_friendly_name() for value in operator.input_values()]
         depth[operator.get_friendly_name()] = 1 + max((depth[name] for name in before), default=0)
-    names = [op.get_friendly_name() for op in network.get_ordered_ops() if op.get_type_name() in CONVOLUTIONS]
+    names = [op.get_friendly_name() for op in operators if op.get_type_name() in CONVOLUTIONS]
     return sorted(names, key=depth.__getitem__)
 
 
@@ -183,12 +185,13 @@ def _with_last(
 ) -> openvino.Model:
     """The network with the `last` of these convolutions in INT8, by their ranges on the normal images."""
     others = {operator.get_type_name() for operator in network.get_ops()} - CONVOLUTIONS
+    normal = labelled.normal
     with redirect_stdout(io.StringIO()):  # its progress bars
         return nncf.quantize(
             network,
-            nncf.Dataset(labelled.normal),
+            nncf.Dataset(normal),
             preset=nncf.QuantizationPreset.MIXED,
-            subset_size=len(labelled.normal),
+            subset_size=len(normal),
             ignored_scope=nncf.IgnoredScope(
                 names=list(convolutions[: len(convolutions) - last]), types=sorted(others), validate=False
             ),

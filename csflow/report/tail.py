@@ -103,7 +103,7 @@ class _Window(NamedTuple):
     @classmethod
     def of(cls, score_M: NDArray[np.float64]) -> "_Window | None":
         """None if bins would be empty, since scores are equal."""
-        above_start = max(START_SHARE * len(score_M), FEWEST_IN_WINDOW)
+        above_start = _above_start(len(score_M))
         ranks = np.linspace(above_start, END_SHARE * above_start, BINS + 1).astype(int)
         edge_B1 = -np.partition(-score_M, ranks)[ranks]
         if not (np.isfinite(edge_B1).all() and (np.diff(edge_B1) > 0).all()):
@@ -113,7 +113,7 @@ class _Window(NamedTuple):
     @property
     def above(self) -> int:
         """The number of images above the window."""
-        return round(END_SHARE * max(START_SHARE * self.images, FEWEST_IN_WINDOW))
+        return round(END_SHARE * _above_start(self.images))
 
     def tail(self, count_B: NDArray[np.int64], near: Tail | None = None) -> Tail:
         """The most likely tail, if so many images were in the bins; `near` is where to begin the search."""
@@ -150,6 +150,11 @@ class _Window(NamedTuple):
     @staticmethod
     def _scale_and_shape(parameters: NDArray[np.float64]) -> tuple[float, float]:
         return float(np.exp(parameters[0])), float(parameters[1] ** 2)
+
+
+def _above_start(images: int) -> float:
+    """The number of images above the start of the window."""
+    return max(START_SHARE * images, FEWEST_IN_WINDOW)
 
 
 def _survival(excess: NDArray[np.float64], scale: float, shape: float) -> NDArray[np.float64]:

@@ -166,12 +166,12 @@ class Models:
         return self._places[rule], tags
 
 
-def _drift(sample: Sample, calibration: Calibration, low_share: float, of: int = 1) -> Drift | None:
+def _drift(sample: Sample, calibration: Calibration, low_share: float, groups: int = 1) -> Drift | None:
     anomaly_scores, global_scores = zip(*sample.values, strict=True) if sample.values else ((), ())
     # Without whitening there is but one score.
     heldout = None if calibration.local_score is None else calibration.global_score
     both = None if heldout is None else (global_scores, heldout)
-    return drift(anomaly_scores, low_share, calibration.anomaly_score, both, calibration.weights, of)
+    return drift(anomaly_scores, low_share, calibration.anomaly_score, both, calibration.weights, groups)
 
 
 def _model(address: Location, output: Location, rule: str) -> ModelRun | BrokenModel:
