@@ -19,12 +19,11 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import csflow
 from csflow.model import CpuBackbone, Detector, InferenceDetector, SavedBackbone
-from csflow.model_directory import BACKBONE, ROUNDING, ModelFiles
+from csflow.model_directory import BACKBONE, ROUNDING, ModelFiles, tensor_parts
 from csflow.precision import PrecisionSetting, resolved
 
 MOST_BYTES = 1 << 30
@@ -93,14 +92,13 @@ class Forms:
     def _backbone_id(self) -> str:
         """Hash of what a compiled backbone is made of."""
         # Only rounded weights shift results. The region of interest has been applied to the pixels.
-        parts = (BACKBONE,) if self._precision == "float32" else (BACKBONE, ROUNDING)
+        names = ("mean", "std", BACKBONE, *(() if self._precision == "float32" else (ROUNDING,)))
         architecture = {name: value for name, value in self._model.architecture.items() if name != "mask"}
         described = json.dumps([architecture, self._model.feature_shapes], sort_keys=True)
         digest = hashlib.sha256(described.encode())
-        for name, value in sorted(self._model.state.items()):
-            if name in ("mean", "std") or name.startswith(parts):
-                digest.update(f"{name} {value.dtype} {value.shape}".encode())
-                digest.update(np.ascontiguousarray(value).tobytes())
+        used = {name: value for name, value in self._model.state.items() if name.startswith(names)}
+        for part in tensor_parts(used):
+            digest.update(part)
         return digest.hexdigest()[:16]
 
     def _key(self, batch_size: int) -> str:

@@ -444,6 +444,13 @@ def _model_id(
     return digest.hexdigest()[:16]
 
 
+def tensor_parts(state: Mapping[str, NDArray[Any]]) -> Iterator[bytes]:
+    """What of tensors a hash is made of."""
+    for name, value in sorted(state.items()):
+        yield f"{name} torch.{value.dtype} {list(value.shape)}".encode()
+        yield value.tobytes()
+
+
 def _parts(
     architecture: Mapping[str, Any],
     decoding_version: object,
@@ -451,9 +458,7 @@ def _parts(
     calibration: Calibration,
 ) -> Iterator[bytes]:
     yield json.dumps([architecture, decoding_version], sort_keys=True).encode()
-    for name, value in sorted(state.items()):
-        yield f"{name} torch.{value.dtype} {list(value.shape)}".encode()
-        yield value.tobytes()
+    yield from tensor_parts(state)
     yield calibration.anomaly_score.astype("<f8").tobytes()
     for values in (
         *(calibration.global_score, calibration.local_score),
